@@ -1,0 +1,297 @@
+"""What each tiny architecture consists of: metadata keys, tensors, tokenizer and chat template.
+
+Key and tensor names follow llama.cpp's loaders (``src/models/<architecture>.cpp``). Shapes are in ggml order
+(``ne``, fastest axis first: a matrix is ``(inputs, outputs)``), the reverse of numpy's.
+
+Weights are scaled so that the residual stream stays of order one: matrices have a standard deviation of about
+``1/sqrt(inputs)``, and embeddings are somewhat smaller than what the blocks add, because otherwise the next token
+would hardly depend on the context and greedy text would fall into short loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from . import templates
+from .vocab import Vocabulary, vocabulary
+
+KeyValue = bool | int | float | str | Sequence[int]
+
+_EMBEDDING_STD = 0.5
+_QK_GAIN = 1.5  # attention that picks out a few positions instead of averaging over all of them
+_LOGIT_STD = 3.0
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor to generate.
+
+    ``shape`` in ggml order; values are uniform with mean ``mean`` and standard deviation ``std``. ``big`` matrices
+    follow the ``weights`` option of :func:`steer_plugins.tinygguf.write`, everything else is float32. ``choices``
+    > 0 makes it an int32 table instead: each row holds ``shape[0]`` different numbers below ``choices``.
+    ``per_token`` tensors have one row for each token and get small rows for the vocabulary's muted tokens.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    std: float = 0.0
+    mean: float = 0.0
+    big: bool = False
+    choices: int = 0
+    per_token: bool = False
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A tiny model without its numbers. ``keys`` that start with a dot get the architecture as prefix."""
+
+    architecture: str
+    n_layer: int
+    keys: dict[str, KeyValue]
+    tensors: list[TensorSpec]
+    vocab: Vocabulary
+    pre_tokenizer: str
+    bos: str
+    eos: str
+    add_bos: bool
+    chat_template: str
+    pad: str = field(default="")
+
+
+def _matrix(name: str, inputs: int, outputs: int, *more: int, gain: float = 1.0, big: bool = True) -> TensorSpec:
+    return TensorSpec(f"{name}.weight", (inputs, outputs, *more), std=gain * inputs**-0.5, big=big)
+
+
+def _norm(name: str, size: int, mean: float = 1.0) -> TensorSpec:
+    # Not all ones: a norm that is forgotten, or taken from another model, must show.
+    return TensorSpec(f"{name}.weight", (size,), std=0.1 * mean, mean=mean)
+
+
+def _vector(name: str, size: int, std: float, mean: float = 0.0, suffix: str = "weight") -> TensorSpec:
+    return TensorSpec(f"{name}.{suffix}", (size,), std=std, mean=mean)
+
+
+def _embedding(n_embd: int, n_vocab: int, std: float = _EMBEDDING_STD) -> TensorSpec:
+    return TensorSpec("token_embd.weight", (n_embd, n_vocab), std=std, big=True)
+
+
+def _head(n_embd: int, n_vocab: int) -> list[TensorSpec]:
+    # A head of its own: with tied random embeddings the likeliest next token is the current one.
+    output = TensorSpec("output.weight", (n_embd, n_vocab), std=_LOGIT_STD * n_embd**-0.5, big=True, per_token=True)
+    return [_norm("output_norm", n_embd), output]
+
+
+def _dense_ffn(block: str, n_embd: int, n_ff: int) -> list[TensorSpec]:
+    return [
+        _matrix(f"{block}.ffn_gate", n_embd, n_ff),
+        _matrix(f"{block}.ffn_up", n_embd, n_ff),
+        _matrix(f"{block}.ffn_down", n_ff, n_embd, gain=1.5),
+    ]
+
+
+def _moe_ffn(block: str, n_embd: int, n_ff: int, n_expert: int) -> list[TensorSpec]:
+    return [
+        _matrix(f"{block}.ffn_gate_inp", n_embd, n_expert, big=False),
+        _matrix(f"{block}.ffn_gate_exps", n_embd, n_ff, n_expert),
+        _matrix(f"{block}.ffn_up_exps", n_embd, n_ff, n_expert),
+        _matrix(f"{block}.ffn_down_exps", n_ff, n_embd, n_expert, gain=1.5),
+        _matrix(f"{block}.ffn_gate_shexp", n_embd, n_ff),
+        _matrix(f"{block}.ffn_up_shexp", n_embd, n_ff),
+        _matrix(f"{block}.ffn_down_shexp", n_ff, n_embd, gain=1.5),
+    ]
+
+
+def _chatml_vocabulary() -> Vocabulary:
+    return vocabulary(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), ("<think>", "</think>"))
+
+
+def _common_keys(n_layer: int, n_ctx: int, n_embd: int, n_head: int, n_head_kv: int) -> dict[str, KeyValue]:
+    return {
+        ".context_length": n_ctx,
+        ".embedding_length": n_embd,
+        ".block_count": n_layer,
+        ".attention.head_count": n_head,
+        ".attention.head_count_kv": n_head_kv,
+        ".attention.layer_norm_rms_epsilon": 1e-6,
+        ".rope.freq_base": 10000.0,
+    }
+
+
+def _llama_like(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
+    """llama, qwen2 (biases on q, k, v) and qwen3 (norms on q and k, heads wider than n_embd / n_head)."""
+    n_embd, n_head, n_head_kv, n_ff = 128, 4, 2, 256
+    head = 64 if architecture == "qwen3" else n_embd // n_head
+    vocab = _chatml_vocabulary()
+
+    def tensors() -> Iterator[TensorSpec]:
+        yield _embedding(n_embd, len(vocab.tokens))
+        yield from _head(n_embd, len(vocab.tokens))
+        for il in range(n_layer):
+            blk = f"blk.{il}"
+            yield _norm(f"{blk}.attn_norm", n_embd)
+            yield _matrix(f"{blk}.attn_q", n_embd, n_head * head, gain=_QK_GAIN)
+            yield _matrix(f"{blk}.attn_k", n_embd, n_head_kv * head)
+            yield _matrix(f"{blk}.attn_v", n_embd, n_head_kv * head)
+            if architecture == "qwen2":
+                for name, size in (("attn_q", n_head * head), ("attn_k", n_head_kv * head), ("attn_v", n_head_kv * head)):
+                    yield _vector(f"{blk}.{name}", size, std=0.3, suffix="bias")
+            if architecture == "qwen3":
+                yield _norm(f"{blk}.attn_q_norm", head, mean=_QK_GAIN)
+                yield _norm(f"{blk}.attn_k_norm", head)
+            yield _matrix(f"{blk}.attn_output", n_head * head, n_embd, gain=1.5)
+            yield _norm(f"{blk}.ffn_norm", n_embd)
+            yield from _dense_ffn(blk, n_embd, n_ff)
+
+    is_llama = architecture == "llama"
+    keys = _common_keys(n_layer, n_ctx, n_embd, n_head, n_head_kv)
+    keys |= {".feed_forward_length": n_ff, ".rope.dimension_count": head}
+    if architecture == "qwen3":
+        keys |= {".attention.key_length": head, ".attention.value_length": head}
+    return Blueprint(
+        architecture,
+        n_layer,
+        keys,
+        list(tensors()),
+        vocab,
+        pre_tokenizer="smollm" if is_llama else "qwen2",
+        bos="<|endoftext|>",
+        eos="<|im_end|>",
+        add_bos=is_llama,
+        chat_template={
+            "llama": templates.CHATML_BOS,
+            "qwen2": templates.CHATML,
+            "qwen3": templates.CHATML_THINKING,
+        }[architecture],
+    )
+
+
+def _deepseek4(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
+    """DeepSeek-V4: four residual streams, compressed attention, hash-routed then learned experts.
+
+    Compress ratios start 0, 0 and alternate 4, 128 as in the real model, so the default six layers hold each kind;
+    the first three layers route by token id. llama.cpp wants exactly four streams, an indexer width that is a
+    multiple of 64 and differs from the head width, and ratios 0, 4 or 128. ``top_k`` covers every compressed block
+    of the default context: a ranking among random scores could flip with the last bit of a sum.
+    """
+    n_embd, n_head, head, rope, q_lora = 256, 4, 64, 32, 64
+    groups, o_lora = 2, 64
+    n_expert, n_used, n_ff = 8, 2, 32
+    ix_head, ix_dim = 4, 128
+    n_hc = 4
+    n_mix = (2 + n_hc) * n_hc
+    ratios = [0 if il < 2 else 4 if il % 2 == 0 else 128 for il in range(n_layer)]
+    n_hash = min(3, n_layer)
+    bos, eos, pad = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+    vocab = vocabulary((bos, eos, pad, "<｜User｜>", "<｜Assistant｜>"), ("<think>", "</think>"))
+    n_vocab = len(vocab.tokens)
+
+    def hyper_connection(name: str) -> Iterator[TensorSpec]:
+        # fn's output is scaled and shifted into 4 read gains, 4 write gains and a 4x4 mixing matrix. The spread of
+        # the shifts is what makes the streams differ, and large enough that they stay different.
+        yield _matrix(f"{name}_fn", n_hc * n_embd, n_mix, big=False)
+        yield _vector(f"{name}_base", n_mix, std=1.0)
+        yield _vector(f"{name}_scale", 3, std=0.05, mean=0.5)
+
+    def compressor(name: str, width: int, out: int, ratio: int) -> Iterator[TensorSpec]:
+        yield _matrix(f"{name}_kv", n_embd, width)
+        yield _matrix(f"{name}_gate", n_embd, width)
+        yield TensorSpec(f"{name}_ape.weight", (width, ratio), std=0.5)
+        yield _norm(f"{name}_norm", out)
+
+    def tensors() -> Iterator[TensorSpec]:
+        yield _embedding(n_embd, n_vocab)
+        yield from _head(n_embd, n_vocab)
+        yield _matrix("output_hc_fn", n_hc * n_embd, n_hc, big=False)
+        yield _vector("output_hc_base", n_hc, std=0.5)
+        yield _vector("output_hc_scale", 1, std=0.05, mean=0.5)
+        for il, ratio in enumerate(ratios):
+            blk = f"blk.{il}"
+            yield _norm(f"{blk}.attn_norm", n_embd)
+            yield _vector(f"{blk}.attn_sinks", n_head, std=0.5)
+            yield _matrix(f"{blk}.attn_q_a", n_embd, q_lora)
+            yield _norm(f"{blk}.attn_q_a_norm", q_lora)
+            yield _matrix(f"{blk}.attn_q_b", q_lora, n_head * head)
+            yield _matrix(f"{blk}.attn_kv", n_embd, head)
+            # Queries are normalised without a weight, so the keys (which are the values too) carry the gain.
+            yield _norm(f"{blk}.attn_kv_a_norm", head, mean=_QK_GAIN)
+            yield _matrix(f"{blk}.attn_output_a", n_head * head // groups, o_lora * groups)
+            yield _matrix(f"{blk}.attn_output_b", groups * o_lora, n_embd)
+            yield from hyper_connection(f"{blk}.hc_attn")
+            yield from hyper_connection(f"{blk}.hc_ffn")
+            yield _norm(f"{blk}.ffn_norm", n_embd)
+            yield from _moe_ffn(blk, n_embd, n_ff, n_expert)
+            if il < n_hash:
+                yield TensorSpec(f"{blk}.ffn_gate_tid2eid.weight", (n_used, n_vocab), choices=n_expert)
+            else:
+                yield _vector(f"{blk}.exp_probs_b", n_expert, std=0.1, suffix="bias")
+            if ratio:
+                overlap = 2 if ratio == 4 else 1
+                yield from compressor(f"{blk}.attn_compressor", overlap * head, head, ratio)
+            if ratio == 4:
+                yield _matrix(f"{blk}.indexer.proj", n_embd, ix_head)
+                yield _matrix(f"{blk}.indexer.attn_q_b", q_lora, ix_head * ix_dim)
+                yield from compressor(f"{blk}.indexer_compressor", 2 * ix_dim, ix_dim, ratio)
+
+    keys = _common_keys(n_layer, n_ctx, n_embd, n_head, 1)
+    keys |= {
+        ".embedding_length_out": n_hc * n_embd,
+        ".rope.dimension_count": rope,
+        ".attention.key_length": head,
+        ".attention.value_length": head,
+        ".attention.q_lora_rank": q_lora,
+        ".attention.sliding_window": 128,
+        ".attention.indexer.head_count": ix_head,
+        ".attention.indexer.key_length": ix_dim,
+        ".attention.indexer.top_k": 512,
+        ".attention.output_group_count": groups,
+        ".attention.output_lora_rank": o_lora,
+        ".attention.compress_rope_freq_base": 160000.0,
+        ".attention.compress_ratios": ratios,
+        ".expert_count": n_expert,
+        ".expert_used_count": n_used,
+        ".expert_shared_count": 1,
+        ".expert_feed_forward_length": n_ff,
+        ".expert_weights_scale": 1.5,
+        ".expert_weights_norm": True,
+        ".expert_gating_func": 4,
+        ".swiglu_clamp_exp": 10.0,
+        ".hyper_connection.count": n_hc,
+        ".hyper_connection.sinkhorn_iterations": 20,
+        ".hyper_connection.epsilon": 1e-6,
+        ".hash_layer_count": n_hash,
+    }
+    return Blueprint(
+        architecture,
+        n_layer,
+        keys,
+        list(tensors()),
+        vocab,
+        pre_tokenizer="joyai-llm",
+        bos=bos,
+        eos=eos,
+        pad=pad,
+        add_bos=True,
+        chat_template=templates.DEEPSEEK_V4,
+    )
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    build: Callable[[str, int, int], Blueprint]
+    n_layer: int
+
+
+_RECIPES = {
+    "llama": _Recipe(_llama_like, 4),
+    "deepseek4": _Recipe(_deepseek4, 6),
+}
+
+ARCHITECTURES: tuple[str, ...] = tuple(_RECIPES)
+"""The architectures :func:`steer_plugins.tinygguf.write` knows, by their GGUF names."""
+
+
+def blueprint(architecture: str, *, n_layer: int | None, n_ctx: int) -> Blueprint:
+    """The blueprint of a known architecture; ``n_layer`` None takes its default depth."""
+    recipe = _RECIPES[architecture]
+    return recipe.build(architecture, recipe.n_layer if n_layer is None else n_layer, n_ctx)
