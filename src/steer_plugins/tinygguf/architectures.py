@@ -11,7 +11,7 @@ would hardly depend on the context and greedy text would fall into short loops.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from . import templates
 from .vocab import Vocabulary, vocabulary
@@ -19,7 +19,7 @@ from .vocab import Vocabulary, vocabulary
 KeyValue = bool | int | float | str | Sequence[int]
 
 _EMBEDDING_STD = 0.5
-_QK_GAIN = 1.5  # attention that picks out a few positions instead of averaging over all of them
+_QK_GAIN = 2.0  # attention that picks out a few positions instead of averaging over all of them
 _LOGIT_STD = 3.0
 
 
@@ -56,7 +56,7 @@ class Blueprint:
     eos: str
     add_bos: bool
     chat_template: str
-    pad: str = field(default="")
+    pad: str = ""
 
 
 def _matrix(name: str, inputs: int, outputs: int, *more: int, gain: float = 1.0, big: bool = True) -> TensorSpec:
@@ -134,8 +134,8 @@ def _llama_like(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
             yield _matrix(f"{blk}.attn_k", n_embd, n_head_kv * head)
             yield _matrix(f"{blk}.attn_v", n_embd, n_head_kv * head)
             if architecture == "qwen2":
-                for name, size in (("attn_q", n_head * head), ("attn_k", n_head_kv * head), ("attn_v", n_head_kv * head)):
-                    yield _vector(f"{blk}.{name}", size, std=0.3, suffix="bias")
+                for name, heads in (("attn_q", n_head), ("attn_k", n_head_kv), ("attn_v", n_head_kv)):
+                    yield _vector(f"{blk}.{name}", heads * head, std=0.3, suffix="bias")
             if architecture == "qwen3":
                 yield _norm(f"{blk}.attn_q_norm", head, mean=_QK_GAIN)
                 yield _norm(f"{blk}.attn_k_norm", head)
@@ -163,6 +163,116 @@ def _llama_like(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
             "qwen2": templates.CHATML,
             "qwen3": templates.CHATML_THINKING,
         }[architecture],
+    )
+
+
+def _gemma3(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
+    """Gemma 3: scaled embeddings, norms before and after each block, five sliding-window layers then a global one."""
+    n_embd, n_head, n_head_kv, n_ff, head = 128, 4, 1, 256, 64
+    vocab = _chatml_vocabulary()
+
+    def tensors() -> Iterator[TensorSpec]:
+        # The graph multiplies embeddings by sqrt(n_embd).
+        yield _embedding(n_embd, len(vocab.tokens), std=_EMBEDDING_STD * n_embd**-0.5)
+        yield from _head(n_embd, len(vocab.tokens))
+        for il in range(n_layer):
+            blk = f"blk.{il}"
+            yield _norm(f"{blk}.attn_norm", n_embd)
+            yield _matrix(f"{blk}.attn_q", n_embd, n_head * head)
+            yield _matrix(f"{blk}.attn_k", n_embd, n_head_kv * head)
+            yield _matrix(f"{blk}.attn_v", n_embd, n_head_kv * head)
+            yield _norm(f"{blk}.attn_q_norm", head, mean=_QK_GAIN)
+            yield _norm(f"{blk}.attn_k_norm", head)
+            yield _matrix(f"{blk}.attn_output", n_head * head, n_embd)
+            yield _norm(f"{blk}.post_attention_norm", n_embd, mean=0.6)
+            yield _norm(f"{blk}.ffn_norm", n_embd)
+            yield from _dense_ffn(blk, n_embd, n_ff)
+            yield _norm(f"{blk}.post_ffw_norm", n_embd, mean=0.6)
+
+    keys = _common_keys(n_layer, n_ctx, n_embd, n_head, n_head_kv)
+    keys |= {
+        ".feed_forward_length": n_ff,
+        ".attention.key_length": head,
+        ".attention.value_length": head,
+        ".attention.sliding_window": 32,  # short, so that a prompt of a few sentences leaves it
+        ".rope.freq_base": 1000000.0,
+    }
+    return Blueprint(
+        architecture,
+        n_layer,
+        keys,
+        list(tensors()),
+        vocab,
+        pre_tokenizer="smollm",
+        bos="<|endoftext|>",
+        eos="<|im_end|>",
+        add_bos=True,
+        chat_template=templates.CHATML_BOS,
+    )
+
+
+def _deepseek2(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
+    """DeepSeek-V2/V3: latent attention (MLA) in its absorbed form, one dense layer, then experts plus a shared one.
+
+    The cache holds one latent "head" of kv_lora + rope values, which is what key_length and value_length state; the
+    ``_mla`` keys are the sizes of the real heads.
+    """
+    n_embd, n_head, q_lora, kv_lora, rope, nope, v_head = 128, 4, 64, 64, 32, 32, 32
+    n_ff, n_expert, n_used, n_ff_expert, n_dense = 256, 8, 2, 64, 1
+    vocab = _chatml_vocabulary()
+
+    def tensors() -> Iterator[TensorSpec]:
+        yield _embedding(n_embd, len(vocab.tokens))
+        yield from _head(n_embd, len(vocab.tokens))
+        for il in range(n_layer):
+            blk = f"blk.{il}"
+            yield _norm(f"{blk}.attn_norm", n_embd)
+            yield _matrix(f"{blk}.attn_q_a", n_embd, q_lora)
+            yield _norm(f"{blk}.attn_q_a_norm", q_lora, mean=_QK_GAIN)
+            yield _matrix(f"{blk}.attn_q_b", q_lora, n_head * (nope + rope))
+            yield _matrix(f"{blk}.attn_kv_a_mqa", n_embd, kv_lora + rope)
+            yield _norm(f"{blk}.attn_kv_a_norm", kv_lora)
+            # Stored transposed (it is folded into the query), so the latent width counts as its inputs here.
+            yield TensorSpec(f"{blk}.attn_k_b.weight", (nope, kv_lora, n_head), std=kv_lora**-0.5, big=True)
+            yield _matrix(f"{blk}.attn_v_b", kv_lora, v_head, n_head)
+            yield _matrix(f"{blk}.attn_output", n_head * v_head, n_embd, gain=1.5)
+            yield _norm(f"{blk}.ffn_norm", n_embd)
+            if il < n_dense:
+                yield from _dense_ffn(blk, n_embd, n_ff)
+            else:
+                yield from _moe_ffn(blk, n_embd, n_ff_expert, n_expert)
+                yield _vector(f"{blk}.exp_probs_b", n_expert, std=0.1, suffix="bias")
+
+    keys = _common_keys(n_layer, n_ctx, n_embd, n_head, 1)
+    keys |= {
+        ".feed_forward_length": n_ff,
+        ".leading_dense_block_count": n_dense,
+        ".rope.dimension_count": rope,
+        ".attention.q_lora_rank": q_lora,
+        ".attention.kv_lora_rank": kv_lora,
+        ".attention.key_length": kv_lora + rope,
+        ".attention.value_length": kv_lora,
+        ".attention.key_length_mla": nope + rope,
+        ".attention.value_length_mla": v_head,
+        ".expert_count": n_expert,
+        ".expert_used_count": n_used,
+        ".expert_shared_count": 1,
+        ".expert_feed_forward_length": n_ff_expert,
+        ".expert_weights_scale": 1.5,
+        ".expert_weights_norm": True,
+        ".expert_gating_func": 2,  # sigmoid
+    }
+    return Blueprint(
+        architecture,
+        n_layer,
+        keys,
+        list(tensors()),
+        vocab,
+        pre_tokenizer="deepseek-v3",
+        bos="<|endoftext|>",
+        eos="<|im_end|>",
+        add_bos=True,
+        chat_template=templates.CHATML_BOS,
     )
 
 
@@ -284,6 +394,10 @@ class _Recipe:
 
 _RECIPES = {
     "llama": _Recipe(_llama_like, 4),
+    "qwen2": _Recipe(_llama_like, 4),
+    "qwen3": _Recipe(_llama_like, 4),
+    "gemma3": _Recipe(_gemma3, 6),
+    "deepseek2": _Recipe(_deepseek2, 4),
     "deepseek4": _Recipe(_deepseek4, 6),
 }
 

@@ -48,7 +48,7 @@ def write(
     cannot be written.
     """
     if arch not in ARCHITECTURES:
-        raise ModelError(f"No tiny model of architecture {arch!r} can be made; choose one of {', '.join(ARCHITECTURES)}.")
+        raise ModelError(f"There is no tiny model of architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}.")
     if weights not in WEIGHTS:
         raise ModelError(f"Unknown weight type {weights!r} for a tiny model; choose one of {', '.join(WEIGHTS)}.")
     if n_layer is not None and not 1 <= n_layer <= _MAX_LAYERS:
