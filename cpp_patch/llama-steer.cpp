@@ -730,6 +730,13 @@ void forget_rows_of(llama_steer_state & st, int32_t cfg) {
     }
 }
 
+void drop_kept(llama_steer_state & st) {
+    for (auto & tp : st.taps) {
+        std::vector<float>().swap(tp.kept);
+    }
+    st.kept_at.clear();
+}
+
 void refresh_ids(llama_steer_state & st) {
     for (auto & [_, c] : st.configs) {
         c.id = config_hash(st, c.terms);
@@ -1535,6 +1542,17 @@ int32_t llama_steer_tap_set(llama_context * ctx, int32_t n, const int32_t * laye
         }
         n_rows = n_rows == 0 ? n_ubatch : std::min(n_rows, n_ubatch);
 
+        // asking for the same taps again is the usual case, and costs nothing
+        bool same = n == (int32_t) st.taps.size() && n_rows <= st.tap_rows && stream_mode == st.tap_stream;
+        for (int32_t i = 0; same && i < n; ++i) {
+            same = st.taps[i].at == place(layers[i], sites[i]);
+        }
+        if (same) {
+            st.tap_keep = keep;
+            drop_kept(st);
+            return;
+        }
+
         std::vector<tap> taps;
         for (int32_t i = 0; i < n; ++i) {
             st.check_place(layers[i], sites[i]);
@@ -1630,10 +1648,7 @@ int32_t llama_steer_tap_get(const llama_context * ctx, int32_t il, int32_t site,
 int32_t llama_steer_tap_clear(llama_context * ctx) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
-        for (auto & tp : st.taps) {
-            std::vector<float>().swap(tp.kept);
-        }
-        st.kept_at.clear();
+        drop_kept(st);
     });
 }
 
