@@ -1,0 +1,734 @@
+"""`steer build`: fetch llama.cpp, patch it, compile it, and put the result into the cache as a finished runtime.
+
+A runtime is a folder ``<cache>/runtime/<key>/`` with ``lib/``, ``bin/``, ``include/`` and ``runtime.json``. It is
+staged beside its place and renamed into it, ``runtime.json`` written last, so a folder with that file is a finished
+one. The folder may be moved: libraries find each other through their own place.
+
+Where a full llama-cpp-python is installed, its ggml is built upon. The ggml libraries are hard-linked into the runtime
+(copied where the file system cannot link): the runtime then survives an upgrade or removal of llama-cpp-python, and
+takes no second gigabyte for CUDA. Only when such a copy cannot be loaded (libraries repaired to look for their
+dependencies relative to their own place) are they used where they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import BuildError, RuntimeMissing
+from . import tools
+from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, find_library, ggml_files, is_ggml
+from .cache import CacheLock, cache_dir, digest, file_sha256, make_dir, remove_tree, write_atomic
+from .locate import RUNTIME_FILE, Runtime, read_runtime
+from .patching import DoesNotFit, PatchedTree, PatchSet, patch_sets
+from .process import Log, Reporter, first_error, run_logged
+from .sources import SourceOrigin, folder_origin, llama_cpp_version, prepare_tree, sdist_origin
+
+_RUNTIME_FORMAT = 1
+_KEPT_LOGS = 20
+
+# What is compiled and what is not. Nothing may be downloaded while building, hence no prebuilt web page for the server.
+_DEFINITIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "ON",
+    "LLAMA_BUILD_COMMON": "ON",
+    "LLAMA_BUILD_TOOLS": "ON",
+    "LLAMA_BUILD_SERVER": "ON",
+    "LLAMA_BUILD_APP": "OFF",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_UI": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+    "LLAMA_CURL": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `steer build` was asked for. ``cmake_args`` are added to those of the environment's ``CMAKE_ARGS``."""
+
+    version: str | None = None
+    source: Path | None = None
+    cmake_args: tuple[str, ...] = ()
+    own_ggml: bool = False
+    server: bool = True
+    jobs: int | None = None
+    keep: bool = False
+    force: bool = False
+    stock_twin: bool = False
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished runtime and how it came about."""
+
+    runtime: Runtime
+    seconds: float
+    reused: bool
+    stock: Path | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        result: dict[str, Any] = {
+            "runtime": str(self.runtime.path),
+            "version": self.runtime.version,
+            "patch": self.runtime.patch,
+            "server": self.runtime.server is not None,
+            "ggml": self.runtime.ggml_mode,
+            "seconds": round(self.seconds, 1),
+            "reused": self.reused,
+        }
+        if self.stock is not None:
+            result["stock"] = str(self.stock)
+        return result
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Whether the patch fits a version: ``problem`` is None when it applies and what it touches compiles."""
+
+    version: str
+    patch_set: str | None
+    files: list[str]
+    compiled: list[str]
+    problem: str | None
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        return {
+            "fits": self.problem is None,
+            "version": self.version,
+            "patch_set": self.patch_set,
+            "files": self.files,
+            "compiled": self.compiled,
+            "problem": self.problem,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+@dataclass(frozen=True)
+class CMakeArguments:
+    """The user's cmake arguments: ``definitions`` (-D, last one wins) and whatever else CMAKE_ARGS holds."""
+
+    definitions: dict[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+    @property
+    def wants_ggml(self) -> bool:
+        """Whether an argument is about ggml, which then has to be built."""
+        return any(name.startswith("GGML_") for name in self.definitions)
+
+    def as_list(self) -> list[str]:
+        """The command line words."""
+        return [*self.others, *(f"-D{name}={value}" for name, value in self.definitions.items())]
+
+
+def parse_cmake_arguments(arguments: Sequence[str], environment: str = "") -> CMakeArguments:
+    """``--cmake-arg`` values, which must be -DNAME=VALUE, on top of the environment's ``CMAKE_ARGS``.
+
+    Raises BuildError naming the argument that cannot be understood.
+    """
+    try:
+        words = shlex.split(environment, posix=True)
+    except ValueError as error:
+        raise BuildError(f"CMAKE_ARGS={environment!r} cannot be read ({error}); correct its quotes") from None
+    definitions: dict[str, str] = {}
+    others: list[str] = []
+    pending = iter(words)
+    for word in pending:
+        if word == "-D":
+            word = "-D" + next(pending, "")
+        if found := _definition(word):
+            definitions.pop(found[0], None)
+            definitions[found[0]] = found[1]
+        else:
+            others.append(word)
+    for word in arguments:
+        found = _definition(word)
+        if found is None:
+            raise BuildError(f"--cmake-arg {word!r} is not of the form -DNAME=VALUE")
+        definitions.pop(found[0], None)
+        definitions[found[0]] = found[1]
+    # These two are llama-cpp-python's own: they tell pip to install the bindings alone.
+    for name in ("LLAMA_BUILD", "LLAVA_BUILD"):
+        definitions.pop(name, None)
+    return CMakeArguments(definitions, tuple(others))
+
+
+def _definition(word: str) -> tuple[str, str] | None:
+    match = re.fullmatch(r"-D([A-Za-z_][A-Za-z0-9_]*)(?::[A-Za-z]+)?=(.*)", word, re.DOTALL)
+    return (match.group(1), match.group(2)) if match else None
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything that decides what is built: sources, arguments, and whose ggml (None: our own)."""
+
+    origin: SourceOrigin
+    arguments: CMakeArguments
+    shared: Bindings | None
+    server: bool
+    ggml_id: str
+
+    @property
+    def work_key(self) -> str:
+        """Names the work tree: everything but the patch, so that a changed patch compiles only what it touches."""
+        return f"{self.origin.version}-{self._flags()[:10]}"
+
+    def key(self, patch: PatchSet) -> str:
+        """Names the finished runtime."""
+        server = patch.server_hash if self.server else ""
+        flags = digest(self._flags(), patch.core_hash, server)[:10]
+        return f"{self.origin.version}-{patch.core_hash[:10]}-{flags}" + ("-server" if self.server else "")
+
+    def _flags(self) -> str:
+        machine = f"{sys.platform} {platform.machine()}"
+        definitions = sorted(self.arguments.definitions.items())
+        words = [f"{name}={value}" for name, value in definitions] + list(self.arguments.others)
+        return digest(str(_RUNTIME_FORMAT), machine, self.origin.id, self.ggml_id, *words)
+
+
+def plan_build(options: BuildOptions) -> BuildPlan:
+    """Work out what ``options`` mean on this machine. Raises BuildError."""
+    bindings = find_bindings()
+    if options.source is not None:
+        origin = folder_origin(options.source, options.version)
+    else:
+        origin = sdist_origin(options.version or (bindings.version if bindings else PINNED_VERSION))
+    arguments = parse_cmake_arguments(options.cmake_args, os.environ.get("CMAKE_ARGS", ""))
+    shared = None
+    own = options.own_ggml or arguments.wants_ggml
+    if not own and bindings is not None and bindings.shares_ggml and bindings.version == origin.version:
+        shared = bindings
+    return BuildPlan(origin, arguments, shared, options.server, shared.ggml_id() if shared else "own")
+
+
+def build_runtime(options: BuildOptions, reporter: Reporter | None = None) -> BuildResult:
+    """Build the patched llama.cpp, or find that it is built already.
+
+    Raises BuildError with one sentence; files and finished runtimes are then as they were.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    started = time.monotonic()
+    try:
+        plan = plan_build(options)
+        cache = make_dir(cache_dir())
+        if not options.stock_twin and (found := _finished(plan, cache)) and not options.force:
+            return BuildResult(found, time.monotonic() - started, reused=True)
+        with CacheLock(cache / "build.lock", reporter.say):
+            _clean_leftovers(cache)
+            # Another process may have built it while we waited.
+            found = None if options.force else _finished(plan, cache)
+            stock = found.path / "stock" / "lib" if found else None
+            if found and (not options.stock_twin or (stock and stock.is_dir())):
+                return BuildResult(found, time.monotonic() - started, True, stock if options.stock_twin else None)
+            return _Build(plan, options, cache, reporter, started).run(found)
+    except OSError as error:
+        raise _from_os_error(error) from None
+    finally:
+        reporter.finish()
+
+
+def check_patch(options: BuildOptions, reporter: Reporter | None = None) -> CheckResult:
+    """Whether the patch applies to a version and the files it touches compile. Nothing is kept.
+
+    A misfit is a result; BuildError is raised when it cannot be found out (no sources, no compiler).
+    """
+    reporter = reporter or Reporter(quiet=True)
+    started = time.monotonic()
+    try:
+        plan = plan_build(options)
+        cache = make_dir(cache_dir())
+        work = cache / "work" / f"check-{os.getpid()}"
+        try:
+            return _Build(plan, options, cache, reporter, started, work).check()
+        finally:
+            remove_tree(work)
+    except OSError as error:
+        raise _from_os_error(error) from None
+    finally:
+        reporter.finish()
+
+
+def _finished(plan: BuildPlan, cache: Path) -> Runtime | None:
+    """A finished runtime that serves the plan; one with a server also serves a plan without."""
+    for patch in patch_sets(plan.origin.version):
+        for server in (True,) if plan.server else (False, True):
+            key = BuildPlan(plan.origin, plan.arguments, plan.shared, server, plan.ggml_id).key(patch)
+            with contextlib.suppress(RuntimeMissing):
+                runtime = read_runtime(cache / "runtime" / key)
+                if runtime.problem() is None:
+                    return runtime
+    return None
+
+
+def _clean_leftovers(cache: Path) -> None:
+    """Remove what a killed build left half done; the lock is held, so nobody is at work on it."""
+    for pattern in ("runtime/.stage-*", "runtime/.old-*", "work/*/src.part", "work/*/src.download"):
+        for path in cache.glob(pattern):
+            remove_tree(path)
+    for path in cache.glob("work/check-*"):  # checks hold no lock: leave one that may be running
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 3600:
+                remove_tree(path)
+    for path in sorted(cache.glob("logs/*.log"))[:-_KEPT_LOGS]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+class _Build:
+    """One run of the build, in one work tree."""
+
+    def __init__(
+        self,
+        plan: BuildPlan,
+        options: BuildOptions,
+        cache: Path,
+        reporter: Reporter,
+        started: float,
+        work: Path | None = None,
+    ) -> None:
+        self.plan = plan
+        self.options = options
+        self.cache = cache
+        self.reporter = reporter
+        self.started = started
+        self.work = work or cache / "work" / plan.work_key
+        self.src = self.work / "src"
+        self.build_dir = self.work / "build"
+        self.tree = PatchedTree(self.src, self.work / "pristine")
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        self.log = Log(cache / "logs" / f"{stamp}-{plan.work_key}-{os.getpid()}.log")
+        self.environment = dict(os.environ)
+        self.environment.pop("CMAKE_ARGS", None)
+        self.environment["NINJA_STATUS"] = "[%f/%t] "
+        # llama.cpp asks git for its commit: do not let it find a repository that the cache happens to lie in.
+        self.environment["GIT_CEILING_DIRECTORIES"] = str(self.work.resolve())
+
+    # the two things that can be asked for
+
+    def run(self, finished: Runtime | None) -> BuildResult:
+        fresh = not self.work.exists()
+        keep = self.options.keep or os.environ.get("STEER_KEEP_BUILD", "") not in ("", "0")
+        ok = interrupted = False
+        try:
+            result = self._run(finished)
+            ok = True
+            return result
+        except KeyboardInterrupt:
+            interrupted = True
+            self.reporter.finish()
+            self.reporter.say("stopped; the next `steer build` goes on from here")
+            raise
+        finally:
+            self.log.close()
+            if not keep and not interrupted and (ok or fresh):
+                remove_tree(self.work)
+
+    def _run(self, finished: Runtime | None) -> BuildResult:
+        self._prepare(tools.FRESH_BUILD_BYTES if not self.build_dir.exists() else tools.NEXT_BUILD_BYTES)
+        patch, content = self._fit()
+        stock = self.work / "stock"
+        if self.options.stock_twin and find_library(stock, "llama") is None:
+            # First, so that in a fresh tree only what the patch touches is compiled twice.
+            self.tree.put({})
+            self._compile(["llama"], "compiling llama.cpp (unpatched)")
+            remove_tree(stock)
+            self._copy_libraries(self._outputs(), stock, lambda name: _base_name(name) == "llama")
+        self.tree.put(content)
+        runtime = finished
+        if runtime is None:
+            targets = ["llama", "mtmd", *(["llama-server"] if self.plan.server else [])]
+            self._compile(targets, "compiling llama.cpp")
+            runtime = self._install(patch)
+        twin = self._install_stock(runtime, stock) if self.options.stock_twin else None
+        return BuildResult(runtime, time.monotonic() - self.started, finished is not None, twin)
+
+    def check(self) -> CheckResult:
+        self._prepare(tools.NEXT_BUILD_BYTES)
+        version = self.plan.origin.version
+        try:
+            patch, content = self.tree.choose(patch_sets(version), self.plan.server)
+        except DoesNotFit as error:
+            return self._checked(None, [], [], self._misfit(error))
+        self.tree.put(content)
+        files = sorted(content)
+        try:
+            self._configure()
+            compiled = self._compile_touched([path for path in files if path.endswith((".cpp", ".c", ".cc"))])
+        except BuildError as error:
+            return self._checked(patch.name, files, [], str(error))
+        return self._checked(patch.name, files, compiled, None)
+
+    def _checked(self, patch: str | None, files: list[str], compiled: list[str], problem: str | None) -> CheckResult:
+        self.log.close()
+        if problem is None:
+            self.log.path.unlink(missing_ok=True)
+        return CheckResult(self.plan.origin.version, patch, files, compiled, problem, time.monotonic() - self.started)
+
+    # the steps
+
+    def _prepare(self, space: int) -> None:
+        """Compiler, disk space, sources, cmake and ninja: what fails soonest comes first."""
+        tools.require_compiler(self.plan.arguments.definitions)
+        tools.require_space(self.cache, space)
+        if not self.src.exists():
+            what = self.plan.origin.folder or f"the sources of {DISTRIBUTION} {self.plan.origin.version}"
+            self.reporter.say(f"{'copying' if self.plan.origin.folder else 'fetching'} {what}")
+            make_dir(self.work)
+            prepare_tree(self.plan.origin, self.src)
+        self.toolchain = tools.toolchain(self.cache / "tools", self.plan.arguments.definitions)
+
+    def _fit(self) -> tuple[PatchSet, dict[str, bytes]]:
+        try:
+            return self.tree.choose(patch_sets(self.plan.origin.version), self.plan.server)
+        except DoesNotFit as error:
+            raise BuildError(f"{self._misfit(error)}; install {DISTRIBUTION}=={PINNED_VERSION}") from None
+
+    def _misfit(self, error: DoesNotFit) -> str:
+        folder = self.plan.origin.folder
+        return f"the patch does not fit {folder or f'{DISTRIBUTION} {self.plan.origin.version}'}: {error}"
+
+    def _configure(self) -> None:
+        existed = self.build_dir.exists()
+        code, lines = self._run_cmake()
+        if code != 0 and existed:
+            # A kept tree may have been configured by tools that are gone.
+            remove_tree(self.build_dir)
+            code, lines = self._run_cmake()
+        if code != 0:
+            raise self._failure("cmake could not configure llama.cpp", lines)
+
+    def _run_cmake(self) -> tuple[int, list[str]]:
+        definitions = dict(_DEFINITIONS)
+        origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+        rpath = [origin, f"{origin}/../lib"]
+        if self.plan.shared is not None:
+            assert self.plan.shared.ggml_prefix is not None
+            definitions["LLAMA_USE_SYSTEM_GGML"] = "ON"
+            definitions["CMAKE_PREFIX_PATH"] = _cmake_path(self.plan.shared.ggml_prefix)
+            rpath.append(_cmake_path(self.plan.shared.library_dir))
+        else:
+            # GPU libraries outside the system's folders (CUDA's) are found where the linker found them.
+            definitions["CMAKE_INSTALL_RPATH_USE_LINK_PATH"] = "ON"
+        definitions["CMAKE_INSTALL_RPATH"] = ";".join(rpath)
+        if self.toolchain.ninja:
+            definitions["CMAKE_MAKE_PROGRAM"] = _cmake_path(self.toolchain.ninja)
+        user = dict(self.plan.arguments.definitions)
+        if self.plan.shared is not None and "CMAKE_PREFIX_PATH" in user:
+            user["CMAKE_PREFIX_PATH"] = f"{definitions['CMAKE_PREFIX_PATH']};{user['CMAKE_PREFIX_PATH']}"
+        definitions.update(user)
+        generator = ["-G", "Ninja"] if self.toolchain.ninja else []
+        others = self.plan.arguments.others
+        if any(word.startswith("-G") for word in others):
+            generator = []
+        command = [self.toolchain.cmake, "-S", str(self.src), "-B", str(self.build_dir), *generator, *others]
+        command += [f"-D{name}={value}" for name, value in definitions.items()]
+        return run_logged(command, self.log, cwd=self.work, env=self.environment)
+
+    def _compile(self, targets: Sequence[str], what: str) -> None:
+        self._configure()
+        command = [self.toolchain.cmake, "--build", str(self.build_dir), "--config", "Release"]
+        command += ["--parallel", str(self.options.jobs or tools.default_jobs()), "--target", *targets]
+        self.reporter.progress(0, 1, what)
+        code, lines = run_logged(
+            command,
+            self.log,
+            cwd=self.work,
+            env=self.environment,
+            on_step=lambda done, total: self.reporter.progress(done, total, what),
+        )
+        self.reporter.finish()
+        if code != 0:
+            raise self._failure("llama.cpp could not be compiled", lines)
+
+    def _failure(self, what: str, lines: Sequence[str]) -> BuildError:
+        if any("No space left on device" in line for line in lines):
+            return BuildError("the disk is full; make room or set STEER_CACHE to a folder on another disk")
+        return BuildError(f"{what}: {first_error(lines)} (full log: {self.log.path})")
+
+    def _compile_touched(self, files: Sequence[str]) -> list[str]:
+        """Compile single files of the configured tree, looking at errors only. Raises BuildError with the first one."""
+        database = self.build_dir / "compile_commands.json"
+        if not database.is_file():  # Visual Studio's generator writes none
+            self._compile(["llama"], "compiling llama.cpp")
+            return list(files)
+        entries = json.loads(database.read_text(encoding="utf-8"))
+        commands = {}
+        for path in files:
+            command = syntax_command(entries, self.src / path)
+            if command is None:
+                raise BuildError(f"the build of llama.cpp does not compile {path}, so the patch would do nothing there")
+            commands[path] = command
+
+        def compile_one(path: str) -> tuple[str, int, list[str]]:
+            command, folder = commands[path]
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                stdin=subprocess.DEVNULL,
+                check=False,
+            )
+            return path, done.returncode, (done.stderr + done.stdout).splitlines()
+
+        self.reporter.say(f"compiling {len(files)} touched files")
+        with ThreadPoolExecutor(self.options.jobs or tools.default_jobs()) as pool:
+            for path, code, lines in pool.map(compile_one, files):
+                self.log.write("\n".join([f"$ {shlex.join(commands[path][0])}", *lines]))
+                if code != 0:
+                    raise self._failure(f"{path} does not compile with the patch", lines)
+        return list(files)
+
+    # the result
+
+    def _outputs(self) -> Path:
+        """The folder with the compiled libraries and programs."""
+        for folder in (self.build_dir / "bin" / "Release", self.build_dir / "bin"):
+            if find_library(folder, "llama"):
+                return folder
+        raise BuildError(f"the build ended without a llama library in {self.build_dir} (full log: {self.log.path})")
+
+    def _copy_libraries(self, source: Path, target: Path, wanted: Callable[[str], bool]) -> None:
+        make_dir(target)
+        for path in sorted(source.iterdir()):
+            if is_shared_library(path.name) and wanted(path.name):
+                shutil.copy2(path, target / path.name, follow_symlinks=False)
+
+    def _install(self, patch: PatchSet) -> Runtime:
+        key = self.plan.key(patch)
+        final = self.cache / "runtime" / key
+        stage = make_dir(self.cache / "runtime") / f".stage-{key}-{os.getpid()}"
+        remove_tree(stage)
+        try:
+            meta = self._stage(stage, patch)
+            write_atomic(stage / RUNTIME_FILE, (json.dumps(meta, indent=2) + "\n").encode())
+            old = final.with_name(f".old-{key}-{os.getpid()}")
+            if final.exists():
+                os.replace(final, old)
+            os.replace(stage, final)
+            remove_tree(old)
+        finally:
+            remove_tree(stage)
+        return read_runtime(final)
+
+    def _stage(self, stage: Path, patch: PatchSet) -> dict[str, Any]:
+        """Fill ``stage`` and try the result; the content of runtime.json."""
+        outputs, lib = self._outputs(), stage / "lib"
+        core = {"llama", "mtmd"}
+        server_libraries = {"llama-common", "llama-server-impl"} if self.plan.server else set()
+        own = self.plan.shared is None
+        self._copy_libraries(
+            outputs,
+            lib,
+            lambda name: _base_name(name) in core | server_libraries or (own and is_ggml(name)),
+        )
+        mode = "own"
+        if self.plan.shared is not None:
+            mode = "copy"
+            link_libraries(self.plan.shared.ggml_files(), lib)
+        report = probe(lib)
+        if self.plan.shared is not None and "error" in report:
+            mode = "in-place"
+            for path in ggml_files(lib):
+                path.unlink()
+            report = probe(lib)
+        if "error" in report:
+            raise BuildError(f"the compiled libraries cannot be loaded ({report['error']}); full log: {self.log.path}")
+        if not report.get("steer"):
+            raise BuildError(f"the compiled library has no steering in it; the patch is broken (log: {self.log.path})")
+        server = self._stage_server(stage, outputs) if self.plan.server else None
+        self._stage_headers(stage / "include")
+        source = self.plan.shared.library_dir if self.plan.shared else None
+        return {
+            "format": _RUNTIME_FORMAT,
+            "version": self.plan.origin.version,
+            "llama_cpp": llama_cpp_version(self.src),
+            "source": "sdist" if self.plan.origin.folder is None else str(self.plan.origin.folder),
+            "patch": patch.core_hash,
+            "patch_set": patch.name,
+            "server_patch": patch.server_hash if self.plan.server else None,
+            "steer_api": report["steer"],
+            "server": server,
+            "cmake_args": self.plan.arguments.as_list(),
+            "ggml": {
+                "mode": mode,
+                "source": str(source) if source else None,
+                "files": {path.name: file_sha256(path) for path in ggml_files(source or lib) if not path.is_symlink()},
+            },
+            "platform": f"{sys.platform} {platform.machine()}",
+            "steer_plugins": __version__,
+            "built_at": time.time(),
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
+
+    def _stage_server(self, stage: Path, outputs: Path) -> str:
+        """Put llama-server in place; its path inside the runtime."""
+        windows = sys.platform == "win32"
+        name = "llama-server.exe" if windows else "llama-server"
+        folder = "lib" if windows else "bin"  # Windows looks for libraries beside the program and nowhere else of ours
+        make_dir(stage / folder)
+        shutil.copy2(outputs / name, stage / folder / name)
+        return f"{folder}/{name}"
+
+    def _stage_headers(self, include: Path) -> None:
+        ggml = self.src / "ggml" / "include"
+        folders = [self.src / "include", ggml if self.plan.shared is None else self._shared_include()]
+        headers = [path for folder in folders for path in folder.glob("*.h")]
+        headers += [*(self.src / "tools" / "mtmd").glob("mtmd*.h"), *(self.src / "src").glob("llama-steer.h")]
+        make_dir(include)
+        for path in headers:
+            shutil.copyfile(path, include / path.name)
+        for path in self.src.glob("LICENSE*"):
+            shutil.copyfile(path, include.parent / f"{path.name}.llama.cpp")
+
+    def _shared_include(self) -> Path:
+        assert self.plan.shared is not None and self.plan.shared.ggml_prefix is not None
+        return self.plan.shared.ggml_prefix / "include"
+
+    def _install_stock(self, runtime: Runtime, stock: Path) -> Path:
+        """Put the unpatched library beside the patched one, with links to the same ggml."""
+        target = runtime.path / "stock"
+        partial = runtime.path / ".stage-stock"
+        remove_tree(partial)
+        remove_tree(target)
+        lib = make_dir(partial / "lib")
+        self._copy_libraries(stock, lib, lambda name: True)
+        same = [path for path in runtime.lib_dir.iterdir() if is_ggml(path.name) or _base_name(path.name) == "mtmd"]
+        link_libraries(same, lib)
+        report = probe(lib)
+        if "error" in report or report.get("steer"):
+            remove_tree(partial)
+            why = report.get("error", "it is patched")
+            raise BuildError(f"the unpatched twin is unusable ({why}); remove {self.work}")
+        os.replace(partial, target)
+        return target / "lib"
+
+
+def is_shared_library(name: str) -> bool:
+    """Whether a file name is that of a shared library, versions behind the suffix included."""
+    return name.endswith((".dylib", ".dll")) or re.search(r"\.so(\.\d+)*$", name) is not None
+
+
+def _base_name(name: str) -> str:
+    """ "libllama-common.so.0.5.0" -> "llama-common"; also "libllama.0.dylib" and "llama.dll" -> "llama"."""
+    return re.sub(r"^lib|(\.\d+)*(\.so|\.dylib|\.dll)(\.\d+)*$", "", name)
+
+
+def link_libraries(files: Iterable[Path], target: Path) -> None:
+    """Put libraries into ``target`` without using the disk twice where that is possible.
+
+    Wheels hold every library once for each of its names (libx.so, libx.so.0, libx.so.0.1). Here one of them is a hard
+    link or a copy and the others point to it: a library loaded under two names must be one file, or it is loaded twice.
+    """
+    make_dir(target)
+    first: dict[str, str] = {}
+    for path in sorted(files, key=lambda path: (-len(path.name), path.name)):
+        content = file_sha256(path)
+        place = target / path.name
+        with contextlib.suppress(FileNotFoundError):
+            place.unlink()
+        if content in first and os.name == "posix":
+            os.symlink(first[content], place)
+            continue
+        first.setdefault(content, path.name)
+        try:
+            os.link(path.resolve(), place)
+        except OSError:
+            shutil.copy2(path.resolve(), place)
+
+
+def probe(lib_dir: Path) -> dict[str, Any]:
+    """What the libraries in a folder offer, found out in a process of its own (probe.py); "error" when none load."""
+    script = Path(__file__).with_name("probe.py")
+    command = [sys.executable, "-I", str(script), str(lib_dir)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"error": str(error).splitlines()[0]}
+    lines = done.stdout.strip().splitlines()
+    try:
+        answer = json.loads(lines[-1])
+        if not isinstance(answer, dict):
+            raise ValueError(answer)
+        return answer
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or [f"the loading process ended with code {done.returncode}"])[-1]
+        return {"error": last}
+
+
+def syntax_command(entries: Sequence[Mapping[str, Any]], source: Path) -> tuple[list[str], str] | None:
+    """The command (and its folder) that checks one source file, from compile_commands.json; None if never compiled.
+
+    Files in a unity build have no entry: theirs is the command of the unity file that includes them.
+    """
+    for entry in entries:
+        listed = Path(entry["file"])
+        if _same_path(listed, source):
+            return _syntax_only(entry, source)
+    for entry in entries:
+        listed = Path(entry["file"])
+        if "unity" in listed.name and listed.is_file():
+            text = listed.read_text(encoding="utf-8", errors="replace")
+            if any(_same_path(Path(path), source) for path in re.findall(r'#include "([^"]+)"', text)):
+                return _syntax_only(entry, source)
+    return None
+
+
+def _syntax_only(entry: Mapping[str, Any], source: Path) -> tuple[list[str], str]:
+    words = list(entry["arguments"]) if "arguments" in entry else _split_command(entry["command"])
+    compiler = Path(words[0]).name.lower()
+    result = [words[0], "/Zs" if compiler in ("cl", "cl.exe") else "-fsyntax-only"]
+    skip = False
+    for word in words[1:]:
+        if skip:
+            skip = False
+        elif word in ("-o", "-MF", "-MT", "-MQ"):
+            skip = True
+        elif word in ("-c", "/c", "-MD", "-MMD") or word.startswith(("/Fo", "/Fd")):
+            continue
+        elif not _same_path(Path(word), Path(entry["file"])):
+            result.append(word)
+    return [*result, str(source)], str(entry["directory"])
+
+
+def _split_command(command: str) -> list[str]:
+    if os.name == "posix":
+        return shlex.split(command)
+    return [word.strip('"') for word in shlex.split(command, posix=False)]
+
+
+def _same_path(one: Path, other: Path) -> bool:
+    return os.path.normcase(os.path.realpath(one)) == os.path.normcase(os.path.realpath(other))
+
+
+def _cmake_path(path: Path | str) -> str:
+    return str(path).replace("\\", "/")
+
+
+def _from_os_error(error: OSError) -> BuildError:
+    if error.errno == errno.ENOSPC:
+        return BuildError("the disk is full; make room or set STEER_CACHE to a folder on another disk")
+    where = f" at {error.filename}" if error.filename else ""
+    return BuildError(f"the build stopped{where} ({error.strerror or error}); check permissions and free disk space")

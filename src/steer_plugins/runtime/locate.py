@@ -1,0 +1,235 @@
+"""Finding a finished runtime, and making this process use it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import BuildError, RuntimeMissing
+from .bindings import DISTRIBUTION, PINNED_VERSION, find_bindings, find_library, ggml_files
+from .cache import cache_dir
+from .patching import load_patch_set
+
+RUNTIME_FILE = "runtime.json"
+
+# pip's own cache is left out of it: a wheel without the library, cached there, would be what the next plain
+# `pip install llama-cpp-python` of any other environment gets.
+INSTALL_BINDINGS = f"CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install --no-cache-dir {DISTRIBUTION}=={PINNED_VERSION}"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A patched llama.cpp, ready to load.
+
+    ``path``: its folder; ``lib_dir``: the shared libraries; ``server``: llama-server or None; ``version``: of
+    llama-cpp-python, or a label where the sources were no release of it ("" when unknown); ``patch``: content hash of
+    the patch ("" when unknown); ``ggml_mode``: "own", "copy" or "in-place" (of an installed llama-cpp-python), "" when
+    unknown; ``meta``: the content of runtime.json.
+    """
+
+    path: Path
+    lib_dir: Path
+    server: Path | None
+    version: str
+    patch: str
+    patch_set: str
+    ggml_mode: str
+    meta: dict[str, Any]
+
+    @property
+    def library(self) -> Path:
+        """The patched libllama."""
+        found = find_library(self.lib_dir, "llama")
+        if found is None:
+            raise RuntimeMissing(f"the runtime {self.path} has lost its llama library; run `steer build --force`")
+        return found
+
+    @property
+    def stock_lib_dir(self) -> Path | None:
+        """The unpatched twin's libraries, where it was built (`steer build --stock-twin`)."""
+        folder = self.path / "stock" / "lib"
+        return folder if find_library(folder, "llama") else None
+
+    def problem(self) -> str | None:
+        """What is wrong with its files, as the end of a sentence; None when they are as they were built."""
+        if find_library(self.lib_dir, "llama") is None:
+            return "its llama library is gone"
+        if self.server is not None and not self.server.is_file():
+            return "its llama-server is gone"
+        ggml = self.meta.get("ggml")
+        if isinstance(ggml, dict) and isinstance(ggml.get("files"), dict):
+            folder = Path(str(ggml.get("source"))) if self.ggml_mode == "in-place" else self.lib_dir
+            present = {path.name for path in ggml_files(folder)}
+            gone = sorted(set(ggml["files"]) - present)
+            if gone:
+                return f"the ggml library it uses, {folder / gone[0]}, is gone"
+        return None
+
+
+def read_runtime(folder: Path) -> Runtime:
+    """The runtime in ``folder``. Raises RuntimeMissing: not a finished one, or its runtime.json is damaged."""
+    try:
+        meta = json.loads((folder / RUNTIME_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RuntimeMissing(f"{folder} is no finished runtime (no {RUNTIME_FILE}); run `steer build`") from None
+    except (OSError, ValueError):
+        meta = None
+    if not isinstance(meta, dict) or meta.get("format") != 1:
+        raise RuntimeMissing(f"{folder / RUNTIME_FILE} cannot be read; run `steer build --force`")
+    server = meta.get("server")
+    ggml = meta.get("ggml")
+    return Runtime(
+        path=folder,
+        lib_dir=folder / "lib",
+        server=folder / server if isinstance(server, str) and ".." not in server else None,
+        version=str(meta.get("version", "")),
+        patch=str(meta.get("patch", "")),
+        patch_set=str(meta.get("patch_set", "default")),
+        ggml_mode=str(ggml.get("mode", "")) if isinstance(ggml, dict) else "",
+        meta=meta,
+    )
+
+
+def runtime_at(folder: Path) -> Runtime:
+    """The runtime a user pointed at: a finished one, or any folder with the libraries (in it or in its ``lib``).
+
+    Raises RuntimeMissing when there is none.
+    """
+    if (folder / RUNTIME_FILE).is_file():
+        return read_runtime(folder)
+    if folder.name == "lib" and (folder.parent / RUNTIME_FILE).is_file():
+        return read_runtime(folder.parent)
+    for lib in (folder / "lib", folder):
+        if find_library(lib, "llama"):
+            return Runtime(folder, lib, None, "", "", "", "", {})
+    raise RuntimeMissing(
+        f"STEER_RUNTIME={folder} holds neither a {RUNTIME_FILE} nor the llama libraries; "
+        "point it at a folder that `steer build` made, or unset it"
+    )
+
+
+def cached_runtimes() -> list[Runtime]:
+    """Every finished runtime in the cache, newest first."""
+    found = []
+    root = cache_dir() / "runtime"
+    for path in root.iterdir() if root.is_dir() else ():
+        if path.is_dir() and not path.name.startswith("."):
+            with contextlib.suppress(RuntimeMissing):
+                found.append(read_runtime(path))
+    return sorted(found, key=lambda runtime: -_number(runtime.meta.get("built_at")))
+
+
+def is_current(runtime: Runtime, need_server: bool = False) -> bool:
+    """Whether a runtime was built with the patch this package carries."""
+    try:
+        patch = load_patch_set(runtime.patch_set)
+    except BuildError:
+        return False
+    if need_server and (runtime.server is None or (runtime.meta.get("server_patch") or "") != patch.server_hash):
+        return False
+    return runtime.patch == patch.core_hash
+
+
+def find_runtime(need_server: bool = False) -> Runtime | None:
+    """The runtime to use, or None: ``STEER_RUNTIME``, else the newest in the cache that was built with the current
+    patch and, where llama-cpp-python is installed, for its version.
+
+    Raises RuntimeMissing when ``STEER_RUNTIME`` is set to something unusable.
+    """
+    named = os.environ.get("STEER_RUNTIME")
+    if named:
+        runtime = runtime_at(Path(named).expanduser().absolute())
+        problem = runtime.problem()
+        if problem:
+            raise RuntimeMissing(f"STEER_RUNTIME={named} cannot be used: {problem}")
+        if need_server and runtime.server is None:
+            raise RuntimeMissing(f"STEER_RUNTIME={named} has no llama-server; unset it and run `steer build`")
+        return runtime
+    bindings = find_bindings()
+    for runtime in cached_runtimes():
+        if bindings is not None and runtime.version != bindings.version and not need_server:
+            continue
+        if is_current(runtime, need_server) and runtime.problem() is None:
+            return runtime
+    return None
+
+
+def ensure_runtime(quiet: bool = False, need_server: bool = False) -> Runtime:
+    """The runtime to use; built now, after saying so on stderr, when there is none.
+
+    Raises RuntimeMissing or BuildError with one sentence.
+    """
+    found = find_runtime(need_server)
+    if found is not None:
+        return found
+    from .build import BuildOptions, build_runtime  # the build imports this module
+    from .process import Reporter
+
+    reporter = Reporter(quiet=quiet)
+    what = "llama.cpp and llama-server" if need_server else "llama.cpp"
+    reporter.say(f"steer-plugins compiles {what} with its patch now, once; this takes some minutes (`steer build`)")
+    result = build_runtime(BuildOptions(server=need_server), reporter)
+    reporter.say(f"built {result.runtime.path} in {result.seconds:.0f} s")
+    return result.runtime
+
+
+def activate(runtime: Runtime) -> ModuleType:
+    """Import llama_cpp on the runtime's libraries and return it; fine to call again.
+
+    ``LLAMA_CPP_LIB_PATH`` and ``MTMD_CPP_LIB`` are set for this process. Raises RuntimeMissing: no bindings, bindings
+    of another version, llama_cpp already loaded with other libraries, or libraries without the patch.
+    """
+    bindings = find_bindings()
+    if bindings is None:
+        raise RuntimeMissing(
+            f"{DISTRIBUTION} is not installed; install the bindings with `pip install 'steer-plugins[local]'`, "
+            f"or, to compile llama.cpp only once, `{INSTALL_BINDINGS}`"
+        )
+    # Labels of trees that are no release say nothing about the bindings: whoever points there is taken at their word.
+    if runtime.version[:1].isdigit() and runtime.version != bindings.version:
+        raise RuntimeMissing(
+            f"the runtime {runtime.path} was built for {DISTRIBUTION} {runtime.version}, but {bindings.version} is "
+            "installed; run `steer build`, and unset STEER_RUNTIME if it is set"
+        )
+    library = runtime.library
+    if "llama_cpp" not in sys.modules:
+        os.environ["LLAMA_CPP_LIB_PATH"] = str(runtime.lib_dir)
+        os.environ["MTMD_CPP_LIB"] = str(runtime.lib_dir)
+    try:
+        module = importlib.import_module("llama_cpp")
+        loaded = importlib.import_module("llama_cpp.llama_cpp")._lib
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeMissing(f"llama_cpp cannot be imported ({reason}); run `steer doctor`") from None
+    if not _same_file(getattr(loaded, "_name", ""), library):
+        raise RuntimeMissing(
+            f"llama_cpp is already imported with {getattr(loaded, '_name', 'other libraries')}; import steer_plugins "
+            f"before llama_cpp, or set LLAMA_CPP_LIB_PATH={runtime.lib_dir}"
+        )
+    if not has_steering(loaded):
+        raise RuntimeMissing(f"{library} has no steering in it; unset STEER_RUNTIME or run `steer build --force`")
+    return module
+
+
+def has_steering(library: ctypes.CDLL) -> bool:
+    """Whether a loaded libllama carries the patch."""
+    return hasattr(library, "llama_steer_version")
+
+
+def _same_file(one: str, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0
