@@ -596,9 +596,9 @@ class _Build:
         ggml = self.src / "ggml" / "include"
         folders = [self.src / "include", ggml if self.plan.shared is None else self._shared_include()]
         headers = [path for folder in folders for path in folder.glob("*.h")]
-        headers += [*(self.src / "tools" / "mtmd").glob("mtmd*.h"), *(self.src / "src").glob("llama-steer.h")]
+        headers += [self.src / path for path in ("tools/mtmd/mtmd.h", "tools/mtmd/mtmd-helper.h", "src/llama-steer.h")]
         make_dir(include)
-        for path in headers:
+        for path in filter(Path.is_file, headers):
             shutil.copyfile(path, include / path.name)
         for path in self.src.glob("LICENSE*"):
             shutil.copyfile(path, include.parent / f"{path.name}.llama.cpp")

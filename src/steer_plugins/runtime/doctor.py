@@ -1,0 +1,255 @@
+"""`steer doctor`: what is here, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import BuildError, ModelError, RuntimeMissing
+from ..models import default_model_path, inspect_gguf
+from . import tools
+from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, ggml_files
+from .build import probe
+from .cache import cache_dir, file_sha256
+from .locate import INSTALL_BINDINGS, Runtime, cached_runtimes, find_runtime, is_current
+from .patching import PatchSet, patch_sets
+from .sources import pip_available
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. ``state``: "ok", "note" (works, worth knowing) or "missing" (steering does not work)."""
+
+    topic: str
+    state: str
+    text: str
+    advice: str = ""
+
+
+@dataclass
+class Report:
+    """All findings, and the same facts for machines."""
+
+    findings: list[Finding] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def works(self) -> bool:
+        """Whether steering works as things are."""
+        return all(finding.state != "missing" for finding in self.findings)
+
+    def add(self, topic: str, state: str, text: str, advice: str = "") -> None:
+        """Add a finding."""
+        self.findings.append(Finding(topic, state, text, advice))
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        todo = [finding.advice for finding in self.findings if finding.advice]
+        return {
+            "works": self.works,
+            **self.facts,
+            "findings": [vars(finding) for finding in self.findings],
+            "todo": todo,
+        }
+
+
+def diagnose(model: Path | None = None) -> Report:
+    """Look at everything steering needs. Changes nothing, imports no llama.cpp, raises nothing."""
+    report = Report()
+    version = platform.python_version()
+    report.facts["steer_plugins"] = __version__
+    report.facts["python"] = {"version": version, "executable": sys.executable, "platform": platform.platform()}
+    report.add("python", "ok", f"{version} on {platform.platform()}, steer-plugins {__version__}")
+    bindings = _bindings(report)
+    patch = _patch(report, bindings)
+    runtime = _runtime(report, bindings, patch)
+    _devices(report, runtime)
+    _model(report, model)
+    _tools(report, runtime)
+    _library(report)
+    return report
+
+
+def _bindings(report: Report) -> Bindings | None:
+    bindings = find_bindings()
+    report.facts["bindings"] = None
+    if bindings is None:
+        advice = f"pip install 'steer-plugins[local]', or to compile llama.cpp only once: {INSTALL_BINDINGS}"
+        report.add("bindings", "missing", f"{DISTRIBUTION} is not installed", advice)
+        return None
+    own = "with a library of its own" if bindings.has_library else "without a library of its own"
+    report.facts["bindings"] = {
+        "version": bindings.version,
+        "own_library": bindings.has_library,
+        "shares_ggml": bindings.shares_ggml,
+        "path": str(bindings.package),
+    }
+    text = f"{DISTRIBUTION} {bindings.version}, {own}"
+    if bindings.version == PINNED_VERSION:
+        report.add("bindings", "ok", text)
+    else:
+        report.add(
+            "bindings",
+            "note",
+            f"{text}; the patch is made for {PINNED_VERSION}",
+            f"see whether it fits with `steer build --check`, or pip install {DISTRIBUTION}=={PINNED_VERSION}",
+        )
+    return bindings
+
+
+def _patch(report: Report, bindings: Bindings | None) -> PatchSet | None:
+    report.facts["patch"] = None
+    try:
+        patch = patch_sets(bindings.version if bindings else PINNED_VERSION)[0]
+    except (BuildError, OSError) as error:
+        report.add("patch", "missing", str(error), "reinstall steer-plugins")
+        return None
+    files = len(patch.files(False)) + len(patch.changes(False))
+    report.facts["patch"] = {"name": patch.name, "hash": patch.core_hash, "files": files}
+    report.add("patch", "ok", f"{patch.core_hash[:10]} ({patch.name}, {files} files)")
+    return patch
+
+
+def _runtime(report: Report, bindings: Bindings | None, patch: PatchSet | None) -> Runtime | None:
+    report.facts["runtime"] = None
+    report.facts["cache"] = str(cache_dir())
+    try:
+        runtime = find_runtime()
+    except RuntimeMissing as error:
+        report.add("runtime", "missing", str(error), "unset STEER_RUNTIME, then run `steer build`")
+        return None
+    if runtime is None:
+        others = cached_runtimes()
+        why = f"none fits in {cache_dir()}"
+        if others:
+            newest = others[0]
+            same = "this" if is_current(newest) else "another"
+            why += f" (the newest there is for {newest.version} with {same} patch)"
+        report.add("runtime", "missing", f"no patched llama.cpp: {why}", "steer build")
+        return None
+    report.facts["runtime"] = {
+        "path": str(runtime.path),
+        "version": runtime.version,
+        "patch": runtime.patch,
+        "current_patch": is_current(runtime),
+        "ggml": runtime.ggml_mode,
+        "server": str(runtime.server) if runtime.server else None,
+    }
+    ggml = {
+        "own": "its own ggml",
+        "copy": f"the ggml of {DISTRIBUTION}, linked in",
+        "in-place": f"the ggml of {DISTRIBUTION}, where that is installed",
+    }.get(runtime.ggml_mode, "unknown ggml")
+    server = "with llama-server" if runtime.server else "without llama-server"
+    report.add("runtime", "ok", f"{runtime.path} ({runtime.version or 'unknown version'}, {ggml}, {server})")
+    if not is_current(runtime):
+        report.add(
+            "runtime", "note", "it was not built with this package's patch", "unset STEER_RUNTIME or `steer build`"
+        )
+    if bindings is not None and runtime.version[:1].isdigit() and runtime.version != bindings.version:
+        text = f"it is for {DISTRIBUTION} {runtime.version}, but {bindings.version} is installed"
+        report.add("runtime", "missing", text, "unset STEER_RUNTIME, then run `steer build`")
+    if bindings is not None and bindings.shares_ggml and _other_ggml(runtime, bindings):
+        report.add(
+            "runtime",
+            "note",
+            f"{DISTRIBUTION} now brings another ggml than the one this runtime uses",
+            "run `steer build` to use the ggml (and the devices) of the installed one",
+        )
+    return runtime
+
+
+def _other_ggml(runtime: Runtime, bindings: Bindings) -> bool:
+    ggml = runtime.meta.get("ggml")
+    if not isinstance(ggml, dict) or runtime.meta.get("cmake_args"):
+        return False  # somebody chose their own
+    built = ggml.get("files") or {}
+    return any(file_sha256(path) != built.get(path.name) for path in ggml_files(bindings.library_dir))
+
+
+def _devices(report: Report, runtime: Runtime | None) -> None:
+    report.facts["devices"] = []
+    if runtime is None:
+        return
+    answer = probe(runtime.lib_dir)
+    if "error" in answer:
+        report.add("devices", "missing", f"the libraries cannot be loaded: {answer['error']}", "steer build --force")
+        return
+    if not answer.get("steer"):
+        report.add("devices", "missing", f"{runtime.lib_dir} is a llama.cpp without steering", "steer build")
+        return
+    devices = answer.get("devices") or []
+    report.facts["devices"] = devices
+    report.facts["steer_api"] = answer["steer"]
+    names = "; ".join(f"{device['name']}: {device['description']}" for device in devices)
+    report.add("devices", "ok", names or "none", "" if devices else "steer build --force --own-ggml")
+
+
+def _model(report: Report, model: Path | None) -> None:
+    report.facts["model"] = None
+    try:
+        summary = inspect_gguf(model if model is not None else default_model_path())
+    except ModelError as error:
+        report.add("model", "missing", str(error), "give a GGUF with --model, or fetch the demo model: ./scripts/demo")
+        return
+    report.facts["model"] = {
+        "path": str(summary.path),
+        "architecture": summary.architecture,
+        "name": summary.name,
+        "n_layer": summary.n_layer,
+        "n_embd": summary.n_embd,
+        "files": len(summary.files),
+    }
+    parts = f", {len(summary.files)} files" if len(summary.files) > 1 else ""
+    text = f"{summary.path} ({summary.architecture}, {summary.n_layer} layers of {summary.n_embd}{parts})"
+    report.add("model", "ok", text)
+
+
+def _tools(report: Report, runtime: Runtime | None) -> None:
+    """What a build would need; a note only, as long as there is a runtime."""
+    compiler, cmake, ninja = tools.find_compiler(), tools.find_cmake(), tools.find_ninja()
+    pip = pip_available()
+    report.facts["tools"] = {"compiler": compiler, "cmake": cmake, "ninja": ninja, "pip": pip}
+    needed = "missing" if runtime is None else "note"
+    if compiler:
+        report.add("compiler", "ok", compiler)
+    else:
+        report.add("compiler", needed, "no C++ compiler", tools.compiler_advice())
+    if cmake and ninja:
+        report.add("cmake, ninja", "ok", f"{cmake}, {ninja}")
+    elif pip:
+        absent = " and ".join(name for name, path in (("cmake", cmake), ("ninja", ninja)) if not path)
+        report.add("cmake, ninja", "ok", f"no {absent} of the system's; pip fetches what a build needs")
+    else:
+        report.add("cmake, ninja", needed, "not found, and there is no pip to fetch them", "install cmake and ninja")
+
+
+def _library(report: Report) -> None:
+    """The folder of steering vectors."""
+    try:
+        from ..library import Library  # type: ignore[import-not-found,unused-ignore]
+
+        folder = Path(Library().root)
+    except Exception as error:  # a broken library folder must not hide the rest of the report
+        report.add("library", "note", f"cannot be opened ({str(error).splitlines()[0] if str(error) else error!r})")
+        report.facts["library"] = None
+        return
+    count = sum(1 for _ in folder.glob("*/*.safetensors")) if folder.is_dir() else 0
+    report.facts["library"] = {"path": str(folder), "vectors": count}
+    writable = os.access(folder if folder.exists() else _existing_parent(folder), os.W_OK)
+    text = f"{folder} ({count} vectors)"
+    if writable:
+        report.add("library", "ok", text)
+    else:
+        report.add("library", "note", f"{text} is not writable", f"make {folder} writable to keep trained vectors")
+
+
+def _existing_parent(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
