@@ -1,0 +1,21 @@
+"""Engines: what reads, generates and scores, with steering."""
+
+from steer_plugins.engine.base import (
+    Activations,
+    Engine,
+    GenerateRequest,
+    Generation,
+    GenerationStream,
+    ModelInfo,
+    Prompt,
+)
+
+__all__ = [
+    "Activations",
+    "Engine",
+    "GenerateRequest",
+    "Generation",
+    "GenerationStream",
+    "ModelInfo",
+    "Prompt",
+]

@@ -1,0 +1,564 @@
+"""The in-process engine: llama-cpp-python's bindings on a patched llama.cpp."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steer_plugins import native
+from steer_plugins.engine.base import (
+    Activations,
+    Engine,
+    GenerateRequest,
+    Generation,
+    GenerationStream,
+    ModelInfo,
+    Progress,
+    Prompt,
+    as_steering,
+)
+from steer_plugins.engine.batching import Text, log_softmax_at, read_texts, run_texts, wanted_positions
+from steer_plugins.engine.model import LoadedModel, shared_log
+from steer_plugins.engine.sampler import Sampler
+from steer_plugins.engine.session import Entry, Limits, SequenceSteering, Session
+from steer_plugins.errors import DataError, EngineError, SpecError
+from steer_plugins.runtime import activate, ensure_runtime
+from steer_plugins.vector import SteeringVector
+
+DEFAULT_CTX = 4096
+"""Context of one request unless asked otherwise: a model that advertises a million tokens does not take them."""
+
+
+class LocalEngine(Engine):
+    """A GGUF model in this process.
+
+    Args:
+        model: path of a GGUF file, or of any shard of a split one; the default model when None.
+        n_ctx: tokens of one request; at most the model's own, 4096 by default.
+        n_gpu_layers: layers to offload, -1 for all.
+        n_threads: CPU threads; the machine's cores by default.
+        n_batch: tokens computed at once.
+        n_parallel: requests computed side by side by the calls that take several.
+        verbose: print llama.cpp's log.
+
+    Raises:
+        RuntimeMissing: no patched llama.cpp, or another one is loaded already.
+        ModelError: the file cannot be used.
+
+    Contexts are made when first needed: one for :meth:`stream`, one for :meth:`generate_many`, one for reading and scoring.
+    They share the weights. Not thread safe.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        n_ctx: int | None = None,
+        n_gpu_layers: int = 0,
+        n_threads: int | None = None,
+        n_batch: int = 512,
+        n_parallel: int = 8,
+        verbose: bool = False,
+    ) -> None:
+        for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads), ("n_batch", n_batch), ("n_parallel", n_parallel)):
+            if value is not None and value < 1:
+                raise EngineError(f"{name} is {value}: it must be at least 1.")
+        llama_cpp = activate(ensure_runtime())
+        shared_log(llama_cpp).verbose = verbose
+        if model is None:
+            from steer_plugins.models import default_model_path
+
+            model = default_model_path()
+        self._model = LoadedModel(llama_cpp, Path(model), n_gpu_layers=n_gpu_layers)
+        self._c = llama_cpp
+        n_ctx_model = self._model.n_ctx_train or DEFAULT_CTX
+        cores = os.cpu_count() or 4
+        self._n_ctx = min(n_ctx if n_ctx is not None else DEFAULT_CTX, n_ctx_model)
+        self._n_threads = n_threads if n_threads is not None else (cores if cores <= 4 else cores // 2)
+        self._n_threads_batch = n_threads if n_threads is not None else cores
+        self._n_batch = min(n_batch, self._n_ctx)
+        self._n_parallel = n_parallel
+        self._sessions: dict[str, Session] = {}
+        self._running: LocalStream | None = None
+        self._read_callback: tuple[Callable[[native.ReadRows], None], list[int], str] | None = None
+        steer = self._model.steer
+        self.info = ModelInfo(
+            path=str(self._model.path),
+            identity=self._model.identity,
+            architecture=self._model.identity.architecture,
+            n_layer=steer.n_layer,
+            n_embd=steer.n_embd,
+            n_streams=steer.n_streams,
+            n_ctx=self._n_ctx,
+            n_vocab=self._model.n_vocab,
+            sites=steer.sites,
+            last_layer_outputs_only=steer.last_layer_outputs_only,
+            has_chat_template=self._model.template is not None,
+            name=self._model.identity.name or self._model.path.stem,
+        )
+
+    # ---- contexts ----
+
+    def _session(self, kind: str, n_ctx: int = 0) -> Session:
+        """The context for a kind of work, made anew when it is too small."""
+        session = self._sessions.get(kind)
+        need = max(n_ctx, min(512, self._n_ctx))
+        if kind == "one":
+            need = self._n_ctx
+        if session is not None and session.limits.n_ctx >= need:
+            return session
+        if session is not None:
+            session.close()
+            del self._sessions[kind]
+        need = min(self._n_ctx, -(-need // 256) * 256)
+        limits = Limits(
+            n_ctx=need,
+            n_seq=1 if kind == "one" else self._n_parallel + (kind == "texts"),
+            unified=kind == "texts",
+            n_batch=self._n_batch,
+            n_threads=self._n_threads,
+            n_threads_batch=self._n_threads_batch,
+        )
+        self._sessions[kind] = session = Session(self._model, limits)
+        return session
+
+    # ---- text ----
+
+    def tokenize(self, prompt: Prompt, *, thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:
+        return self._model.tokenize(prompt, thinking=thinking, add_generation_prompt=add_generation_prompt)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return self._model.detokenize(tokens)
+
+    def _fitting(self, tokens: list[int], room: int = 0) -> list[int]:
+        if len(tokens) + room > self._n_ctx:
+            raise DataError(
+                f"A text of {len(tokens)} tokens does not fit the context of {self._n_ctx}: shorten it or use a larger --n-ctx."
+            )
+        return tokens
+
+    def _pair(self, item: tuple[Prompt, str | list[int]], thinking: bool | None) -> tuple[list[int], int]:
+        prompt = self.tokenize(item[0], thinking=thinking)
+        continuation = self._model.continuation(item[1])
+        return self._fitting(prompt + continuation), len(prompt)
+
+    # ---- reading ----
+
+    def read(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        layers: Sequence[int] | None = None,
+        site: str = "resid_post",
+        positions: str | Sequence[int] = "last",
+        stream: str = "mean",
+        steering: Any = None,
+        max_tokens: int = 0,
+        thinking: bool | None = None,
+        progress: Progress | None = None,
+    ) -> list[Activations]:
+        texts = [self._fitting(self.tokenize(p, thinking=thinking)) for p in prompts]
+        lengths = [len(t) for t in texts]
+        if max_tokens > 0:
+            requests = [GenerateRequest(prompt=t, steering=steering, max_tokens=max_tokens) for t in texts]
+            texts = [t + g.tokens for t, g in zip(texts, self.generate_many(requests), strict=True)]
+        return self._read(list(zip(texts, lengths, strict=True)), layers, site, positions, stream, steering, progress)
+
+    def read_pairs(
+        self,
+        items: Sequence[tuple[Prompt, str | list[int]]],
+        *,
+        layers: Sequence[int] | None = None,
+        site: str = "resid_post",
+        positions: str | Sequence[int] = "response_mean",
+        stream: str = "mean",
+        steering: Any = None,
+        thinking: bool | None = None,
+        progress: Progress | None = None,
+    ) -> list[Activations]:
+        pairs = [self._pair(item, thinking) for item in items]
+        return self._read(pairs, layers, site, positions, stream, steering, progress)
+
+    def _read(
+        self,
+        pairs: list[tuple[list[int], int]],
+        layers: Sequence[int] | None,
+        site: str,
+        positions: str | Sequence[int],
+        stream: str,
+        steering: Any,
+        progress: Progress | None,
+    ) -> list[Activations]:
+        chosen = list(range(self.info.n_layer)) if layers is None else sorted({int(il) for il in layers})
+        bad = [il for il in chosen if not 0 <= il < self.info.n_layer]
+        if bad or not chosen:
+            what = f"Layer {bad[0]} does not exist" if bad else "No layer was named"
+            raise SpecError(f"{what}: this model has layers 0 to {self.info.n_layer - 1}.")
+        if site not in self.info.sites:
+            raise SpecError(
+                f"Site '{site}' is not available in {self.info.architecture}: use {', '.join(self.info.sites)}."
+            )
+        if stream not in ("mean", "all"):
+            raise SpecError(f"Unknown stream '{stream}': read the mean, or all.")
+        texts, average = [], False
+        for tokens, n_prompt in pairs:
+            wanted, average = wanted_positions(positions, n_prompt, len(tokens))
+            texts.append(Text(tokens, n_prompt, wanted, []))
+        if not texts:
+            return []
+        session = self._session("texts", max(len(t.tokens) for t in texts))
+        with _cleaned(session):
+            return read_texts(
+                session,
+                texts,
+                as_steering(steering),
+                layers=chosen,
+                site=site,
+                stream=stream,
+                average=average,
+                progress=progress,
+            )
+
+    def logprobs(
+        self,
+        items: Sequence[tuple[Prompt, str | list[int]]],
+        *,
+        steering: Any = None,
+        thinking: bool | None = None,
+        progress: Progress | None = None,
+    ) -> list[npt.NDArray[np.float64]]:
+        texts = []
+        for item in items:
+            tokens, n_prompt = self._pair(item, thinking)
+            texts.append(Text(tokens, n_prompt, [], list(range(n_prompt - 1, len(tokens) - 1))))
+        results = [np.zeros(len(t.tokens) - t.n_prompt, np.float64) for t in texts]
+
+        def on_logits(i: int, position: int, logits: npt.NDArray[np.float32]) -> None:
+            text = texts[i]
+            results[i][position + 1 - text.n_prompt] = log_softmax_at(logits, text.tokens[position + 1])
+
+        if texts:
+            session = self._session("texts", max(len(t.tokens) for t in texts))
+            with _cleaned(session):
+                session.steer.set_taps([], [])
+                run_texts(session, texts, as_steering(steering), on_logits=on_logits, progress=progress)
+        return results
+
+    # ---- generating ----
+
+    def stream(self, request: GenerateRequest) -> LocalStream:
+        if self._running is not None:
+            raise EngineError("A reply is still being generated: finish or cancel it, or use generate_many.")
+        tokens = self._fitting(self.tokenize(request.prompt, thinking=request.thinking), room=1)
+        return LocalStream(self, self._session("one"), request, tokens)
+
+    def steer_running(self, steering: Any) -> None:
+        """Replace the steering of the reply that is being generated, from its next token on.
+
+        Raises:
+            EngineError: nothing is being generated.
+        """
+        if self._running is None:
+            raise EngineError("No reply is being generated, so there is nothing to steer.")
+        self._running.steer(steering)
+
+    def generate_many(
+        self, requests: Sequence[GenerateRequest], *, progress: Progress | None = None
+    ) -> list[Generation]:
+        jobs = []
+        for request in requests:
+            tokens = self._fitting(self.tokenize(request.prompt, thinking=request.thinking), room=1)
+            jobs.append((request, tokens))
+        if not jobs:
+            return []
+        longest = max(len(tokens) + max(request.max_tokens, 1) for request, tokens in jobs)
+        session = self._session("many", min(longest, self._n_ctx))
+        results: list[Generation | None] = [None] * len(jobs)
+        waiting = list(range(len(jobs)))[::-1]
+        free = list(range(session.limits.n_seq))[::-1]
+        active: dict[int, tuple[int, _Reply]] = {}
+        done = 0
+        with _cleaned(session):
+            try:
+                while waiting or active:
+                    # new prompts go in together, apart from the tokens of running replies, so that neither changes
+                    # the batch shapes the other sees
+                    starting = []
+                    while waiting and free:
+                        i, slot = waiting.pop(), free.pop()
+                        reply = _Reply(session, slot, jobs[i][0], jobs[i][1], self._n_ctx)
+                        active[slot] = (i, reply)
+                        starting.append(reply)
+                    if starting:
+                        _prefill(session, starting)
+                    running = [reply for _, reply in active.values() if reply not in starting and not reply.finished]
+                    if running:
+                        entries = [reply.next_entry() for reply in running]
+                        session.decode(entries)
+                        for k, reply in enumerate(running):
+                            reply.sample(k)
+                    for slot, (i, reply) in list(active.items()):
+                        if reply.finished:
+                            results[i] = reply.result()
+                            reply.close()
+                            session.forget(slot)
+                            del active[slot]
+                            free.append(slot)
+                            done += 1
+                            if progress is not None:
+                                progress(done, len(jobs))
+            finally:
+                for _, reply in active.values():
+                    reply.close()
+        return [r for r in results if r is not None]
+
+    # ---- callbacks ----
+
+    def on_read(
+        self,
+        callback: Callable[[native.ReadRows], None] | None,
+        *,
+        layers: Sequence[int] | None = None,
+        site: str = "resid_post",
+    ) -> None:
+        """Call ``callback(rows)`` with the hidden states of each token that :meth:`stream` computes; None takes it away.
+
+        It runs after each ubatch (one token, while a reply is generated), outside the compute graph. In models that keep
+        output tokens only in their last layer, that layer cannot be watched. Tokens that come from the cache are not seen.
+        """
+        session = self._session("one")
+        if callback is None:
+            session.steer.on_read(None)
+            session.steer.set_taps([], [])
+            self._read_callback = None
+            return
+        top = self.info.n_layer - (1 if self.info.last_layer_outputs_only else 0)
+        chosen = list(range(top)) if layers is None else sorted({int(il) for il in layers})
+        if chosen and chosen[-1] >= top:
+            raise SpecError(f"Layer {chosen[-1]} cannot be watched: this model allows 0 to {top - 1}.")
+        session.steer.set_taps(chosen, [native.SITES[site]] * len(chosen), keep=False)
+        session.steer.on_read(callback)
+        self._read_callback = (callback, chosen, site)
+
+    def on_add(
+        self, callback: Callable[[native.AddTokens], None] | None, vectors: Sequence[SteeringVector] = ()
+    ) -> None:
+        """Call ``callback(tokens)`` before each ubatch of :meth:`stream`; None takes it away.
+
+        The callback fills ``tokens.c[:, j]``: how much of ``vectors[j]`` each token gets, in units of strength, on top of
+        the request's own steering. (``tokens.g[:, j]`` is for vectors with op project or clamp.) Prompts are not reused
+        from the cache while a callback is set, because what it applied is not known.
+        """
+        session = self._session("one")
+        if callback is None:
+            session.steer.on_add(None)
+            session.edits_unknown = False
+            session.unpin()
+            return
+        columns = session.pin(vectors)
+
+        def spread(tokens: native.AddTokens) -> None:
+            n = len(tokens.positions)
+            view = native.AddTokens(
+                sequences=tokens.sequences,
+                positions=tokens.positions,
+                c=np.zeros((n, len(columns)), np.float32),
+                g=np.zeros((n, len(columns)), np.float32),
+            )
+            callback(view)
+            for j, column in enumerate(columns):
+                tokens.c[:, column] += view.c[:, j]
+                tokens.g[:, column] += view.g[:, j]
+
+        session.steer.on_add(spread)
+        session.edits_unknown = True
+
+    def stats(self) -> native.SteerStats:
+        """Native counters of the context behind :meth:`stream`."""
+        return self._session("one").steer.stats()
+
+    def close(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+        self._model.close()
+
+
+class _Reply:
+    """One reply in the making, on one sequence of a session."""
+
+    def __init__(
+        self, session: Session, sequence: int, request: GenerateRequest, prompt: list[int], n_ctx: int
+    ) -> None:
+        if request.max_tokens < 1:
+            raise SpecError(f"max_tokens is {request.max_tokens}: ask for at least 1.")
+        self.session = session
+        self.sequence = sequence
+        self.request = request
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.finished: str | None = None
+        self.text = ""
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._n_max = min(request.max_tokens, n_ctx - len(prompt))
+        self.steering = SequenceSteering(session, as_steering(request.steering), prompt)
+        self._sampler = Sampler(session.c, request)
+
+    def start(self) -> list[Entry]:
+        """Set the ranges of the prompt and return what has to be computed of it."""
+        session, n = self.session, len(self.prompt)
+        configs = self.steering.configs(n)
+        session.clear_ranges(self.sequence)
+        session.set_ranges(self.sequence, 0, configs, open_end=True)
+        wanted = [(t, session.edit_id(c)) for t, c in zip(self.prompt, configs, strict=True)]
+        first = session.reuse(self.sequence, wanted)
+        self._config = configs[-1]
+        return [Entry(self.prompt[p], p, self.sequence, output=p == n - 1) for p in range(first, n)]
+
+    def next_entry(self) -> Entry:
+        """The token sampled last, with its steering set."""
+        token = self.tokens[-1]
+        position = len(self.prompt) + len(self.tokens) - 1
+        self.steering.feed(token)
+        config = self.steering.config_at(position)
+        if config != self._config:
+            self.session.set_ranges(self.sequence, position, [config], open_end=True)
+            self._config = config
+        return Entry(token, position, self.sequence, output=True)
+
+    def change(self, steering: Any) -> None:
+        """Another steering from the next token on."""
+        self.steering = SequenceSteering(self.session, as_steering(steering), self.prompt)
+        for token in self.tokens[:-1]:
+            self.steering.feed(token)
+        self._config = -1  # whatever comes next is set anew
+
+    def sample(self, index: int) -> str:
+        """Draw a token from batch entry ``index``; returns the text it completes."""
+        token = self._sampler.sample(self.session.pointer, index)
+        if self.session.model.is_end(token):
+            self.finished = "stop"
+            return self._flush()
+        self.tokens.append(token)
+        before = len(self.text)
+        self.text += self._bytes.decode(self.session.model.piece(token))
+        cut = min((i for i in (self.text.find(s, max(0, before - len(s))) for s in self.request.stop if s) if i >= 0), default=-1)
+        if cut >= 0:
+            self.text = self.text[:cut]
+            self.finished = "stop"
+        elif len(self.tokens) >= self._n_max:
+            self.finished = "length"
+            self._flush()
+        return self.text[before:]
+
+    def _flush(self) -> str:
+        rest = self._bytes.decode(b"", final=True)
+        self.text += rest
+        return rest
+
+    def result(self) -> Generation:
+        return Generation(self.text, list(self.tokens), list(self.prompt), self.finished or "cancelled")
+
+    def close(self) -> None:
+        self._sampler.close()
+
+
+def _prefill(session: Session, replies: list[_Reply]) -> None:
+    """Compute the prompts of new replies and draw their first tokens."""
+    entries = [(e, reply) for reply in replies for e in reply.start()]
+    n_batch = session.limits.n_batch
+    for start in range(0, len(entries), n_batch):
+        part = entries[start : start + n_batch]
+        session.decode([e for e, _ in part])
+        for k, (e, reply) in enumerate(part):
+            if e.output:
+                reply.sample(k)
+
+
+class LocalStream(GenerationStream):
+    """A reply of :class:`LocalEngine`; see :class:`GenerationStream`."""
+
+    def __init__(self, engine: LocalEngine, session: Session, request: GenerateRequest, prompt: list[int]) -> None:
+        self._engine = engine
+        self._session = session
+        self._reply = _Reply(session, 0, request, prompt, engine.info.n_ctx)
+        self._cancelled = False
+        self._pending: list[Any] = []
+        self.result = Generation("", [], prompt, "cancelled")
+
+    def steer(self, steering: Any) -> None:
+        steering = as_steering(steering)
+        SequenceSteering(self._session, steering, self._reply.prompt)  # complain now, not in the middle of a reply
+        self._pending.append(steering)
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def __iter__(self) -> Iterator[str]:
+        engine, session, reply = self._engine, self._session, self._reply
+        engine._running = self
+        try:
+            with _cleaned(session):
+                held = _Holder(reply)
+                entries = reply.start()
+                if engine._read_callback is not None:
+                    session.steer.want(0, 0, -1)
+                n_batch = session.limits.n_batch
+                for start in range(0, len(entries), n_batch):
+                    session.decode(entries[start : start + n_batch])
+                index = (len(entries) - 1) % n_batch
+                while True:
+                    reply.sample(index)
+                    self.result = reply.result()
+                    if piece := held.release():
+                        yield piece
+                    if reply.finished or self._cancelled:
+                        break
+                    while self._pending:
+                        reply.change(self._pending.pop(0))
+                    session.decode([reply.next_entry()])
+                    index = 0
+            self.result = reply.result()
+        finally:
+            engine._running = None
+            reply.close()
+
+
+class _Holder:
+    """Keeps back text that may turn out to be the start of a stop string."""
+
+    def __init__(self, reply: _Reply) -> None:
+        self._reply = reply
+        self._sent = 0
+
+    def release(self) -> str:
+        text, keep = self._reply.text, 0
+        if not self._reply.finished:
+            for stop in self._reply.request.stop:
+                for n in range(min(len(stop) - 1, len(text)), keep, -1):
+                    if text.endswith(stop[:n]):
+                        keep = n
+                        break
+        piece = text[self._sent : len(text) - keep]
+        self._sent += len(piece)
+        return piece
+
+
+class _cleaned:
+    """After an exception (Ctrl-C included) a session holds half a batch: start it afresh."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None and kind is not GeneratorExit:
+            self._session.reset()
