@@ -1,0 +1,61 @@
+"""Vector file formats: what a format is, and reading a file of whichever format it has.
+
+The package's own format is registered here through the same hook as anyone's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import VectorError
+from .plugins.hookspecs import hookimpl
+from .plugins.manager import manager
+from .vector import SteeringVector
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format for steering vectors.
+
+    ``suffixes``: as in ``(".safetensors",)``. ``read(path)`` returns a SteeringVector or raises VectorError.
+    ``write(vector, path)`` writes atomically; None for a format that is only read. ``sniff(path)`` says, from the first
+    bytes of an existing file, whether it could be of this format; it must be quick and must not raise.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    read: Callable[[Path], SteeringVector]
+    write: Callable[[SteeringVector, Path], None] | None
+    sniff: Callable[[Path], bool]
+
+
+def read_any(path: str | os.PathLike[str]) -> SteeringVector:
+    """The vector in a file of any registered format. Raises VectorError when the file is missing or no format fits."""
+    path = Path(path)
+    if not path.is_file():
+        raise VectorError(f"no vector file {path}" + (": it is a folder" if path.is_dir() else ""))
+    formats: dict[str, Format] = manager().registry("formats")
+    # A format that also knows the suffix goes first, so that its message is the one the user reads.
+    for fmt in sorted(formats.values(), key=lambda fmt: path.suffix.lower() not in fmt.suffixes):
+        if fmt.sniff(path):
+            return fmt.read(path)
+    raise VectorError(f"{path} is in none of the formats that can be read: {', '.join(sorted(formats))}")
+
+
+@hookimpl
+def register_formats(register: Callable[[Format], None]) -> None:
+    """The package's own safetensors file."""
+    from . import vectorfile
+
+    register(
+        Format(
+            name="steer-vector",
+            suffixes=(".safetensors",),
+            read=vectorfile.read_vector,
+            write=vectorfile.write_vector,
+            sniff=vectorfile.is_safetensors,
+        )
+    )

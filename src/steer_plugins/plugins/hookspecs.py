@@ -1,0 +1,41 @@
+"""The hooks. A plugin implements any of them with ``hookimpl``; docs/plugins.md is the tutorial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from ..formats import Format
+
+hookspec = pluggy.HookspecMarker("steer_plugins")
+hookimpl = pluggy.HookimplMarker("steer_plugins")
+
+
+@hookspec
+def register_commands(cli: click.Group) -> None:
+    """Add commands to the ``steer`` command line, with ``@cli.command()`` or ``cli.add_command``."""
+
+
+@hookspec
+def register_methods(register: Callable[[str, object], None]) -> None:
+    """Register extraction methods: ``register(name, method)``, a ``steer_plugins.extract.base.Method``."""
+
+
+@hookspec
+def register_formats(register: Callable[[Format], None]) -> None:
+    """Register vector file formats: ``register(Format(...))``, a ``steer_plugins.formats.Format``."""
+
+
+@hookspec
+def register_metrics(register: Callable[[str, Callable[[str], float]], None]) -> None:
+    """Register text metrics: ``register(name, score)``, where ``score(text)`` grows towards the positive pole."""
+
+
+@hookspec
+def register_hosts(register: Callable[[str, object], None]) -> None:
+    """Register host adapters: ``register(name, adapter)``."""
