@@ -20,9 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arch", metavar="ARCH", help=f"one of: {', '.join(ARCHITECTURES)}")
     parser.add_argument("path", metavar="PATH", help="the file to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other weights (default 0)")
-    parser.add_argument(
-        "--weights", default="f32", help=f"type of the big matrices: {', '.join(WEIGHTS)} (default f32)"
-    )
+    parser.add_argument("--weights", default="f32", help=f"type of big matrices: {', '.join(WEIGHTS)} (default f32)")
     parser.add_argument("--layers", type=int, default=None, metavar="N", help="number of layers instead of the default")
     parser.add_argument("--ctx", type=int, default=2048, metavar="N", help="trained context, in tokens (default 2048)")
     parser.add_argument("--split", type=int, default=1, metavar="N", help="number of files (default 1)")

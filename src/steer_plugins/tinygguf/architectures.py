@@ -10,9 +10,11 @@ would hardly depend on the context and greedy text would fall into short loops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ..errors import ModelError
 from . import templates
 from .vocab import Vocabulary, vocabulary
 
@@ -60,7 +62,7 @@ class Blueprint:
 
 
 def _matrix(name: str, inputs: int, outputs: int, *more: int, gain: float = 1.0, big: bool = True) -> TensorSpec:
-    return TensorSpec(f"{name}.weight", (inputs, outputs, *more), std=gain * inputs**-0.5, big=big)
+    return TensorSpec(f"{name}.weight", (inputs, outputs, *more), std=gain / math.sqrt(inputs), big=big)
 
 
 def _norm(name: str, size: int, mean: float = 1.0) -> TensorSpec:
@@ -78,7 +80,7 @@ def _embedding(n_embd: int, n_vocab: int, std: float = _EMBEDDING_STD) -> Tensor
 
 def _head(n_embd: int, n_vocab: int) -> list[TensorSpec]:
     # A head of its own: with tied random embeddings the likeliest next token is the current one.
-    output = TensorSpec("output.weight", (n_embd, n_vocab), std=_LOGIT_STD * n_embd**-0.5, big=True, per_token=True)
+    output = TensorSpec("output.weight", (n_embd, n_vocab), std=_LOGIT_STD / math.sqrt(n_embd), big=True, per_token=True)
     return [_norm("output_norm", n_embd), output]
 
 
@@ -173,7 +175,7 @@ def _gemma3(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
 
     def tensors() -> Iterator[TensorSpec]:
         # The graph multiplies embeddings by sqrt(n_embd).
-        yield _embedding(n_embd, len(vocab.tokens), std=_EMBEDDING_STD * n_embd**-0.5)
+        yield _embedding(n_embd, len(vocab.tokens), std=_EMBEDDING_STD / math.sqrt(n_embd))
         yield from _head(n_embd, len(vocab.tokens))
         for il in range(n_layer):
             blk = f"blk.{il}"
@@ -233,7 +235,7 @@ def _deepseek2(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
             yield _matrix(f"{blk}.attn_kv_a_mqa", n_embd, kv_lora + rope)
             yield _norm(f"{blk}.attn_kv_a_norm", kv_lora)
             # Stored transposed (it is folded into the query), so the latent width counts as its inputs here.
-            yield TensorSpec(f"{blk}.attn_k_b.weight", (nope, kv_lora, n_head), std=kv_lora**-0.5, big=True)
+            yield TensorSpec(f"{blk}.attn_k_b.weight", (nope, kv_lora, n_head), std=1 / math.sqrt(kv_lora), big=True)
             yield _matrix(f"{blk}.attn_v_b", kv_lora, v_head, n_head)
             yield _matrix(f"{blk}.attn_output", n_head * v_head, n_embd, gain=1.5)
             yield _norm(f"{blk}.ffn_norm", n_embd)
@@ -390,6 +392,7 @@ def _deepseek4(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
 class _Recipe:
     build: Callable[[str, int, int], Blueprint]
     n_layer: int
+    min_layers: int = 1
 
 
 _RECIPES = {
@@ -398,14 +401,24 @@ _RECIPES = {
     "qwen3": _Recipe(_llama_like, 4),
     "gemma3": _Recipe(_gemma3, 6),
     "deepseek2": _Recipe(_deepseek2, 4),
-    "deepseek4": _Recipe(_deepseek4, 6),
+    "deepseek4": _Recipe(_deepseek4, 6, min_layers=3),  # llama.cpp divides by zero without a layer of ratio 4
 }
 
 ARCHITECTURES: tuple[str, ...] = tuple(_RECIPES)
 """The architectures :func:`steer_plugins.tinygguf.write` knows, by their GGUF names."""
 
 
+MAX_LAYERS = 64
+
+
 def blueprint(architecture: str, *, n_layer: int | None, n_ctx: int) -> Blueprint:
-    """The blueprint of a known architecture; ``n_layer`` None takes its default depth."""
+    """The blueprint of an architecture; ``n_layer`` None takes its default depth. Raises ``ModelError``."""
+    if architecture not in _RECIPES:
+        raise ModelError(f"There is no tiny model of architecture {architecture!r}; choose one of {', '.join(_RECIPES)}.")
     recipe = _RECIPES[architecture]
-    return recipe.build(architecture, recipe.n_layer if n_layer is None else n_layer, n_ctx)
+    n_layer = recipe.n_layer if n_layer is None else n_layer
+    if not recipe.min_layers <= n_layer <= MAX_LAYERS:
+        raise ModelError(f"A tiny {architecture} cannot have {n_layer} layers; choose {recipe.min_layers} to {MAX_LAYERS}.")
+    if n_ctx < 1:
+        raise ModelError(f"A tiny model cannot have a context of {n_ctx} tokens; choose at least 1.")
+    return recipe.build(architecture, n_layer, n_ctx)

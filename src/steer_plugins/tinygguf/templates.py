@@ -17,7 +17,7 @@ CHATML_THINKING = (
     _CHATML_TURNS
     + "{%- if add_generation_prompt -%}"
     + "{{- '<|im_start|>assistant\\n' -}}"
-    + "{%- if enable_thinking is defined and not enable_thinking -%}"
+    + "{%- if enable_thinking is defined and enable_thinking is not none and not enable_thinking -%}"
     + "{{- '<think>\\n\\n</think>\\n\\n' -}}"
     + "{%- endif -%}"
     + "{%- endif -%}"
@@ -27,9 +27,9 @@ CHATML_THINKING = (
 # "think first". Thoughts of earlier turns are dropped; those after the last user message are kept.
 # `thinking` wins over `enable_thinking`; with neither the model does not think.
 DEEPSEEK_V4 = """\
-{%- if thinking is defined -%}
+{%- if thinking is defined and thinking is not none -%}
   {%- set think = thinking -%}
-{%- elif enable_thinking is defined -%}
+{%- elif enable_thinking is defined and enable_thinking is not none -%}
   {%- set think = enable_thinking -%}
 {%- else -%}
   {%- set think = false -%}
@@ -57,7 +57,9 @@ DEEPSEEK_V4 = """\
     {{- '<｜Assistant｜>' -}}
     {%- if think and loop.index0 > found.last_user -%}
       {{- '<think>' -}}
-      {%- if message['reasoning_content'] -%}{{- message['reasoning_content'] -}}{%- endif -%}
+      {%- if message['reasoning_content'] is defined and message['reasoning_content'] -%}
+        {{- message['reasoning_content'] -}}
+      {%- endif -%}
     {%- endif -%}
     {{- '</think>' + message['content'] + '<｜end▁of▁sentence｜>' -}}
   {%- endif -%}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
-from .architectures import ARCHITECTURES, Blueprint, KeyValue, TensorSpec, blueprint
+from .architectures import Blueprint, KeyValue, TensorSpec, blueprint
 
 WEIGHTS: tuple[str, ...] = ("f32", "f16", "q8_0")
 """Types the big matrices can have. Norms, biases, routers and hyper-connection tensors are always float32."""
@@ -23,7 +24,6 @@ _QUANTS = {
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
 _MUTED_GAIN = 0.02
-_MAX_LAYERS = 64
 
 
 def write(
@@ -38,23 +38,18 @@ def write(
 ) -> list[Path]:
     """Write a tiny random model and return its file, or its files in order.
 
-    ``arch`` is one of :data:`ARCHITECTURES`, ``weights`` one of :data:`WEIGHTS`. ``n_layer`` (1 to 64) replaces the
-    architecture's default depth and ``n_ctx`` is the trained context length in tokens the file states. With
-    ``split`` > 1 the tensors are spread over that many files named ``NAME-00001-of-0000N.gguf`` after ``path``
-    without ``.gguf``; the first holds the metadata and is the one to load. Equal arguments give equal bytes; another
-    ``seed`` gives other weights. Files are written beside and then renamed, so no half-written model is ever seen.
+    ``arch`` is one of :data:`~steer_plugins.tinygguf.ARCHITECTURES` and ``weights`` one of :data:`WEIGHTS`.
+    ``n_layer`` replaces the architecture's default depth; ``n_ctx`` is the trained context length, in tokens, that
+    the file states. With ``split`` > 1 the tensors are spread over that many files, named like ``path`` without
+    ``.gguf`` followed by ``-00001-of-0000N.gguf``; the first holds the metadata and is the one to load. Equal
+    arguments give equal bytes; another ``seed`` gives other weights. Files are written beside and then renamed, so
+    no half-written model is ever seen.
 
     Raises :class:`~steer_plugins.errors.ModelError` for an unknown architecture or option, or when the folder
     cannot be written.
     """
-    if arch not in ARCHITECTURES:
-        raise ModelError(f"There is no tiny model of architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}.")
     if weights not in WEIGHTS:
         raise ModelError(f"Unknown weight type {weights!r} for a tiny model; choose one of {', '.join(WEIGHTS)}.")
-    if n_layer is not None and not 1 <= n_layer <= _MAX_LAYERS:
-        raise ModelError(f"A tiny model cannot have {n_layer} layers; choose 1 to {_MAX_LAYERS}.")
-    if n_ctx < 1:
-        raise ModelError(f"A tiny model cannot have a context of {n_ctx} tokens; choose at least 1.")
     plan = blueprint(arch, n_layer=n_layer, n_ctx=n_ctx)
     if not 1 <= split <= len(plan.tensors):
         raise ModelError(f"{len(plan.tensors)} tensors cannot be split into {split} files; choose a number in between.")
@@ -146,7 +141,7 @@ def _values(spec: TensorSpec, stream: str, muted: tuple[int, ...]) -> npt.NDArra
 
     raw = bits.random_raw((size + 1) // 2).astype("<u8").view("<u4")[:size]
     uniform = ((raw >> 8).astype(np.float64) + 0.5) / 2**23 - 1.0  # in (-1, 1), standard deviation 1/sqrt(3)
-    values = (spec.mean + spec.std * 3**0.5 * uniform).astype(np.float32).reshape(shape)
+    values = (spec.mean + spec.std * math.sqrt(3) * uniform).astype(np.float32).reshape(shape)
     if spec.per_token:
         values[list(muted)] *= np.float32(_MUTED_GAIN)
     return values
