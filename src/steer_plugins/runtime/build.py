@@ -345,7 +345,7 @@ class _Build:
                 remove_tree(self.work)
 
     def _run(self, finished: Runtime | None) -> BuildResult:
-        self._prepare(tools.FRESH_BUILD_BYTES if not self.build_dir.exists() else tools.NEXT_BUILD_BYTES)
+        self._prepare(tools.build_bytes(not self.build_dir.exists(), self.plan.arguments.definitions))
         patch, content = self._fit()
         stock = self.work / "stock"
         if self.options.stock_twin and find_library(stock, "llama") is None:

@@ -17,8 +17,11 @@ from .cache import make_dir, remove_tree
 from .sources import run_pip
 
 MINIMUM_CMAKE = (3, 21)
-FRESH_BUILD_BYTES = 1_500_000_000
-NEXT_BUILD_BYTES = 300_000_000
+# Measured: sources, objects and result take 150 MB. GPU back ends compile the same kernels for many cards.
+FRESH_BUILD_BYTES = 500_000_000
+NEXT_BUILD_BYTES = 200_000_000
+GPU_BUILD_BYTES = 5_000_000_000
+GPU_BACKENDS = ("GGML_CUDA", "GGML_HIP", "GGML_SYCL", "GGML_VULKAN", "GGML_MUSA", "GGML_OPENCL")
 JOB_BYTES = 1_500_000_000  # llama.cpp's unity files of sixteen models each need about this much to compile
 
 
@@ -147,6 +150,14 @@ def require_space(folder: Path, needed: int) -> None:
             f"{free / 1e9:.1f} GB are free at {place}, and building llama.cpp takes about {needed / 1e9:.1f} GB; "
             "make room or set STEER_CACHE to a folder on another disk"
         )
+
+
+def build_bytes(fresh: bool, definitions: Mapping[str, str]) -> int:
+    """About how much room a build takes, in bytes."""
+    gpu = any(definitions.get(name, "OFF").upper() in ("ON", "1", "TRUE", "YES") for name in GPU_BACKENDS)
+    if not fresh:
+        return NEXT_BUILD_BYTES
+    return GPU_BUILD_BYTES if gpu else FRESH_BUILD_BYTES
 
 
 def default_jobs() -> int:
