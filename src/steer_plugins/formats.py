@@ -14,6 +14,7 @@ from .errors import VectorError
 from .plugins.hookspecs import hookimpl
 from .plugins.manager import manager
 from .vector import SteeringVector
+from .vectorfile import read_vector, sniff, write_vector
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,12 @@ def read_any(path: str | os.PathLike[str]) -> SteeringVector:
 @hookimpl
 def register_formats(register: Callable[[Format], None]) -> None:
     """The package's own safetensors file."""
-    from . import vectorfile
-
     register(
         Format(
             name="steer-vector",
             suffixes=(".safetensors",),
-            read=vectorfile.read_vector,
-            write=vectorfile.write_vector,
-            sniff=vectorfile.is_safetensors,
+            read=read_vector,
+            write=write_vector,
+            sniff=sniff,
         )
     )

@@ -100,7 +100,8 @@ class ModelIdentity:
     def label(self) -> str:
         """For sentences: ``llama 30x576 "SmolLM2 135M Instruct"``."""
         shape = f"{self.architecture} {self.n_layer}x{self.n_embd}"
-        return f'{shape} "{self.name}"' if self.name else shape
+        text = f'{shape} "{self.name}"' if self.name else shape
+        return "".join(c for c in text if c.isprintable())  # both come from files: no line breaks, no escape codes
 
     def mismatch(self, other: ModelIdentity) -> str | None:
         """None if both are the same model, else a phrase that names the first difference (``n_embd 576 vs 2048``)."""
@@ -271,12 +272,7 @@ class SteeringVector:
     def content_hash(self) -> str:
         """sha256 of what is applied: op, layers, sites, directions, scales (docs/vector-format.md). Hex."""
         if self._hash is None:
-            digest = hashlib.sha256(b"steer-content-v1\0" + self.op.encode() + b"\0")
-            for (layer, site), direction in self._directions.items():
-                digest.update(layer.to_bytes(4, "little") + site.encode() + b"\0" + self.n_embd.to_bytes(4, "little"))
-                digest.update(direction.astype("<f4", copy=False).tobytes())
-                digest.update(np.float64(self._scales[layer, site]).astype("<f8").tobytes())
-            self._hash = digest.hexdigest()
+            self._hash = content_sha256(self.op, self._directions, self._scales)
         return self._hash
 
     def effective(self, layer: int, site: str) -> np.ndarray:
@@ -287,6 +283,31 @@ class SteeringVector:
 
     def _effective64(self, key: Key) -> np.ndarray:
         return self._scales[key] * self._directions[key].astype(np.float64)
+
+    def check_fits(self, identity: ModelIdentity, *, force: bool = False) -> None:
+        """Raise VectorError, naming the difference, unless the vector may be applied to this model.
+
+        ``force`` accepts a model that differs in its norm weights only, as a fine-tune does. A vector without an
+        identity needs the right n_embd and no layer beyond the model's.
+        """
+        if self.identity is not None:
+            difference = self.identity.mismatch(identity)
+            if difference is None or (force and self.identity.differs_only_in_norms(identity)):
+                return
+            way_out = f"fit it with: steer train {self.name}"
+            if self.identity.differs_only_in_norms(identity):
+                way_out += ", or use it all the same with force"
+            models = f"{self.identity.label}, not for this model ({identity.label})"
+            raise VectorError(f"vector {self.name!r} is for {models}: {difference}; {way_out}")
+        if self.n_embd != identity.n_embd:
+            raise VectorError(
+                f"vector {self.name!r} does not fit this model ({identity.label}): n_embd {self.n_embd} vs {identity.n_embd}"
+            )
+        if self.layers[-1] >= identity.n_layer:
+            raise VectorError(
+                f"vector {self.name!r} does not fit this model ({identity.label}): "
+                f"it names layer {self.layers[-1]}, the model has 0 to {identity.n_layer - 1}"
+            )
 
     def replace(self, **changes: Any) -> SteeringVector:
         """A copy with some arguments of the constructor changed: ``v.replace(name="calm", calibration=None)``."""
@@ -330,9 +351,7 @@ class SteeringVector:
     def _need_add(self, doing: str) -> None:
         # project ignores the scale and clamp at 0 is not "off": k*v would silently mean something else.
         if self.op != "add":
-            raise VectorError(
-                f"vector {self.name!r} has op {self.op!r}, so it cannot be {doing}: use it as its own term"
-            )
+            raise VectorError(f"vector {self.name!r} has op {self.op!r}, so it cannot be {doing}: use it as its own term")
 
     def _plus(self, other: SteeringVector, sign: float) -> SteeringVector:
         for vector in (self, other):
@@ -418,6 +437,20 @@ def layer_ranges(layers: list[int]) -> str:
             last = layer
 
     return ", ".join(runs()) if layers else "none"
+
+
+def content_sha256(op: str, directions: Mapping[Key, np.ndarray], scales: Mapping[Key, float]) -> str:
+    """sha256 (hex) of what is applied: op, then layer, site, direction and scale of each key, sorted.
+
+    ``directions``: float32 [n_embd]; ``scales``: float64. The byte layout is in docs/vector-format.md.
+    """
+    digest = hashlib.sha256(b"steer-content-v1\0" + op.encode() + b"\0")
+    for layer, site in sorted(directions):
+        direction = np.ascontiguousarray(directions[layer, site], "<f4")
+        digest.update(layer.to_bytes(4, "little") + site.encode() + b"\0" + direction.size.to_bytes(4, "little"))
+        digest.update(direction.tobytes())
+        digest.update(np.array(scales[layer, site] + 0.0, "<f8").tobytes())
+    return digest.hexdigest()
 
 
 def _checked_key(name: str, key: object) -> Key:

@@ -1,0 +1,136 @@
+"""What the commands share: options, tables, JSON. Light to import: numpy and the engine come in when they are used."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import ModelError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..engine.local import LocalEngine
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: ``--json``: the command gets ``as_json: bool``.
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+
+#: ``--model``: the command gets ``model: str | None``; None means the demo model, see :func:`model_path`.
+model_option = click.option(
+    "-m", "--model", metavar="FILE", default=None, help="The model, a GGUF file (default: the demo model)."
+)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the user said about the model and how to run it; None leaves it to the engine."""
+
+    model: str | None = None
+    n_ctx: int | None = None
+    n_gpu_layers: int | None = None
+    threads: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The model file. Raises ModelError if the demo model is meant and is not there."""
+        return model_path(self.model)
+
+    def open(self, **more: Any) -> LocalEngine:
+        """A LocalEngine on that model; ``more`` are further arguments of its constructor."""
+        from ..engine.local import LocalEngine
+
+        said = {"n_ctx": self.n_ctx, "n_gpu_layers": self.n_gpu_layers, "n_threads": self.threads}
+        return LocalEngine(self.path, **{key: value for key, value in said.items() if value is not None}, **more)
+
+
+def engine_options(command: F) -> F:
+    """Adds ``--model --n-ctx --n-gpu-layers --threads``; the command gets them as ``engine: EngineOptions``."""
+
+    @model_option
+    @click.option("-c", "--n-ctx", type=click.IntRange(min=1), metavar="N", help="Context length in tokens.")
+    @click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), metavar="N", help="Layers on the GPU, -1: all.")
+    @click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU.")
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any, model: str | None, n_ctx: int | None, n_gpu_layers: int | None, threads: int | None, **rest: Any
+    ) -> Any:
+        return command(*args, engine=EngineOptions(model, n_ctx, n_gpu_layers, threads), **rest)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def model_path(model: str | None) -> Path:
+    """The file meant by ``--model``: the given one, else the demo model. Raises ModelError."""
+    if model is None:
+        from .. import models
+
+        return Path(models.demo_model())
+    path = Path(model).expanduser()
+    if not path.exists():
+        raise ModelError(f"there is no model file {path}")
+    return path
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console on stdout, or on stderr. Into a pipe or a file it writes plain text and cuts nothing."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else 10_000, highlight=False, soft_wrap=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Rows under column names. Numbers go to the right; cells are text, never markup."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = [list(row) for row in rows]
+    # A title of its own, since rich centres those of tables, over 10,000 columns in a pipe.
+    if title:
+        click.echo(title)
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(table) and all(isinstance(row[index], int | float) for row in table)
+        out.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in table:
+        out.add_row(*(Text(cell_text(cell)) for cell in row))
+    console().print(out, soft_wrap=False)
+
+
+def cell_text(value: object) -> str:
+    """A value as people read it: four digits of a float, yes and no, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
+def print_json(result: Any) -> None:
+    """``result`` as JSON on stdout; NaN and infinities become null, numpy scalars numbers, paths strings."""
+    click.echo(json.dumps(_plain(result), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # a numpy scalar or array, without importing numpy
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
