@@ -90,7 +90,8 @@ def run_groups(
                 session.forget(slot)
             owners.update({(slot, p): i for p in text.scored})
             if steered:
-                session.set_ranges(slot, 0, SequenceSteering(session, steering, text.tokens[: text.n_prompt]).configs(len(text.tokens)))
+                plan = SequenceSteering(session, steering, text.tokens[: text.n_prompt])
+                session.set_ranges(slot, 0, plan.configs(len(text.tokens)))
             wanted = {p for p in text.wanted if p >= shared}
             _want(session, slot, sorted(wanted))
             needed = set(text.scored) | (wanted if outputs_for_reading else set())

@@ -1,0 +1,1 @@
+"""Benchmarks whose arms are interleaved in one run, because machines are noisy."""

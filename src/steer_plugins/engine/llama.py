@@ -1,0 +1,185 @@
+"""A drop-in for ``llama_cpp.Llama`` whose calls take ``steering=``. Importing this module loads the patched llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steer_plugins import native
+from steer_plugins.engine.base import as_steering
+from steer_plugins.engine.tables import UNKNOWN_EDIT, SequenceSteering, SteeringTables
+from steer_plugins.errors import EngineError
+from steer_plugins.identity import identity_of_gguf
+from steer_plugins.runtime import activate, ensure_runtime
+from steer_plugins.steering import Steering
+from steer_plugins.vector import ModelIdentity
+
+llama_cpp = activate(ensure_runtime())
+
+_EDITS = "steer_edits"
+
+
+@dataclass
+class _Facts:
+    identity: ModelIdentity
+    steer: native.SteerInfo
+    think_open: int | None
+    think_close: int | None
+
+
+class SteeredLlama(llama_cpp.Llama):  # type: ignore[misc]
+    """``llama_cpp.Llama`` with a ``steering=`` argument on ``__call__``, ``create_completion``, ``create_chat_completion`` and
+    ``generate``: a vector, a term, a ``Steering``, a list of these, or None.
+
+    A cached prefix is kept only as far as token and edit agree, so a reply never builds on states that another steering
+    left behind. Saved states and ``set_cache`` follow the same rule. A draft model is refused with steering.
+
+    Raises:
+        SteerError: the architecture is not supported, or a vector belongs to another model.
+    """
+
+    def __init__(self, model_path: str, **kwargs: Any) -> None:
+        super().__init__(model_path, **kwargs)
+        library = native.load(llama_cpp.llama_cpp._lib)
+        info = native.model_info(library, self._model.model)
+        self._facts = _Facts(
+            identity=identity_of_gguf(Path(model_path)),
+            steer=info,
+            think_open=self._single_token(b"<think>"),
+            think_close=self._single_token(b"</think>"),
+        )
+        self._tables = SteeringTables(self._facts, native.SteerContext(library, self._ctx.ctx, info.n_embd))
+        self._edits: list[int] = []  # edit id of each token in the cache
+        self._wish: Steering = Steering()
+        self._live: list[Steering] = []
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Which model this is, for the vectors that belong to it."""
+        return self._facts.identity
+
+    def _single_token(self, text: bytes) -> int | None:
+        tokens = self.tokenize(text, add_bos=False, special=True)
+        return tokens[0] if len(tokens) == 1 else None
+
+    # ---- calls that take steering ----
+
+    def __call__(self, *args: Any, steering: Any = None, **kwargs: Any) -> Any:
+        """As ``Llama.__call__``, steered."""
+        return self._steered(super().__call__, steering, args, kwargs)
+
+    def create_completion(self, *args: Any, steering: Any = None, **kwargs: Any) -> Any:
+        """As ``Llama.create_completion``, steered. Inside another steered call, that call's steering stays in force."""
+        if steering is None:
+            return super().create_completion(*args, **kwargs)
+        return self._steered(super().create_completion, steering, args, kwargs)
+
+    def create_chat_completion(self, *args: Any, steering: Any = None, **kwargs: Any) -> Any:
+        """As ``Llama.create_chat_completion``, steered."""
+        return self._steered(super().create_chat_completion, steering, args, kwargs)
+
+    def _steered(self, call: Any, steering: Any, args: Any, kwargs: Any) -> Any:
+        wish = as_steering(steering)
+        before, self._wish = self._wish, wish
+        try:
+            result = call(*args, **kwargs)
+        finally:
+            self._wish = before
+        return self._steered_iterator(result, wish) if isinstance(result, Iterator) else result
+
+    def _steered_iterator(self, chunks: Iterator[Any], wish: Steering) -> Iterator[Any]:
+        # a streamed call does its work while it is iterated, long after the call itself returned
+        while True:
+            before, self._wish = self._wish, wish
+            try:
+                chunk = next(chunks)
+            except StopIteration:
+                return
+            finally:
+                self._wish = before
+            yield chunk
+
+    def steer(self, steering: Any) -> None:
+        """Replace the steering of the running reply from its next token on (between two chunks of a streamed call)."""
+        self._live.append(as_steering(steering))
+
+    # ---- how it is applied ----
+
+    def generate(self, tokens: Sequence[int], *args: Any, steering: Any = None, reset: bool = True, **kwargs: Any) -> Generator:
+        """As ``Llama.generate``, steered."""
+        wish = self._wish if steering is None else as_steering(steering)
+        if wish and self.draft_model is not None:
+            raise EngineError("A draft model cannot be used with steering: load the model without draft_model.")
+        past = [] if reset else [int(t) for t in self._input_ids]
+        prompt = past + [int(t) for t in tokens]
+        self._live.clear()
+        plan = SequenceSteering(self._tables, wish, prompt)
+        configs = plan.configs(len(prompt))
+        if reset:
+            self._drop_stale(prompt, [self._tables.edit_id(c) for c in configs])
+        self._tables.clear_ranges(0)
+        self._tables.set_ranges(0, 0, configs, open_end=True)
+        config = configs[-1]
+
+        inner = super().generate(tokens, *args, reset=reset, **kwargs)
+        seen = list(prompt)
+        sent: Any = None
+        while True:
+            try:
+                token = inner.send(sent) if sent is not None else next(inner)
+            except StopIteration:
+                return
+            sent = yield token
+            while self._live:
+                plan = SequenceSteering(self._tables, self._live.pop(0), prompt)
+                for earlier in seen[len(prompt) :]:
+                    plan.feed(earlier)
+                config = -1
+            plan.feed(token)
+            seen.append(token)
+            position = len(seen) - 1
+            wanted = plan.config_at(position)
+            if wanted != config:
+                self._tables.set_ranges(0, position, [wanted], open_end=True)
+                config = wanted
+
+    def _drop_stale(self, prompt: list[int], edits: list[int]) -> None:
+        """Cut the cache where its tokens were computed under another edit than the prompt asks for."""
+        n = min(int(self.n_tokens), len(prompt))
+        held = self._input_ids
+        keep = 0
+        while keep < n and held[keep] == prompt[keep] and self._edits[keep] == edits[keep] != UNKNOWN_EDIT:
+            keep += 1
+        if keep < n and held[keep] == prompt[keep]:
+            if keep == 0 or not self._ctx.kv_cache_seq_rm(-1, keep, -1):
+                self.reset()
+                self._ctx.kv_cache_clear()
+                keep = 0
+            self.n_tokens = keep
+            self._requires_eval = True
+        del self._edits[keep:]
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As ``Llama.eval``; remembers the edit of each token and proves that steered layers fired."""
+        first = int(self.n_tokens)
+        try:
+            super().eval(tokens)
+        except RuntimeError as error:
+            raise EngineError(f"{error}: {self._tables.steer.error()}") from None
+        positions = range(first, int(self.n_tokens))
+        del self._edits[first:]
+        self._edits += [self._tables.edit_of(0, p) for p in positions]
+        self._tables.prove([(0, p, p == positions[-1]) for p in positions])
+
+    def save_state(self) -> Any:
+        """As ``Llama.save_state``; the state remembers the edits of its tokens."""
+        state = super().save_state()
+        setattr(state, _EDITS, list(self._edits[: int(self.n_tokens)]))
+        return state
+
+    def load_state(self, state: Any) -> None:
+        """As ``Llama.load_state``; tokens of a state that a plain ``Llama`` saved count as unsteered."""
+        super().load_state(state)
+        self._edits = list(getattr(state, _EDITS, [0] * int(self.n_tokens)))

@@ -1,0 +1,251 @@
+"""Vectors and steerings as the native columns and configs of one context, shared by content."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from steer_plugins import native
+from steer_plugins.engine.scopes import Phases, ScopeMap
+from steer_plugins.errors import EngineError, SpecError, VectorError
+from steer_plugins.steering import Steering, Term
+from steer_plugins.vector import ModelIdentity, SteeringVector
+
+MAX_COLUMNS = 256
+MAX_CONFIGS = 1024
+
+UNKNOWN_EDIT = -1
+"""Edit id of tokens computed under an add callback: what was applied is not known, so they are never shared."""
+
+
+class ModelFacts(Protocol):
+    """What has to be known of a model to steer it. ``think_open`` and ``think_close`` are token ids, None without tags."""
+
+    identity: ModelIdentity
+    steer: native.SteerInfo
+    think_open: int | None
+    think_close: int | None
+
+
+class SteeringTables:
+    """Columns, configs and ranges of one ``llama_context``.
+
+    Args:
+        facts: the model's.
+        steer: the native steering of the context.
+    """
+
+    def __init__(self, facts: ModelFacts, steer: native.SteerContext) -> None:
+        self.facts = facts
+        self.steer = steer
+        self._columns: OrderedDict[str, int] = OrderedDict()
+        self._configs: OrderedDict[tuple[native.NativeTerm, ...], int] = OrderedDict()
+        self._next_config = 1
+        self._pinned: set[int] = set()  # columns that a callback uses
+        self._unproved: dict[int, set[tuple[int, int]]] = {}  # config -> places that have not been seen to fire yet
+        self._ranges: dict[int, set[int]] = {}  # sequence -> configs that its ranges name
+        self.edits_unknown = False
+
+    # ---- vectors and configs ----
+
+    def column(self, vector: SteeringVector) -> int:
+        """Native column that holds a vector; the same content always has the same one.
+
+        Raises:
+            VectorError: the vector does not fit the model.
+        """
+        key = vector.content_hash
+        if key in self._columns:
+            self._columns.move_to_end(key)
+            return self._columns[key]
+        check_fits(vector, self.facts)
+        if len(self._columns) >= MAX_COLUMNS:
+            self._evict()
+        used = set(self._columns.values())
+        column = next(i for i in range(MAX_COLUMNS) if i not in used)
+        places = list(vector.directions)
+        self.steer.set_column(
+            column,
+            [layer for layer, _ in places],
+            [native.SITES[site] for _, site in places],
+            np.stack([vector.directions[p] for p in places]),
+            [vector.scales[p] for p in places],
+        )
+        self._columns[key] = column
+        return column
+
+    def _evict(self) -> None:
+        """Forget configs that no range uses, then the columns that nothing uses any more."""
+        live = {config for s in self._ranges.values() for config in s}
+        for terms, config in list(self._configs.items()):
+            if config not in live:
+                self.steer.clear_config(config)
+                del self._configs[terms]
+                self._unproved.pop(config, None)
+        needed = {t.column for terms in self._configs for t in terms} | self._pinned
+        free = [key for key, column in self._columns.items() if column not in needed]
+        if not free and len(self._columns) >= MAX_COLUMNS:
+            raise SpecError(f"More than {MAX_COLUMNS} different vectors are in use at once.")
+        for key in free[: max(1, len(free) // 2)]:
+            self.steer.clear_column(self._columns.pop(key))
+
+    def config(self, terms: Sequence[Term]) -> int:
+        """Config that applies terms; 0 when they apply nothing."""
+        natives = tuple(self._native(t) for t in terms if not t.is_zero)
+        if not natives:
+            return 0
+        if natives in self._configs:
+            self._configs.move_to_end(natives)
+            return self._configs[natives]
+        if len(self._configs) >= MAX_CONFIGS:
+            self._evict()
+            natives = tuple(self._native(t) for t in terms if not t.is_zero)
+        config, self._next_config = self._next_config, self._next_config + 1
+        self.steer.set_config(config, natives)
+        self._configs[natives] = config
+        self._unproved[config] = {
+            (layer, native.SITES[site])
+            for t in terms
+            if not t.is_zero
+            for layer, site in t.keys()
+            if t.effective_op != "add" or t.vector.scales[layer, site] != 0.0
+        }
+        if self.steer.config_id(config) == 0:
+            self._unproved[config] = set()  # the terms cancel out exactly
+        return config
+
+    def pin(self, vectors: Sequence[SteeringVector]) -> list[int]:
+        """Columns of vectors that a callback uses: they stay until :meth:`unpin`, ready for their op."""
+        columns = [self.column(v) for v in vectors]
+        for column, vector in zip(columns, vectors, strict=True):
+            self._pinned.add(column)
+            if vector.op != "add":  # a config that projects makes the column ready for g
+                self.config([Term(vector)])
+        return columns
+
+    def unpin(self) -> None:
+        """Let the columns of callbacks go."""
+        self._pinned.clear()
+
+    def _native(self, term: Term) -> native.NativeTerm:
+        first, last = term.layers if term.layers is not None else (-1, -1)
+        return native.NativeTerm(
+            column=self.column(term.vector),
+            op=native.OPS[term.effective_op],
+            strength=term.strength,
+            il_first=first,
+            il_last=last,
+            stream=native.STREAM_ALL if term.stream is None else term.stream,
+        )
+
+    def edit_id(self, config: int) -> int:
+        """What a token under a config is remembered by."""
+        return UNKNOWN_EDIT if self.edits_unknown else (self.steer.config_id(config) if config else 0)
+
+    # ---- ranges ----
+
+    def set_ranges(self, sequence: int, first: int, configs: Sequence[int], *, open_end: bool = False) -> None:
+        """Positions ``first``, ``first + 1``, … of a sequence get ``configs``; ``open_end`` lets the last go on."""
+        use = self._ranges.setdefault(sequence, set())
+        start = 0
+        for i in range(1, len(configs) + 1):
+            if i == len(configs) or configs[i] != configs[start]:
+                end = -1 if open_end and i == len(configs) else first + i
+                self.steer.set_range(sequence, first + start, end, configs[start])
+                use.add(configs[start])
+                start = i
+
+    def clear_ranges(self, sequence: int) -> None:
+        """Forget the steering and the reading wishes of a sequence."""
+        self.steer.clear_sequence(sequence)
+        self._ranges.pop(sequence, None)
+
+    def edit_of(self, sequence: int, position: int) -> int:
+        """Edit id of a token that was or would be computed now."""
+        return UNKNOWN_EDIT if self.edits_unknown else self.steer.edit_id(sequence, position)
+
+    def prove(self, tokens: Sequence[tuple[int, int, bool]]) -> None:
+        """Make sure that each place of a config fires the first time it is used. ``tokens``: (sequence, position, output).
+
+        A silent no-op is the worst failure of steering.
+
+        Raises:
+            EngineError: a layer that was to be steered was never passed through.
+        """
+        for config in list(self._unproved):
+            places = self._unproved[config]
+            if not places:
+                del self._unproved[config]
+                continue
+            identity = self.steer.config_id(config)
+            hit = [output for seq, pos, output in tokens if self.steer.edit_id(seq, pos) == identity]
+            if not hit:
+                continue
+            last = self.facts.steer.n_layer - 1 if self.facts.steer.last_layer_outputs_only else -1
+            if last >= 0 and not any(hit):
+                places = {p for p in places if p[0] != last}
+            dead = sorted(p for p in places if self.steer.fired(*p) == 0)
+            if dead:
+                names = {i: name for name, i in native.SITES.items()}
+                layer, site = dead[0]
+                raise EngineError(
+                    f"Steering was asked for at layer {layer} ({names[site]}) but this model never passed through that hook: "
+                    "leave the layer out, and please report the architecture."
+                )
+            self._unproved[config] -= places
+            if not self._unproved[config]:
+                del self._unproved[config]
+
+
+class SequenceSteering:
+    """The steering of one sequence, position by position, as configs of a context."""
+
+    def __init__(self, tables: SteeringTables, steering: Steering, prompt: Sequence[int]) -> None:
+        self._tables = tables
+        self.steering = steering
+        facts = tables.facts
+        self._map = ScopeMap(steering, len(prompt), has_thinking=facts.think_open is not None)
+        self._phases = Phases(prompt, facts.think_open, facts.think_close)
+        self._cache: dict[tuple[int, ...], int] = {}
+        for term in steering.terms:
+            check_fits(term.vector, facts)
+
+    def config_at(self, position: int) -> int:
+        """Config for a position in the current phase."""
+        active = self._map.active(position, self._phases.thinking)
+        if active not in self._cache:
+            self._cache[active] = self._tables.config([self.steering.terms[i] for i in active])
+        return self._cache[active]
+
+    def configs(self, n: int) -> list[int]:
+        """Configs of positions 0 … n - 1."""
+        return [self.config_at(p) for p in range(n)]
+
+    def feed(self, token: int) -> None:
+        """Take note of a sampled token."""
+        self._phases.feed(token)
+
+
+def check_fits(vector: SteeringVector, model: ModelFacts) -> None:
+    """Raise VectorError when a vector is not for this model: identity, width, layers or sites."""
+    if vector.identity is not None and vector.identity.mismatch(model.identity) is not None:
+        raise VectorError(
+            f"Vector '{vector.name}' was made for another model ({vector.identity.mismatch(model.identity)}): "
+            f"fit it for this one with `steer train {vector.name}`."
+        )
+    info = model.steer
+    if vector.n_embd != info.n_embd:
+        raise VectorError(f"Vector '{vector.name}' has n_embd {vector.n_embd}, this model has {info.n_embd}.")
+    if vector.layers[-1] >= info.n_layer:
+        raise VectorError(
+            f"Vector '{vector.name}' names layer {vector.layers[-1]}, this model has layers 0 to {info.n_layer - 1}."
+        )
+    for site in vector.sites:
+        if site not in info.sites:
+            raise VectorError(
+                f"Vector '{vector.name}' acts at {site}, which {model.identity.architecture} does not offer: "
+                f"it has {', '.join(info.sites)}."
+            )
