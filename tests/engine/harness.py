@@ -1,8 +1,12 @@
-"""Drives the C API straight through llama-cpp-python's low-level functions, so that a test sees every token and position."""
+"""Drives the C API straight through llama-cpp-python's low-level functions, so that a test sees every token and position.
+
+Also the formula itself, written a second time in numpy from the header's words: :func:`edited`.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,16 @@ from typing import Any
 import numpy as np
 
 from steer_plugins import native
+from steer_plugins.native import NativeTerm
 
 llama_cpp: Any = None  # set by the fixture in conftest.py, after a runtime was activated
+
+RESID, ATTN, FFN = 0, 1, 2
+ADD, PROJECT, CLAMP = 0, 1, 2
+ALL, MEAN = native.STREAM_ALL, native.STREAM_MEAN
+
+Place = tuple[int, int]
+"""(layer, site)"""
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,22 @@ class Tok:
     pos: int
     seq: int = 0
     output: bool = True
+
+
+@dataclass(frozen=True)
+class Column:
+    """A steering vector: place -> (unit direction float32 [n_embd], scale)."""
+
+    places: Mapping[Place, tuple[np.ndarray, float]]
+
+    def put(self, steer: native.SteerContext, index: int) -> None:
+        steer.set_column(
+            index,
+            [il for il, _ in self.places],
+            [site for _, site in self.places],
+            np.stack([v for v, _ in self.places.values()]),
+            [scale for _, scale in self.places.values()],
+        )
 
 
 class Raw:
@@ -39,6 +67,7 @@ class Raw:
         steer: bool = True,
     ) -> None:
         c = llama_cpp
+        self.path = path
         params = c.llama_model_default_params()
         params.n_gpu_layers = 0
         self.model = c.llama_model_load_from_file(str(path).encode(), params)
@@ -47,9 +76,11 @@ class Raw:
         cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_seq_max = n_ctx * n_seq_max, n_batch, n_ubatch, n_seq_max
         cp.n_threads = cp.n_threads_batch = 1
         cp.kv_unified = kv_unified
+        self._params = cp
         self.ctx = c.llama_init_from_model(self.model, cp)
         assert self.ctx
         self.n_embd = c.llama_model_n_embd(self.model)
+        self.n_layer = c.llama_model_n_layer(self.model)
         self.n_vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
         self.memory = c.llama_get_memory(self.ctx)
         self.library = c.llama_cpp._lib
@@ -58,57 +89,185 @@ class Raw:
             self.info = native.model_info(native.load(self.library), self.model)
             self.steer = native.SteerContext(self.library, self.ctx, self.n_embd)
 
-    def try_decode(self, toks: list[Tok]) -> int:
+    def second_context(self) -> Raw:
+        """Another context on the same weights."""
+        other = object.__new__(Raw)
+        other.__dict__.update(self.__dict__)
+        other.model = None  # the first one frees it
+        other.ctx = llama_cpp.llama_init_from_model(self.model, self._params)
+        other.memory = llama_cpp.llama_get_memory(other.ctx)
+        other.steer = native.SteerContext(self.library, other.ctx, self.n_embd)
+        return other
+
+    # ---- decoding ----
+
+    def try_decode(self, toks: Sequence[Tok | tuple[int, int, tuple[int, ...], bool]]) -> int:
+        """Result of llama_decode(); an entry with a tuple of sequences is one token that they share."""
         c = llama_cpp
-        batch = c.llama_batch_init(len(toks), 0, 1)
+        batch = c.llama_batch_init(len(toks), 0, 8)
         try:
             batch.n_tokens = len(toks)
             for i, t in enumerate(toks):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i] = t.token, t.pos, 1
-                batch.seq_id[i][0], batch.logits[i] = t.seq, t.output
-            return c.llama_decode(self.ctx, batch)
+                token, pos, seqs, output = (t.token, t.pos, (t.seq,), t.output) if isinstance(t, Tok) else t
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, pos, len(seqs)
+                for j, seq in enumerate(seqs):
+                    batch.seq_id[i][j] = seq
+                batch.logits[i] = output
+            return int(c.llama_decode(self.ctx, batch))
         finally:
             c.llama_batch_free(batch)
 
-    def decode(self, toks: list[Tok]) -> np.ndarray:
+    def logits(self, index: int) -> np.ndarray:
+        """Logits of batch entry ``index`` of the last decode: float32 [n_vocab], a copy."""
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, index), (self.n_vocab,)).copy()
+
+    def decode(self, toks: Sequence[Tok]) -> np.ndarray:
         """Logits, float32 [n_outputs, n_vocab], in batch order."""
         code = self.try_decode(toks)
         assert code == 0, (code, self.steer and self.steer.error())
-        rows = []
-        for i, t in enumerate(toks):
-            if t.output:
-                rows.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)).copy())
-        return np.stack(rows)
+        rows = [self.logits(i) for i, t in enumerate(toks) if t.output]
+        return np.stack(rows) if rows else np.empty((0, self.n_vocab), np.float32)
+
+    def forget(self) -> None:
+        """Empty the KV cache; the steering stays."""
+        llama_cpp.llama_memory_clear(self.memory, True)
 
     def clear(self) -> None:
-        llama_cpp.llama_memory_clear(self.memory, True)
+        """Empty the KV cache and drop ranges, read wishes and rows; columns and configs stay."""
+        self.forget()
         if self.steer:
             self.steer.clear_sequence(-1)
             self.steer.clear_rows()
 
-    def read(self, toks: list[Tok], layers: list[int], site: str = "resid_post", stream: int = native.STREAM_MEAN) -> dict[int, np.ndarray]:
-        """Decode and return layer -> rows in the order of ``toks`` (all of them are wanted)."""
-        s = native.SITES[site]
-        self.steer.set_taps(layers, [s] * len(layers), stream=stream)
-        for seq in {t.seq for t in toks}:
+    def reset(self) -> None:
+        """As a new context."""
+        self.forget()
+        self.set_cvec(None)
+        self.steer.free()
+
+    def set_cvec(self, data: Iterable[float] | None, first: int = -1, last: int = -1) -> None:
+        """llama.cpp's own control vector; ``data`` starts at layer 1."""
+        array = None if data is None else np.ascontiguousarray(list(data), np.float32)
+        pointer = None if array is None else array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        size = 0 if array is None else array.size
+        assert llama_cpp.llama_set_adapter_cvec(self.ctx, pointer, size, self.n_embd, first, last) == 0
+
+    # ---- steering and reading ----
+
+    def steer_with(
+        self,
+        columns: Mapping[int, Column],
+        terms: Sequence[NativeTerm],
+        *,
+        config: int = 1,
+        seq: int = 0,
+        first: int = 0,
+        end: int = -1,
+    ) -> None:
+        """Set columns and one config, and give it to a range."""
+        for index, column in columns.items():
+            column.put(self.steer, index)
+        self.steer.set_config(config, terms)
+        self.steer.set_range(seq, first, end, config)
+
+    def read(
+        self,
+        toks: Sequence[Tok] | Sequence[Sequence[Tok]],
+        layers: Sequence[int],
+        site: int = RESID,
+        stream: int = MEAN,
+    ) -> dict[int, np.ndarray]:
+        """Decode (one batch, or several) and return layer -> rows in the order of the tokens, all of them wanted."""
+        batches: Any = [toks] if isinstance(toks[0], Tok) else toks
+        self.steer.set_taps(layers, [site] * len(layers), stream=stream)
+        for seq in {t.seq for batch in batches for t in batch}:
             self.steer.want(seq, 0, -1)
-        self.decode(toks)
-        seqs, poss = self.steer.kept()
-        order = {(int(a), int(b)): i for i, (a, b) in enumerate(zip(seqs, poss, strict=True))}
-        index = [order[(t.seq, t.pos)] for t in toks]
-        n_streams = self.info.n_streams if stream == native.STREAM_ALL and site == "resid_post" else 1
-        result = {il: self.steer.rows(il, s, n_streams)[index] for il in layers}
+        for batch in batches:
+            self.decode(batch)
+        result = self.rows_of([t for batch in batches for t in batch], layers, site, stream)
         self.steer.set_taps([], [])
         return result
 
+    def rows_of(self, toks: Sequence[Tok], layers: Sequence[int], site: int = RESID, stream: int = MEAN) -> Any:
+        """Rows kept so far of these tokens, by layer."""
+        seqs, poss = self.steer.kept()
+        order = {(int(a), int(b)): i for i, (a, b) in enumerate(zip(seqs, poss, strict=True))}
+        assert len(order) == len(seqs), "a token was read twice"
+        index = [order[(t.seq, t.pos)] for t in toks]
+        n_streams = self.info.n_streams if stream == ALL and site == RESID else 1
+        return {il: self.steer.rows(il, site, n_streams)[index] for il in layers}
+
     def close(self) -> None:
         llama_cpp.llama_free(self.ctx)
-        llama_cpp.llama_model_free(self.model)
+        if self.model:
+            llama_cpp.llama_model_free(self.model)
+
+
+# ---- the formula ----
+
+
+def edited(
+    h: np.ndarray, place: Place, columns: Mapping[int, Column], terms: Iterable[NativeTerm], stream: int | None = None
+) -> np.ndarray:
+    """``h + V(c + g * (V^T h))`` in float64, from the header's words, for what was read at ``place`` without an edit there.
+
+    ``h``: [n, n_embd], or [n, n_streams, n_embd], whose streams are edited one by one. ``stream``: which one a
+    two-dimensional ``h`` is; None when no term names one.
+    """
+    h = h.astype(np.float64)
+    if h.ndim == 3:
+        return np.stack([edited(h[:, s], place, columns, terms, s) for s in range(h.shape[1])], axis=1)
+    out = h.copy()
+    for t in terms:
+        if t.strength == 0 or place not in columns[t.column].places:
+            continue
+        if (t.il_first >= 0 and place[0] < t.il_first) or (t.il_last >= 0 and place[0] > t.il_last):
+            continue
+        if t.stream >= 0 and stream is not None and t.stream != stream:
+            continue
+        v32, scale = columns[t.column].places[place]
+        v = v32.astype(np.float64)
+        along = h @ v
+        if t.op == ADD:
+            out += t.strength * scale * v
+        elif t.op == PROJECT:
+            out += np.outer(-t.strength * along, v)
+        else:
+            out += np.outer(t.strength * scale - along, v)
+    return out
+
+
+def tolerance(h: np.ndarray, columns: Mapping[int, Column], terms: Iterable[NativeTerm]) -> float:
+    """How far float32 arithmetic may be from :func:`edited`.
+
+    Each element is a sum of numbers no larger than |h| + sum of doses, rounded a few times; V^T h is a dot product whose
+    error grows with sqrt(n_embd) at most, and comes in once for each projecting term.
+    """
+    terms = list(terms)
+    size = float(np.abs(h).max())
+    dyn = 0.0
+    for t in terms:
+        doses = [abs(t.strength * scale) for _, scale in columns[t.column].places.values()]
+        size += max(doses) if t.op != PROJECT else 0.0
+        if t.op != ADD:
+            dyn += max(1.0, abs(t.strength)) * float(np.linalg.norm(h.reshape(-1, h.shape[-1]), axis=1).max())
+    eps = float(np.finfo(np.float32).eps)
+    return eps * (4.0 * size + 4.0 * dyn)
+
+
+def close(got: np.ndarray, want: np.ndarray, atol: float) -> None:
+    """Assert that two arrays are equal within ``atol``, and that ``want`` could have been missed."""
+    assert got.shape == want.shape
+    error = float(np.abs(got.astype(np.float64) - want).max())
+    assert error <= atol, f"off by {error:.3g}, allowed is {atol:.3g}"
+
+
+# ---- inputs ----
 
 
 def prompt(n: int, seq: int = 0, *, start: int = 0, seed: int = 1, low: int = 40, high: int = 200) -> list[Tok]:
     """n fixed pseudo-random tokens, the same for the same seed, all of them outputs."""
-    ids = np.random.default_rng(seed).integers(low, high, n)
+    ids = np.random.default_rng(seed).integers(low, high, start + n)[start:]
     return [Tok(int(t), start + i, seq) for i, t in enumerate(ids)]
 
 
@@ -116,6 +275,12 @@ def directions(n: int, n_embd: int, seed: int = 7) -> np.ndarray:
     """n random unit directions, float32 [n, n_embd]."""
     v = np.random.default_rng(seed).standard_normal((n, n_embd))
     return (v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32)
+
+
+def column(n_embd: int, places: Sequence[Place], *, seed: int = 7, scale: float = 2.5) -> Column:
+    """A column with a random direction at each place; the scales differ from place to place."""
+    v = directions(len(places), n_embd, seed)
+    return Column({at: (v[i], scale * (1 + 0.1 * i)) for i, at in enumerate(places)})
 
 
 def silence() -> None:

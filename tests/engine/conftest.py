@@ -1,0 +1,137 @@
+"""The patched library of this process, tiny models, and the unpatched library (which has to run in a process of its own)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from steer_plugins import tinygguf
+from steer_plugins.errors import SteerError
+from steer_plugins.runtime import Runtime, activate, ensure_runtime
+from tests.engine import harness
+
+STOCK_RUNNER = Path(__file__).with_name("stock_runner.py")
+
+
+@pytest.fixture(scope="session")
+def runtime() -> Runtime:
+    """The runtime under test: STEER_RUNTIME, a folder named by LLAMA_CPP_LIB_PATH, or the cache's newest."""
+    folder = os.environ.get("LLAMA_CPP_LIB_PATH")
+    if folder and not os.environ.get("STEER_RUNTIME"):
+        os.environ["STEER_RUNTIME"] = folder
+    try:
+        return ensure_runtime()
+    except SteerError as error:
+        pytest.fail(f"no runtime to test: {error}")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(runtime: Runtime) -> Any:
+    """The ``llama_cpp`` module on the runtime's libraries."""
+    module = activate(runtime)
+    harness.llama_cpp = module
+    harness.silence()
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Path of a tiny GGUF: ``tiny("llama")``, ``tiny("deepseek4", split=3)``; equal arguments are written once."""
+    folder = tmp_path_factory.mktemp("tiny")
+    made: dict[str, Path] = {}
+
+    def make(arch: str, **options: Any) -> Path:
+        name = "-".join([arch, *(f"{k}{v}" for k, v in sorted(options.items()))])
+        if name not in made:
+            made[name] = tinygguf.write(arch, folder / f"{name}.gguf", **options)[0]
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def untested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF that llama.cpp loads, of an architecture that steering was never tested on."""
+    from steer_plugins.tinygguf import architectures, writer
+
+    path = tmp_path_factory.mktemp("untested") / "internlm2.gguf"
+    plan = replace(architectures.blueprint("llama", n_layer=2, n_ctx=256), architecture="internlm2")
+    writer._write_files(plan, path, seed=0, weights="f32", split=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def _raws(llama_cpp: Any, tiny: Callable[..., Path]) -> Iterator[Callable[..., harness.Raw]]:
+    made: dict[Any, harness.Raw] = {}
+
+    def make(arch: str, **options: Any) -> harness.Raw:
+        key = (arch, *sorted(options.items()))
+        if key not in made:
+            made[key] = harness.Raw(tiny(arch), **options)
+        made[key].reset()
+        return made[key]
+
+    yield make
+    for raw in made.values():
+        raw.close()
+
+
+@pytest.fixture
+def raw(_raws: Callable[..., harness.Raw]) -> Callable[..., harness.Raw]:
+    """A context with no steering and an empty cache: ``raw("llama", n_ubatch=4)``. Contexts are kept between tests."""
+    return _raws
+
+
+@pytest.fixture
+def fresh(llama_cpp: Any, tiny: Callable[..., Path]) -> Iterator[Callable[..., harness.Raw]]:
+    """A context that no other test has used."""
+    made: list[harness.Raw] = []
+
+    def make(arch: str, **options: Any) -> harness.Raw:
+        made.append(harness.Raw(tiny(arch), **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def stock(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[np.ndarray]]:
+    """``stock(path, steps, **options)``: what the unpatched library computes for the same steps, see ``stock_runner``.
+
+    A process can load one libllama only, so it runs in another one. Skips when there is no unpatched library, unless
+    STEER_REQUIRE_STOCK=1.
+    """
+    named = os.environ.get("STEER_STOCK_LIB")
+    folder = Path(named) if named else runtime.stock_lib_dir
+    if folder is None or not folder.is_dir():
+        reason = "no unpatched libllama to compare with: run `steer build --stock-twin`, or set STEER_STOCK_LIB"
+        if os.environ.get("STEER_REQUIRE_STOCK") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    scratch = tmp_path_factory.mktemp("stock")
+
+    def run(path: Path, steps: list[dict[str, Any]], **options: Any) -> list[np.ndarray]:
+        job, out = scratch / "job.json", scratch / "out.npz"
+        job.write_text(json.dumps({"path": str(path), "steps": steps, "options": options, "out": str(out)}))
+        environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(folder), "MTMD_CPP_LIB": str(folder)}
+        root = STOCK_RUNNER.parents[2]
+        environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root), environment.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, str(STOCK_RUNNER), str(job)], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        with np.load(out) as data:
+            return [data[f"step{i}"] for i in range(len(data.files))]
+
+    return run
