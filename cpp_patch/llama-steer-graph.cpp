@@ -1,0 +1,473 @@
+// llama-steer-graph.cpp - what is added to a compute graph, and what is done before and after each ubatch.
+
+#include "llama-batch.h"
+#include "llama-graph.h"
+#include "llama-steer-state.h"
+
+namespace {
+
+// A gather that serves all slots of a group costs one node instead of one for each layer; above this it would cost memory.
+constexpr size_t FUSE_MAX_BYTES = 8u << 20;
+
+class input_steer : public llm_graph_input_i {
+public:
+    struct group_input {
+        ggml_tensor * idx   = nullptr; // I32 [rows, n_slots]
+        ggml_tensor * g     = nullptr; // F32 [n_dyn, rows, n_slots]
+        ggml_tensor * fused = nullptr; // F32 [n_embd, rows, n_slots]
+        bool outputs_only = false;
+    };
+    struct tap_input {
+        ggml_tensor * idx = nullptr;   // I64 [rows]
+        bool outputs_only = false;
+        int32_t n_out = 1;
+    };
+
+    input_steer(llama_steer_state * st, int mode, uint32_t n_tokens, uint32_t n_outputs) :
+        st(st), mode(mode), generation(st->generation), n_tokens(n_tokens), n_outputs(n_outputs),
+        groups(st->groups.size()), taps(st->taps.size()) {}
+
+    // the token behind each row of a node: all tokens, or the outputs in batch order (as llm_graph_input_out_ids has them)
+    static std::vector<uint32_t> tokens_of(const llama_ubatch * ub, bool outputs_only, uint32_t n_outputs) {
+        std::vector<uint32_t> res;
+        for (uint32_t i = 0; i < ub->n_tokens; ++i) {
+            if (!outputs_only || n_outputs == ub->n_tokens || ub->output[i]) {
+                res.push_back(i);
+            }
+        }
+        return res;
+    }
+
+    void set_input(const llama_ubatch * ub) override {
+        const bool live = st->live && st->n_tokens == ub->n_tokens;
+        for (size_t gi = 0; gi < groups.size(); ++gi) {
+            const auto & in = groups[gi];
+            if (!in.idx || !in.idx->buffer) {
+                continue; // not part of this graph
+            }
+            const auto & gr = st->groups[gi];
+            const auto toks = tokens_of(ub, in.outputs_only, n_outputs);
+            const size_t n_rows  = toks.size()*gr.n_streams;
+            const size_t n_slots = gr.slots.size();
+            GGML_ASSERT((int64_t) n_rows == in.idx->ne[0]);
+
+            idx.assign(n_rows*in.idx->ne[1], 0);
+            if (live) {
+                for (size_t t = 0; t < toks.size(); ++t) {
+                    for (int32_t s = 0; s < gr.n_streams; ++s) {
+                        idx[t*gr.n_streams + s] = st->row_idx[toks[t]*st->n_streams + s];
+                    }
+                }
+                for (int64_t k = 1; k < in.idx->ne[1]; ++k) {
+                    std::copy_n(idx.begin(), n_rows, idx.begin() + k*n_rows);
+                }
+            }
+            ggml_backend_tensor_set(in.idx, idx.data(), 0, idx.size()*sizeof(int32_t));
+
+            if (in.g && in.g->buffer) {
+                const size_t n_dyn = st->n_dyn;
+                g.assign(n_slots*n_rows*n_dyn, 0.0f);
+                if (live) {
+                    for (size_t k = 0; k < n_slots; ++k) {
+                        for (size_t r = 0; r < n_rows; ++r) {
+                            if (idx[r] != 0) {
+                                std::copy_n(st->rows[idx[r]].g.begin() + gr.slots[k]*n_dyn, n_dyn, g.begin() + (k*n_rows + r)*n_dyn);
+                            }
+                        }
+                    }
+                }
+                ggml_backend_tensor_set(in.g, g.data(), 0, g.size()*sizeof(float));
+            }
+            if (live) {
+                for (int32_t k : gr.slots) {
+                    if (!hooked.count(st->slots[k].at)) {
+                        continue;
+                    }
+                    const bool any = std::any_of(idx.begin(), idx.begin() + n_rows, [&](int32_t r) { return r != 0 && st->rows[r].active[k]; });
+                    st->fired[st->slots[k].at] += any ? 1 : 0;
+                }
+            }
+        }
+        for (const auto & in : taps) {
+            if (!in.idx || !in.idx->buffer) {
+                continue;
+            }
+            const auto toks = tokens_of(ub, in.outputs_only, n_outputs);
+            GGML_ASSERT((int64_t) toks.size()*in.n_out == in.idx->ne[0]);
+            rows.resize(toks.size()*in.n_out);
+            for (size_t t = 0; t < toks.size(); ++t) {
+                const int32_t at = live ? st->tap_idx[toks[t]] : -1;
+                for (int32_t s = 0; s < in.n_out; ++s) {
+                    rows[t*in.n_out + s] = (int64_t) (at < 0 ? st->tap_rows : at)*in.n_out + s;
+                }
+            }
+            ggml_backend_tensor_set(in.idx, rows.data(), 0, rows.size()*sizeof(int64_t));
+        }
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        return st->mode == mode && (mode == 0 || st->generation == generation) &&
+            params.ubatch.n_tokens == n_tokens && params.n_outputs == n_outputs;
+    }
+
+    llama_steer_state * st;
+    const int      mode;
+    const uint64_t generation;
+    const uint32_t n_tokens;
+    const uint32_t n_outputs;
+
+    std::vector<group_input> groups;
+    std::vector<tap_input>   taps;
+    std::map<place, bool>    hooked; // places whose edit is in this graph
+
+private:
+    std::vector<int32_t> idx;
+    std::vector<float>   g;
+    std::vector<int64_t> rows;
+};
+
+input_steer * input_of(const llm_graph_context & graph, llama_steer_state * st) {
+    for (auto & input : graph.res->inputs) {
+        if (auto * in = dynamic_cast<input_steer *>(input.get())) {
+            return in;
+        }
+    }
+    // registered in the plain graph as well, with no tensors: it is what tells that graph to give way to a steered one
+    auto in = std::make_unique<input_steer>(st, st->mode, graph.n_tokens, graph.n_outputs);
+    if (st->live) {
+        st->stats.n_graph_builds++;
+        st->stats.n_graph_on += st->mode != 0;
+    }
+    return static_cast<input_steer *>(graph.res->add_input(std::move(in)));
+}
+
+// Does the node hold output tokens only? -1: it has a shape that this architecture should not have.
+int rows_are_outputs(const llm_graph_context & graph, const ggml_tensor * cur, int token_axis, bool may_gather) {
+    if (may_gather && cur->ne[token_axis] == graph.n_outputs) {
+        return 1;
+    }
+    return cur->ne[token_axis] == graph.n_tokens ? 0 : -1;
+}
+
+ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st, input_steer * in, ggml_tensor * cur, int32_t si, bool outputs_only) {
+    ggml_context * ctx0 = graph.ctx0;
+
+    const auto & sl = st->slots[si];
+    const auto & gr = st->groups[sl.group];
+    auto & gin = in->groups[sl.group];
+
+    const int64_t n_embd  = cur->ne[0];
+    const int64_t n_rows  = ggml_nrows(cur);
+    const int64_t n_slots = (int64_t) gr.slots.size();
+    // a lone slot needs no fusing, and the last layer of most models has rows of its own
+    const bool fuse = n_slots > 1 && (size_t) (n_embd*n_rows*n_slots)*sizeof(float) <= FUSE_MAX_BYTES;
+
+    if (!gin.idx) {
+        gin.outputs_only = outputs_only;
+        gin.idx = ggml_new_tensor_2d(ctx0, GGML_TYPE_I32, n_rows, fuse ? n_slots : 1);
+        ggml_set_input(gin.idx);
+        ggml_set_name(gin.idx, "steer_idx");
+        if (st->n_dyn > 0) {
+            gin.g = ggml_new_tensor_3d(ctx0, GGML_TYPE_F32, st->n_dyn, n_rows, n_slots);
+            ggml_set_input(gin.g);
+            ggml_set_name(gin.g, "steer_g");
+        }
+        if (fuse) {
+            gin.fused = ggml_get_rows(ctx0, gr.sum, gin.idx);
+            ggml_set_name(gin.fused, "steer_rows");
+        }
+    }
+
+    ggml_tensor * h = ggml_is_contiguous(cur) ? cur : ggml_cont(ctx0, cur);
+    h = ggml_reshape_2d(ctx0, h, n_embd, n_rows);
+
+    ggml_tensor * delta;
+    if (gin.fused) {
+        delta = ggml_view_2d(ctx0, gin.fused, n_embd, n_rows, gin.fused->nb[1], sl.index*gin.fused->nb[2]);
+    } else {
+        ggml_tensor * sum = ggml_view_2d(ctx0, gr.sum, n_embd, gr.sum->ne[1], gr.sum->nb[1], sl.index*gr.sum->nb[2]);
+        delta = ggml_get_rows(ctx0, sum, ggml_view_1d(ctx0, gin.idx, n_rows, 0));
+    }
+
+    ggml_tensor * out = ggml_add(ctx0, h, delta);
+    if (st->n_dyn > 0) {
+        ggml_tensor * v  = ggml_view_2d(ctx0, gr.v,  n_embd, st->n_dyn, gr.v->nb[1],  sl.index*gr.v->nb[2]);
+        ggml_tensor * vt = ggml_view_2d(ctx0, gr.vt, st->n_dyn, n_embd, gr.vt->nb[1], sl.index*gr.vt->nb[2]);
+        ggml_tensor * g  = ggml_view_2d(ctx0, gin.g, st->n_dyn, n_rows, gin.g->nb[1], sl.index*gin.g->nb[2]);
+
+        ggml_tensor * t = ggml_mul_mat(ctx0, v, h);  // V^T h: [n_dyn, rows]
+        ggml_prec_set_acc(t, GGML_PREC_F32);         // some back ends would round to TF32
+        t = ggml_mul(ctx0, t, g);
+        t = ggml_mul_mat(ctx0, vt, t);               // V (g o V^T h)
+        ggml_prec_set_acc(t, GGML_PREC_F32);
+        out = ggml_add(ctx0, out, t);
+    }
+
+    in->hooked[sl.at] = true;
+    return ggml_reshape_4d(ctx0, out, cur->ne[0], cur->ne[1], cur->ne[2], cur->ne[3]);
+}
+
+void build_tap(const llm_graph_context & graph, llama_steer_state * st, input_steer * in, ggml_tensor * cur, size_t ti, bool outputs_only) {
+    ggml_context * ctx0 = graph.ctx0;
+
+    auto & tp  = st->taps[ti];
+    auto & tin = in->taps[ti];
+
+    ggml_tensor * src;
+    if (tp.n_streams > tp.n_out) { // mean over the streams
+        src = ggml_view_2d(ctx0, cur, cur->ne[0], cur->ne[2], cur->nb[2], 0);
+        for (int32_t s = 1; s < tp.n_streams; ++s) {
+            src = ggml_add(ctx0, src, ggml_view_2d(ctx0, cur, cur->ne[0], cur->ne[2], cur->nb[2], s*cur->nb[1]));
+        }
+        src = ggml_scale(ctx0, src, 1.0f/tp.n_streams);
+    } else {
+        src = ggml_is_contiguous(cur) ? cur : ggml_cont(ctx0, cur);
+        src = ggml_reshape_2d(ctx0, src, cur->ne[0], ggml_nrows(cur));
+    }
+
+    tin.outputs_only = outputs_only;
+    tin.n_out        = tp.n_out;
+    // taps with the same rows share their index
+    for (size_t k = 0; k < in->taps.size(); ++k) {
+        const auto & other = in->taps[k];
+        if (k != ti && other.idx && other.outputs_only == outputs_only && other.n_out == tp.n_out) {
+            tin.idx = other.idx;
+            break;
+        }
+    }
+    if (!tin.idx) {
+        tin.idx = ggml_new_tensor_1d(ctx0, GGML_TYPE_I64, src->ne[1]);
+        ggml_set_input(tin.idx);
+        ggml_set_name(tin.idx, "steer_tap_idx");
+    }
+    ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx0, tp.rows, src, tin.idx));
+}
+
+} // namespace
+
+ggml_tensor * llama_steer_build(const llm_graph_context & graph, ggml_tensor * cur, int il, llama_steer_site site) {
+    auto * st = static_cast<const llama_steer_cvec *>(graph.cvec)->state.get();
+    if (!st || il < 0 || il >= st->n_layer) { // MTP blocks count on from n_layer
+        return cur;
+    }
+    auto * in = input_of(graph, st);
+    if (in->mode == 0) {
+        return cur;
+    }
+
+    const place at(il, site);
+    const int token_axis = st->streams_at(site) > 1 ? 2 : 1;
+
+    const auto slot_it = st->slot_of.find(at);
+    size_t ti = 0;
+    while (ti < st->taps.size() && st->taps[ti].at != at) {
+        ti++;
+    }
+    const bool edit = (in->mode & MODE_EDIT) && slot_it != st->slot_of.end();
+    const bool read = (in->mode & MODE_TAP)  && ti < st->taps.size();
+    if (!edit && !read) {
+        return cur;
+    }
+
+    const int gathered = rows_are_outputs(graph, cur, token_axis, st->is_last(at));
+    if (gathered < 0 || cur->type != GGML_TYPE_F32 || cur->ne[0] != st->n_embd) {
+        return cur; // the place then never counts as fired, which the caller's probe reports
+    }
+    if (edit) {
+        cur = build_edit(graph, st, in, cur, slot_it->second, gathered == 1);
+    }
+    if (read) {
+        build_tap(graph, st, in, cur, ti, gathered == 1);
+    }
+    return cur;
+}
+
+uint32_t llama_steer_max_nodes(const llama_adapter_cvec & cvec) {
+    const auto * st = static_cast<const llama_steer_cvec &>(cvec).state.get();
+    return st ? 16u*(uint32_t) st->slots.size() + (8u + 2u*st->n_streams)*(uint32_t) st->taps.size() + 16u : 0u;
+}
+
+// ---- one ubatch ----
+
+namespace {
+
+void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_outputs) {
+    const uint32_t n = ub.n_tokens;
+    st.stats.n_ubatches++;
+    st.n_tokens = n;
+    st.ub_seq.resize(n);
+    st.ub_pos.resize(n);
+    for (uint32_t i = 0; i < n; ++i) {
+        st.ub_seq[i] = ub.seq_id[i][0];
+        st.ub_pos[i] = ub.pos[i];
+    }
+
+    const int32_t n_cb_all = st.columns.empty() ? 0 : st.columns.rbegin()->first + 1;
+    std::vector<float> cb_c;
+    std::vector<float> cb_g;
+    if (st.add_cb && n_cb_all > 0) {
+        cb_c.assign((size_t) n*n_cb_all, 0.0f);
+        cb_g.assign((size_t) n*n_cb_all, 0.0f);
+        llama_steer_tokens tokens = { (int32_t) n, n_cb_all, st.ub_seq.data(), st.ub_pos.data() };
+        if (!st.add_cb(&tokens, cb_c.data(), cb_g.data(), st.add_cb_data)) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, "the add callback stopped this decode");
+        }
+        for (size_t i = 0; i < cb_c.size(); ++i) {
+            const int32_t k = (int32_t) (i % n_cb_all);
+            if (!std::isfinite(cb_c[i]) || !std::isfinite(cb_g[i])) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave column %d a coefficient that is not finite", k));
+            }
+            if (cb_c[i] == 0.0f && cb_g[i] == 0.0f) {
+                continue;
+            }
+            auto it = st.columns.find(k);
+            if (it == st.columns.end()) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave a coefficient to column %d, which is not set", k));
+            }
+            if (cb_g[i] != 0.0f && it->second.dyn < 0) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave g to column %d, which no config projects or clamps", k));
+            }
+        }
+    }
+
+    auto config_of = [&](llama_seq_id seq, llama_pos pos) {
+        auto it = st.ranges.find(seq);
+        return it == st.ranges.end() ? 0 : it->second.at(pos);
+    };
+    auto wants = [&](llama_seq_id seq, llama_pos pos) {
+        auto it = st.wanted.find(seq);
+        return it != st.wanted.end() && it->second.at(pos);
+    };
+
+    // rows are written before the graph runs: no earlier compute may still read them
+    bool synced = false;
+    st.row_idx.assign((size_t) n*st.n_streams, 0);
+    st.tap_idx.assign(n, -1);
+    st.tap_at.clear();
+    bool any_edit = false;
+    for (uint32_t i = 0; i < n; ++i) {
+        const int32_t cfg = config_of(st.ub_seq[i], st.ub_pos[i]);
+        const bool   want = !st.taps.empty() && wants(st.ub_seq[i], st.ub_pos[i]);
+        for (int32_t s = 1; s < ub.n_seq_id[i]; ++s) {
+            const int32_t other = config_of(ub.seq_id[i][s], st.ub_pos[i]);
+            const auto id = [&](int32_t c) { auto it = st.configs.find(c); return it == st.configs.end() ? 0 : it->second.id; };
+            if (other != cfg && id(other) != id(cfg)) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("sequences %d and %d share the token at position %d but not its steering",
+                            st.ub_seq[i], ub.seq_id[i][s], st.ub_pos[i]));
+            }
+        }
+
+        const float * c = nullptr;
+        const float * g = nullptr;
+        int32_t n_cb = 0;
+        if (!cb_c.empty()) {
+            c = cb_c.data() + (size_t) i*n_cb_all;
+            g = cb_g.data() + (size_t) i*n_cb_all;
+            for (int32_t k = 0; k < n_cb_all; ++k) {
+                n_cb = c[k] != 0.0f || g[k] != 0.0f ? k + 1 : n_cb;
+            }
+        }
+        auto it = st.configs.find(cfg);
+        const bool none = it == st.configs.end() || it->second.id == 0;
+        if ((!none || n_cb > 0) && !st.slots.empty()) {
+            if (!synced) {
+                ggml_backend_sched_synchronize(st.ctx.get_sched());
+                synced = true;
+            }
+            const bool by_stream = it != st.configs.end() && std::any_of(it->second.terms.begin(), it->second.terms.end(),
+                    [](const llama_steer_term & t) { return t.stream >= 0; });
+            for (int32_t s = 0; s < st.n_streams; ++s) {
+                const int32_t r = by_stream || s == 0 ? row_for(st, cfg, by_stream ? s : -1, c, g, n_cb) : st.row_idx[(size_t) i*st.n_streams];
+                st.row_idx[(size_t) i*st.n_streams + s] = r;
+                any_edit = any_edit || r != 0;
+            }
+        }
+
+        if (want) {
+            if ((int32_t) st.tap_at.size() >= st.tap_rows) {
+                throw steer_error(LLAMA_STEER_ERR_LIMIT, format("more than %d tokens of one ubatch are to be read: give the taps more rows", st.tap_rows));
+            }
+            for (const auto & tp : st.taps) {
+                if (tp.last && n_outputs != n && !ub.output[i]) {
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("layer %d holds output tokens only: position %d of sequence %d is no output and cannot be read there",
+                                tp.at.first, st.ub_pos[i], st.ub_seq[i]));
+                }
+            }
+            st.tap_idx[i] = (int32_t) st.tap_at.size();
+            st.tap_at.emplace_back(st.ub_seq[i], st.ub_pos[i]);
+        }
+    }
+
+    st.mode = (any_edit ? MODE_EDIT : 0) | (st.tap_at.empty() ? 0 : MODE_TAP);
+    st.live = true;
+}
+
+void finish_ubatch(llama_steer_state & st) {
+    if (st.tap_at.empty()) {
+        return;
+    }
+    ggml_backend_sched_synchronize(st.ctx.get_sched());
+
+    const size_t n = st.tap_at.size();
+    std::vector<float> data;
+    std::vector<llama_seq_id> seq;
+    std::vector<llama_pos>    pos;
+    for (const auto & [s, p] : st.tap_at) {
+        seq.push_back(s);
+        pos.push_back(p);
+    }
+    if (st.tap_keep) {
+        for (auto & tp : st.taps) { // all or nothing: no tap may end up with more rows than another
+            tp.kept.reserve(tp.kept.size() + n*tp.n_out*st.n_embd);
+        }
+        st.kept_at.reserve(st.kept_at.size() + n);
+    }
+    for (auto & tp : st.taps) {
+        const size_t n_floats = n*tp.n_out*st.n_embd;
+        data.resize(n_floats);
+        ggml_backend_tensor_get(tp.rows, data.data(), 0, n_floats*sizeof(float));
+        if (st.tap_keep) {
+            tp.kept.insert(tp.kept.end(), data.begin(), data.end());
+        }
+        if (st.read_cb) {
+            llama_steer_rows rows = { tp.at.first, tp.at.second, (int32_t) n, tp.n_out, st.n_embd, seq.data(), pos.data(), data.data() };
+            if (!st.read_cb(&rows, st.read_cb_data)) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, "the read callback stopped this decode");
+            }
+        }
+    }
+    if (st.tap_keep) {
+        st.kept_at.insert(st.kept_at.end(), st.tap_at.begin(), st.tap_at.end());
+    }
+}
+
+} // namespace
+
+llama_steer_ubatch::llama_steer_ubatch(llama_context & ctx, const llama_ubatch & ubatch, uint32_t n_outputs) : ctx(ctx) {
+    state = llama_steer_access::cvec(ctx).state.get();
+    if (!state) {
+        return;
+    }
+    ok = guarded(&ctx, [&]() { begin_ubatch(*state, ubatch, n_outputs); }) == LLAMA_STEER_OK;
+    if (!ok) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, state->error.c_str());
+    }
+}
+
+llama_steer_ubatch::~llama_steer_ubatch() {
+    if (state) {
+        state->live = false;
+        state->mode = MODE_ALL;
+    }
+}
+
+bool llama_steer_ubatch::finish() {
+    if (!state) {
+        return true;
+    }
+    const bool res = guarded(&ctx, [&]() { finish_ubatch(*state); }) == LLAMA_STEER_OK;
+    if (!res) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, state->error.c_str());
+    }
+    return res;
+}

@@ -1,0 +1,326 @@
+// llama-steer-state.h - the steering state of one context, shared by the llama-steer-*.cpp files and nobody else.
+#pragma once
+
+#include "ggml-backend.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+#include "llama-steer-impl.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace llama_steer {
+
+// The token axis cannot be guessed from a shape, so each architecture is listed with its own, and only after a test.
+struct arch_rule {
+    llm_arch arch;
+    bool     streams;             // resid_post is [n_embd, streams, n_tokens]; otherwise [n_embd, n_tokens]
+    bool     last_layer_outputs;  // the output rows are gathered inside the last block
+    bool     writer_sites;        // attn_out and ffn_out are hooked
+};
+
+inline const char * site_name(int site) {
+    switch (site) {
+        case LLAMA_STEER_RESID_POST: return "resid_post";
+        case LLAMA_STEER_ATTN_OUT:   return "attn_out";
+        case LLAMA_STEER_FFN_OUT:    return "ffn_out";
+        default:                     return "unknown site";
+    }
+}
+
+struct steer_error : std::runtime_error {
+    steer_error(int32_t code, const std::string & what) : std::runtime_error(what), code(code) {}
+    int32_t code;
+};
+
+using place = std::pair<int32_t, int32_t>; // (layer, site)
+
+inline uint64_t mix64(uint64_t x) { // finaliser of splitmix64
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+
+inline uint64_t hash_bytes(const void * data, size_t size, uint64_t seed) {
+    const uint8_t * p = static_cast<const uint8_t *>(data);
+    uint64_t h = mix64(seed ^ size);
+    for (; size >= 8; p += 8, size -= 8) {
+        uint64_t w;
+        memcpy(&w, p, 8);
+        h = mix64(h ^ w);
+    }
+    if (size > 0) {
+        uint64_t w = 0;
+        memcpy(&w, p, size);
+        h = mix64(h ^ w);
+    }
+    return h;
+}
+
+inline uint64_t hash_double(double x, uint64_t seed) {
+    const double v = x == 0.0 ? 0.0 : x; // -0 and 0 are the same edit
+    return hash_bytes(&v, sizeof(v), seed);
+}
+
+// position -> value, piecewise constant; positions below the first key have the default value
+template <typename T>
+struct interval_map {
+    std::map<llama_pos, T> starts;
+
+    T at(llama_pos p) const {
+        auto it = starts.upper_bound(p);
+        return it == starts.begin() ? T() : std::prev(it)->second;
+    }
+
+    void set(llama_pos p0, llama_pos p1, T value) {
+        const bool open = p1 < 0;
+        const T after = open ? T() : at(p1);
+        auto first = starts.lower_bound(p0);
+        auto last  = open ? starts.end() : starts.lower_bound(p1);
+        starts.erase(first, last);
+        starts[p0] = value;
+        if (!open && starts.find(p1) == starts.end()) {
+            starts[p1] = after;
+        }
+    }
+};
+
+struct direction {
+    std::vector<float> v;     // [n_embd], unit
+    double             scale; // dose at strength 1
+    uint64_t           hash;  // of v
+};
+
+struct column {
+    std::map<place, direction> dirs;
+    int32_t dyn = -1;         // its index among the columns that project or clamp
+};
+
+struct config {
+    std::vector<llama_steer_term> terms;
+    uint64_t id = 0;
+};
+
+// Slots of one buffer type and one row layout: they share tensors and inputs, and one gather can serve them all.
+struct group {
+    ggml_backend_buffer_type_t buft = nullptr;
+    int32_t n_streams = 1;
+    bool    last      = false; // the slot may hold output rows only
+
+    std::vector<int32_t> slots;
+
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
+    ggml_tensor * sum = nullptr; // [n_embd, rows, n_slots]: sum of c*v for each distinct combination; row 0 is zero
+
+    ggml_context_ptr        ctx_dyn;
+    ggml_backend_buffer_ptr buf_dyn;
+    ggml_tensor * v  = nullptr;  // [n_embd, n_dyn, n_slots]
+    ggml_tensor * vt = nullptr;  // [n_dyn, n_embd, n_slots]
+};
+
+struct slot {
+    place   at;
+    int32_t group = 0;
+    int32_t index = 0; // in the group
+};
+
+struct tap {
+    place   at;
+    int32_t n_streams = 1;  // streams of the node
+    int32_t n_out     = 1;  // rows kept for a token
+    bool    last      = false;
+
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
+    ggml_tensor * rows = nullptr; // [n_embd, (n_rows + 1)*n_out]; the last n_out rows are scratch, for tokens that are not wanted
+
+    std::vector<float> kept;
+};
+
+// one distinct (config, callback values, stream) combination, resident on the device as a row of group::sum
+struct row_info {
+    std::string        key;
+    uint64_t           used = 0;     // ubatch that used it last
+    bool               zero = true;  // nothing to apply: row 0 stands for it
+    std::vector<float> g;            // [n_slots][n_dyn]
+    std::vector<bool>  active;       // [n_slots]
+};
+
+enum mode_bits { MODE_EDIT = 1, MODE_TAP = 2, MODE_ALL = 3 };
+
+} // namespace llama_steer
+
+using namespace llama_steer; // this header is private to three files
+
+struct llama_steer_state {
+    llama_context     & ctx;
+    const llama_model & model;
+    arch_rule           rule;
+    int32_t n_embd    = 0;
+    int32_t n_layer   = 0;
+    int32_t n_streams = 1;
+
+    std::map<int32_t, column>                       columns;
+    std::map<int32_t, config>                       configs;
+    std::map<llama_seq_id, interval_map<int32_t>>   ranges;
+    std::map<llama_seq_id, interval_map<bool>>      wanted;
+
+    // device side
+    std::vector<slot>        slots;
+    std::map<place, int32_t> slot_of;
+    std::vector<group>       groups;
+    int32_t                  n_dyn = 0;      // capacity of the projecting columns
+    std::vector<int32_t>     dyn_cols;       // dyn index -> column, -1 free
+    int32_t                  n_rows = 0;     // capacity, row 0 included
+    std::vector<row_info>    rows;
+    std::unordered_map<std::string, int32_t> row_of;
+
+    std::vector<tap> taps;
+    int32_t tap_stream = LLAMA_STEER_STREAM_MEAN;
+    int32_t tap_rows   = 0;
+    bool    tap_keep   = true;
+    std::vector<std::pair<llama_seq_id, llama_pos>> kept_at;
+
+    llama_steer_read_callback read_cb = nullptr; void * read_cb_data = nullptr;
+    llama_steer_add_callback  add_cb  = nullptr; void * add_cb_data  = nullptr;
+
+    uint64_t generation = 1; // of the device side: a graph that was built for another one cannot be reused
+
+    // the ubatch that is being computed
+    int      mode     = MODE_ALL; // what the next graph must carry; reserve passes must see everything
+    bool     live     = false;
+    uint32_t n_tokens = 0;
+    std::vector<int32_t> row_idx;              // [n_tokens][n_streams]
+    std::vector<int32_t> tap_idx;              // [n_tokens], -1 not wanted
+    std::vector<llama_seq_id> ub_seq;
+    std::vector<llama_pos>    ub_pos;
+    std::vector<std::pair<llama_seq_id, llama_pos>> tap_at;
+
+    std::map<place, int64_t> fired;
+    llama_steer_stats stats = {};
+    std::string error = "no error";
+
+    llama_steer_state(llama_context & ctx, const arch_rule & rule) : ctx(ctx), model(ctx.get_model()), rule(rule) {
+        n_embd    = (int32_t) model.hparams.n_embd;
+        n_layer   = (int32_t) model.hparams.n_layer();
+        n_streams = rule.streams ? (int32_t) model.hparams.dsv4_hc_mult : 1;
+    }
+
+    int32_t streams_at(int32_t site) const { return site == LLAMA_STEER_RESID_POST ? n_streams : 1; }
+    bool    is_last(const place & at) const { return rule.last_layer_outputs && at.first == n_layer - 1; }
+
+    bool site_ok(int32_t site) const {
+        return site == LLAMA_STEER_RESID_POST ||
+            (rule.writer_sites && (site == LLAMA_STEER_ATTN_OUT || site == LLAMA_STEER_FFN_OUT));
+    }
+
+    void check_place(int32_t il, int32_t site) const {
+        if (site < 0 || site >= LLAMA_STEER_SITE_COUNT) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("site %d does not exist", site));
+        }
+        if (!site_ok(site)) {
+            throw steer_error(LLAMA_STEER_ERR_ARCH, format("site %s is not available in architecture '%s': use resid_post",
+                        site_name(site), llm_arch_name(model.arch)));
+        }
+        if (il < 0 || il >= n_layer) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("layer %d is out of range: this model has layers 0 to %d", il, n_layer - 1));
+        }
+    }
+};
+
+// the one door to llama_context's private members; declared a friend there
+struct llama_steer_access {
+    static llama_steer_cvec & cvec(llama_context & ctx) {
+        return static_cast<llama_steer_cvec &>(*ctx.cvec);
+    }
+
+    static const llama_steer_cvec & cvec(const llama_context & ctx) {
+        return static_cast<const llama_steer_cvec &>(*ctx.cvec);
+    }
+
+    // Reserve the compute buffers for the graph with everything on. Throws when there is not enough memory.
+    static void reserve(llama_context & ctx) {
+        ctx.sched_need_reserve = true;
+        ctx.sched_reserve();
+    }
+
+    static void reserve_later(llama_context & ctx) {
+        ctx.sched_need_reserve = true;
+    }
+};
+
+namespace llama_steer {
+
+const arch_rule * rule_for(llm_arch arch);
+
+llama_steer_state * state_of(const llama_context * ctx);
+
+void set_error(llama_context * ctx, const std::string & what);
+
+// Run the body of an API call: no exception crosses the C boundary.
+template <typename F>
+int32_t guarded(llama_context * ctx, F && body) {
+    int32_t code = LLAMA_STEER_ERR_INTERNAL;
+    std::string what;
+    try {
+        body();
+        return LLAMA_STEER_OK;
+    } catch (const steer_error & e) {
+        code = e.code;
+        what = e.what();
+    } catch (const std::bad_alloc &) {
+        code = LLAMA_STEER_ERR_MEMORY;
+        what = "out of memory";
+    } catch (const std::exception & e) {
+        what = e.what();
+    } catch (...) {
+        what = "unknown error";
+    }
+    set_error(ctx, what);
+    return code;
+}
+
+// llama-steer-bank.cpp
+
+using columns_by_id = std::map<int32_t, column>;
+
+ggml_context_ptr        new_tensor_context(size_t n_tensors);
+ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t buft, bool weights, const char * what);
+
+void drop_rows(llama_steer_state & st);
+void drop_kept(llama_steer_state & st);
+void forget_rows_of(llama_steer_state & st, int32_t config_id);
+void refresh_ids(llama_steer_state & st);
+
+// Write direction dyn of the projecting columns, or zeros for col == nullptr.
+void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn,
+        int32_t dyn, const column * col);
+
+void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
+        const columns_by_id & columns);
+
+std::vector<place> places_of(const llama_steer_state & st);
+
+bool     in_use(const llama_steer_state & st, int32_t column_id);
+bool     term_covers(const llama_steer_term & t, const place & at, int32_t stream);
+void     term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g);
+uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms);
+
+// The row of group::sum for a combination: resident, or put there in place of the one that was used longest ago.
+int32_t row_for(llama_steer_state & st, int32_t config_id, int32_t stream, const float * cb_c, const float * cb_g, int32_t n_cb);
+
+} // namespace llama_steer
