@@ -16,12 +16,14 @@ __version__ = "0.1.0"
 # Names are loaded when they are used: importing the package must not pull llama.cpp into a process that only reads a file.
 _HOMES = {
     "Activations": "steer_plugins.engine.base",
+    "AddTokens": "steer_plugins.native",
     "Engine": "steer_plugins.engine.base",
     "GenerateRequest": "steer_plugins.engine.base",
     "Generation": "steer_plugins.engine.base",
     "Library": "steer_plugins.library",
     "LocalEngine": "steer_plugins.engine.local",
     "ModelIdentity": "steer_plugins.vector",
+    "ReadRows": "steer_plugins.native",
     "SteerError": "steer_plugins.errors",
     "SteeredLlama": "steer_plugins.engine.llama",
     "Steering": "steer_plugins.steering",
@@ -33,12 +35,14 @@ _HOMES = {
 
 __all__ = [
     "Activations",
+    "AddTokens",
     "Engine",
     "GenerateRequest",
     "Generation",
     "Library",
     "LocalEngine",
     "ModelIdentity",
+    "ReadRows",
     "SteerError",
     "SteeredLlama",
     "Steering",
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
     from steer_plugins.engine.local import LocalEngine
     from steer_plugins.errors import SteerError
     from steer_plugins.library import Library
+    from steer_plugins.native import AddTokens, ReadRows
     from steer_plugins.steering import Steering, Term
     from steer_plugins.vector import ModelIdentity, SteeringVector
     from steer_plugins.vectorfile import read_vector, write_vector

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,9 +47,7 @@ def run_texts(
     outputs_for_reading: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Compute all texts in groups of the session's sequences. Rows read are left in the session's taps by (sequence,
-    position) and handed over through ``collect`` of :func:`read_texts`, so this runs group by group.
-    """
+    """Compute all texts for their logits; see :func:`run_groups`."""
     for _ in run_groups(
         session, texts, steering, on_logits=on_logits, outputs_for_reading=outputs_for_reading, progress=progress
     ):
@@ -64,8 +62,12 @@ def run_groups(
     on_logits: OnLogits | None = None,
     outputs_for_reading: bool = False,
     progress: Progress | None = None,
-):  # type: ignore[no-untyped-def]
-    """As :func:`run_texts`, yielding after each group the list of (text index, sequence, shared length)."""
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Compute all texts, a group of as many as the session has sequences at a time.
+
+    After each group yields (text index, sequence, length of the shared prefix) for its texts, while their rows are still in
+    the taps. The shared prefix was computed once, on sequence ``TRUNK``.
+    """
     n_slots = session.limits.n_seq - 1
     order = sorted(range(len(texts)), key=lambda i: texts[i].tokens)  # neighbours share the longest prefixes
     done = 0
@@ -151,7 +153,7 @@ def _want(session: Session, sequence: int, positions: list[int]) -> None:
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the prefix that all sequences share."""
-    low, high = min(sequences), max(sequences)
+    low, high = min(map(list, sequences)), max(map(list, sequences))
     n = 0
     for a, b in zip(low, high, strict=False):
         if a != b:

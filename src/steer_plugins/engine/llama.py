@@ -17,6 +17,7 @@ from steer_plugins.steering import Steering
 from steer_plugins.vector import ModelIdentity
 
 llama_cpp = activate(ensure_runtime())
+_Llama: Any = llama_cpp.Llama  # a name that exists only after the line above has chosen the library
 
 _EDITS = "steer_edits"
 
@@ -29,7 +30,7 @@ class _Facts:
     think_close: int | None
 
 
-class SteeredLlama(llama_cpp.Llama):  # type: ignore[misc]
+class SteeredLlama(_Llama):  # type: ignore[misc]
     """``llama_cpp.Llama`` with a ``steering=`` argument on ``__call__``, ``create_completion``, ``create_chat_completion`` and
     ``generate``: a vector, a term, a ``Steering``, a list of these, or None.
 
@@ -157,7 +158,7 @@ class SteeredLlama(llama_cpp.Llama):  # type: ignore[misc]
                 self.reset()
                 self._ctx.kv_cache_clear()
                 keep = 0
-            self.n_tokens = keep
+            self.n_tokens: int = keep
             self._requires_eval = True
         del self._edits[keep:]
 

@@ -124,7 +124,7 @@ class LoadedModel:
             text = self.template.render(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
             tokens = self._tokenize(text, add_special=not (self.bos and text.startswith(self.bos)))
         else:
-            tokens = [int(t) for t in prompt]  # type: ignore[arg-type, call-overload]
+            tokens = [int(t) for t in prompt]  # type: ignore[arg-type]
             for t in tokens:
                 if not 0 <= t < self.n_vocab:
                     raise DataError(f"Token id {t} is outside the vocabulary of {self.n_vocab}.")

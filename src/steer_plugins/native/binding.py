@@ -199,7 +199,7 @@ def model_info(library: ctypes.CDLL, model: Any) -> SteerInfo:
 
 def tested_architectures(library: ctypes.CDLL) -> list[str]:
     """Names of the architectures that the patch steers."""
-    names = []
+    names: list[str] = []
     while (name := library.llama_steer_arch_name(len(names))) is not None:
         names.append(name.decode())
     return names
@@ -433,7 +433,7 @@ class SteerContext:
         """Counters since the first steering call on this context."""
         raw = _Stats()
         self._check(self._library.llama_steer_get_stats(self._context, ctypes.byref(raw)))
-        return SteerStats(**{name: getattr(raw, name) for name, _ in _Stats._fields_})
+        return SteerStats(**{name: getattr(raw, name) for name in SteerStats.__dataclass_fields__})
 
     def fired(self, layer: int, site: int) -> int:
         """How often (layer, site) was edited with something that is not zero."""
