@@ -1,7 +1,4 @@
-"""Vector file formats: what a format is, and reading a file of whichever format it has.
-
-The package's own format is registered here through the same hook as anyone's.
-"""
+"""Vector file formats: what a format is, and reading a file of whichever format it has."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import VectorError
-from .plugins.hookspecs import hookimpl
 from .plugins.manager import manager
 from .vector import SteeringVector
 from .vectorfile import read_vector, sniff, write_vector
@@ -33,6 +29,10 @@ class Format:
     sniff: Callable[[Path], bool]
 
 
+#: The package's own format: docs/vector-format.md.
+STEER_VECTOR = Format("steer-vector", (".safetensors",), read_vector, write_vector, sniff)
+
+
 def read_any(path: str | os.PathLike[str]) -> SteeringVector:
     """The vector in a file of any registered format. Raises VectorError when the file is missing or no format fits."""
     path = Path(path)
@@ -44,17 +44,3 @@ def read_any(path: str | os.PathLike[str]) -> SteeringVector:
         if fmt.sniff(path):
             return fmt.read(path)
     raise VectorError(f"{path} is in none of the formats that can be read: {', '.join(sorted(formats))}")
-
-
-@hookimpl
-def register_formats(register: Callable[[Format], None]) -> None:
-    """The package's own safetensors file."""
-    register(
-        Format(
-            name="steer-vector",
-            suffixes=(".safetensors",),
-            read=read_vector,
-            write=write_vector,
-            sniff=sniff,
-        )
-    )

@@ -69,9 +69,7 @@ class Library:
         path = self.path(name, identity)
         if not path.is_file():
             raise MissingVector(missing_sentence(name, identity))
-        vector = Entry(name, path, identity).read()
-        vector.check_fits(identity, force=force)
-        return vector
+        return _fitted(Entry(name, path, identity).read(), identity, force)
 
     def put(self, vector: SteeringVector, identity: ModelIdentity, *, overwrite: bool = False, force: bool = False) -> Path:
         """Keep ``vector`` for the model and return its file. A vector without an identity gets the model's.
@@ -119,7 +117,8 @@ class Library:
 
         A name that the library has for this model comes first; ``./mood`` always is a file. Without an identity, a
         name is looked up for all models and must be of one only. Raises MissingVector when there is neither, and
-        VectorError when the vector belongs to another model; ``force`` accepts one that differs in its norms only.
+        VectorError when the vector belongs to another model; ``force`` accepts one that differs in its norms only, and
+        returns its vector under the identity of this one.
         """
         text = os.fspath(spec)
         if _is_name(text):
@@ -136,9 +135,13 @@ class Library:
         if not path.is_file() and _is_name(text) and path.suffix not in (_SUFFIX, ".gguf"):
             raise MissingVector(missing_sentence(text, identity))
         vector = read_any(path)
-        if identity is not None:
-            vector.check_fits(identity, force=force)
-        return vector
+        return vector if identity is None else _fitted(vector, identity, force)
+
+
+def _fitted(vector: SteeringVector, identity: ModelIdentity, force: bool) -> SteeringVector:
+    vector.check_fits(identity, force=force)
+    # A forced vector belongs to this model from here on, so that no engine has to be told about the force again.
+    return vector if vector.identity in (None, identity) or not force else vector.replace(identity=identity)
 
 
 def _is_name(text: str) -> bool:

@@ -49,7 +49,7 @@ class EngineOptions:
         """A LocalEngine on that model; ``more`` are further arguments of its constructor."""
         from ..engine.local import LocalEngine
 
-        said = {"n_ctx": self.n_ctx, "n_gpu_layers": self.n_gpu_layers, "n_threads": self.threads}
+        said: dict[str, Any] = {"n_ctx": self.n_ctx, "n_gpu_layers": self.n_gpu_layers, "n_threads": self.threads}
         return LocalEngine(self.path, **{key: value for key, value in said.items() if value is not None}, **more)
 
 
@@ -74,7 +74,7 @@ def model_path(model: str | None) -> Path:
     if model is None:
         from .. import models
 
-        return Path(models.demo_model())
+        return Path(models.default_model_path())
     path = Path(model).expanduser()
     if not path.exists():
         raise ModelError(f"there is no model file {path}")
