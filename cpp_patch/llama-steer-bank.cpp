@@ -99,6 +99,8 @@ static void allocate_dyn(const llama_steer_state & st, std::vector<group> & grou
 // and only then let go of the old side. On any failure the old side is in force again.
 void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
         const std::map<int32_t, column> & columns) {
+    st.not_in_callback("Making room for new layers or a new projecting column");
+
     std::vector<slot>        slots;
     std::map<place, int32_t> slot_of;
     std::vector<group>       groups;
@@ -220,7 +222,7 @@ void term_coefficients(const llama_steer_term & t, const direction & d, double &
     }
 }
 
-uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms) {
+uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms, const place * only) {
     // merged by direction content first: v - v is nothing, whatever the columns are called
     struct item { double c = 0.0; double g = 0.0; };
     std::map<std::array<uint64_t, 4>, item> items;
@@ -230,7 +232,7 @@ uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer
             continue;
         }
         for (const auto & [at, d] : it->second.dirs) {
-            if (!term_covers(t, at, -1)) {
+            if (!term_covers(t, at, -1) || (only && at != *only)) {
                 continue;
             }
             double c, g;

@@ -309,7 +309,10 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
         cb_c.assign((size_t) n*n_cb_all, 0.0f);
         cb_g.assign((size_t) n*n_cb_all, 0.0f);
         llama_steer_tokens tokens = { (int32_t) n, n_cb_all, st.ub_seq.data(), st.ub_pos.data() };
-        if (!st.add_cb(&tokens, cb_c.data(), cb_g.data(), st.add_cb_data)) {
+        st.in_callback = true;
+        const bool go_on = st.add_cb(&tokens, cb_c.data(), cb_g.data(), st.add_cb_data);
+        st.in_callback = false;
+        if (!go_on) {
             throw steer_error(LLAMA_STEER_ERR_ARG, "the add callback stopped this decode");
         }
         for (size_t i = 0; i < cb_c.size(); ++i) {
@@ -431,7 +434,10 @@ void finish_ubatch(llama_steer_state & st) {
         }
         if (st.read_cb) {
             llama_steer_rows rows = { tp.at.first, tp.at.second, (int32_t) n, tp.n_out, st.n_embd, seq.data(), pos.data(), data.data() };
-            if (!st.read_cb(&rows, st.read_cb_data)) {
+            st.in_callback = true;
+            const bool go_on = st.read_cb(&rows, st.read_cb_data);
+            st.in_callback = false;
+            if (!go_on) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, "the read callback stopped this decode");
             }
         }

@@ -197,6 +197,7 @@ struct llama_steer_state {
 
     llama_steer_read_callback read_cb = nullptr; void * read_cb_data = nullptr;
     llama_steer_add_callback  add_cb  = nullptr; void * add_cb_data  = nullptr;
+    bool in_callback = false; // the graph and its buffers must stay as they are
 
     uint64_t generation = 1; // of the device side: a graph that was built for another one cannot be reused
 
@@ -222,6 +223,12 @@ struct llama_steer_state {
 
     int32_t streams_at(int32_t site) const { return site == LLAMA_STEER_RESID_POST ? n_streams : 1; }
     bool    is_last(const place & at) const { return rule.last_layer_outputs && at.first == n_layer - 1; }
+
+    void not_in_callback(const char * what) const {
+        if (in_callback) {
+            throw llama_steer::steer_error(LLAMA_STEER_ERR_ARG, format("%s cannot be done inside a callback: do it between two decodes", what));
+        }
+    }
 
     bool site_ok(int32_t site) const {
         return site == LLAMA_STEER_RESID_POST ||
@@ -318,7 +325,8 @@ std::vector<place> places_of(const llama_steer_state & st);
 bool     in_use(const llama_steer_state & st, int32_t column_id);
 bool     term_covers(const llama_steer_term & t, const place & at, int32_t stream);
 void     term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g);
-uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms);
+// Content hash of what terms apply (at one place only, if given); 0 = nothing.
+uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms, const place * only = nullptr);
 
 // The row of group::sum for a combination: resident, or put there in place of the one that was used longest ago.
 int32_t row_for(llama_steer_state & st, int32_t config_id, int32_t stream, const float * cb_c, const float * cb_g, int32_t n_cb);

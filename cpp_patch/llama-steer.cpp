@@ -113,6 +113,7 @@ int32_t llama_steer_column_set(llama_context * ctx, int32_t column_id, int32_t n
         const float * dirs, const double * scales) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
+        st.not_in_callback("Changing a column");
         if (column_id < 0 || column_id >= LLAMA_STEER_MAX_COLS) {
             throw steer_error(LLAMA_STEER_ERR_LIMIT, format("column %d is out of range: 0 to %d", column_id, LLAMA_STEER_MAX_COLS - 1));
         }
@@ -184,6 +185,7 @@ int32_t llama_steer_column_set(llama_context * ctx, int32_t column_id, int32_t n
 int32_t llama_steer_column_clear(llama_context * ctx, int32_t column_id) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
+        st.not_in_callback("Clearing a column");
         auto it = st.columns.find(column_id);
         if (it == st.columns.end()) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("column %d is not set", column_id));
@@ -357,6 +359,16 @@ uint64_t llama_steer_config_id(const llama_context * ctx, int32_t config_id) {
     return it == st->configs.end() ? 0 : it->second.id;
 }
 
+bool llama_steer_config_acts(const llama_context * ctx, int32_t config_id, int32_t il, int32_t site) {
+    const auto * st = state_of(ctx);
+    if (!st) {
+        return false;
+    }
+    auto it = st->configs.find(config_id);
+    const place at(il, site);
+    return it != st->configs.end() && config_hash(*st, it->second.terms, &at) != 0;
+}
+
 uint64_t llama_steer_edit_id(const llama_context * ctx, llama_seq_id seq, llama_pos pos) {
     const auto * st = state_of(ctx);
     if (!st) {
@@ -369,6 +381,7 @@ uint64_t llama_steer_edit_id(const llama_context * ctx, llama_seq_id seq, llama_
 int32_t llama_steer_tap_set(llama_context * ctx, int32_t n, const int32_t * layers, const int32_t * sites, int32_t stream_mode, int32_t n_rows, bool keep) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
+        st.not_in_callback("Changing the taps");
         const int32_t n_ubatch = (int32_t) st.ctx.n_ubatch();
         if (n < 0 || n > st.n_layer*LLAMA_STEER_SITE_COUNT || (n > 0 && (!layers || !sites))) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("0 to %d taps can be set, not %d", st.n_layer*LLAMA_STEER_SITE_COUNT, n));
@@ -487,6 +500,7 @@ int32_t llama_steer_tap_get(const llama_context * ctx, int32_t il, int32_t site,
 int32_t llama_steer_tap_clear(llama_context * ctx) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
+        st.not_in_callback("Dropping the rows");
         drop_kept(st);
     });
 }
@@ -494,6 +508,7 @@ int32_t llama_steer_tap_clear(llama_context * ctx) {
 int32_t llama_steer_set_read_callback(llama_context * ctx, llama_steer_read_callback callback, void * user_data) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
+        st.not_in_callback("Changing a callback");
         st.read_cb      = callback;
         st.read_cb_data = user_data;
     });
@@ -502,6 +517,7 @@ int32_t llama_steer_set_read_callback(llama_context * ctx, llama_steer_read_call
 int32_t llama_steer_set_add_callback(llama_context * ctx, llama_steer_add_callback callback, void * user_data) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
+        st.not_in_callback("Changing a callback");
         st.add_cb      = callback;
         st.add_cb_data = user_data;
     });
@@ -540,6 +556,9 @@ int32_t llama_steer_free(llama_context * ctx) {
     return guarded(ctx, [&]() {
         if (!ctx) {
             throw steer_error(LLAMA_STEER_ERR_ARG, "the context is NULL");
+        }
+        if (const auto * st = state_of(ctx)) {
+            st->not_in_callback("Freeing the steering");
         }
         ctx->synchronize();
         llama_steer_access::cvec(*ctx).state.reset();

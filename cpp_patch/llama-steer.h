@@ -136,6 +136,9 @@ extern "C" {
     LLAMA_API uint64_t llama_steer_edit_id  (const struct llama_context * ctx, llama_seq_id seq, llama_pos pos);
     LLAMA_API uint64_t llama_steer_config_id(const struct llama_context * ctx, int32_t config);
 
+    // Does the config apply anything at (il, site)? False where its terms cancel out.
+    LLAMA_API bool llama_steer_config_acts(const struct llama_context * ctx, int32_t config, int32_t il, int32_t site);
+
     // ---- taps ----
 
     // Replace the set of taps. stream_mode: LLAMA_STEER_STREAM_MEAN or _ALL (resid_post). n_rows: most tokens wanted from one
@@ -183,13 +186,15 @@ extern "C" {
     };
 
     // After each ubatch, once for each tap that has wanted rows. Return false to make llama_decode() fail.
-    // It must not call llama_decode(); it may call the column, config and range functions, which take effect in the next ubatch.
+    // It may set and clear configs and ranges, which take effect in the next ubatch. Whatever would touch the graph or its buffers
+    // (columns, taps, a column's first project or clamp, callbacks, llama_steer_free) is refused inside either callback, and
+    // llama_decode() must not be called there.
     typedef bool (*llama_steer_read_callback)(const struct llama_steer_rows * rows, void * user_data);
 
     // Before each ubatch. c, g: [n_tokens][n_columns], zero on entry; what is written is added to what the token's config gives,
     // at every layer and stream of the column: h += c * scale * v + g * v (v^T h), v and scale as the column has them there.
     // A column needs to be used by a config with op project or clamp before g may be set for it.
-    // Return false to make llama_decode() fail. Columns must not be changed from inside it; configs and ranges may.
+    // Return false to make llama_decode() fail.
     typedef bool (*llama_steer_add_callback)(const struct llama_steer_tokens * tokens, float * c, float * g, void * user_data);
 
     LLAMA_API int32_t llama_steer_set_read_callback(struct llama_context * ctx, llama_steer_read_callback callback, void * user_data);

@@ -106,15 +106,8 @@ class SteeringTables:
         config, self._next_config = self._next_config, self._next_config + 1
         self.steer.set_config(config, natives)
         self._configs[natives] = config
-        self._unproved[config] = {
-            (layer, native.SITES[site])
-            for t in terms
-            if not t.is_zero
-            for layer, site in t.keys()
-            if t.effective_op != "add" or t.vector.scales[layer, site] != 0.0
-        }
-        if self.steer.config_id(config) == 0:
-            self._unproved[config] = set()  # the terms cancel out exactly
+        places = {(layer, native.SITES[site]) for t in terms if not t.is_zero for layer, site in t.keys()}
+        self._unproved[config] = {p for p in places if self.steer.config_acts(config, *p)}
         return config
 
     def pin(self, vectors: Sequence[SteeringVector]) -> list[int]:

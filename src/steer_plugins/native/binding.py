@@ -98,6 +98,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_steer_seq_clear": (c_int32, [c_void_p, c_int32]),
     "llama_steer_edit_id": (c_uint64, [c_void_p, c_int32, c_int32]),
     "llama_steer_config_id": (c_uint64, [c_void_p, c_int32]),
+    "llama_steer_config_acts": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
     "llama_steer_tap_set": (
         c_int32,
         [c_void_p, c_int32, POINTER(c_int32), POINTER(c_int32), c_int32, c_int32, c_bool],
@@ -324,6 +325,10 @@ class SteerContext:
     def config_id(self, config: int) -> int:
         """Edit id of a config: 64-bit content hash of what it applies; 0 = nothing."""
         return int(self._library.llama_steer_config_id(self._context, config))
+
+    def config_acts(self, config: int, layer: int, site: int) -> bool:
+        """Whether a config applies anything at (layer, site); False where its terms cancel out."""
+        return bool(self._library.llama_steer_config_acts(self._context, config, layer, site))
 
     def edit_id(self, sequence: int, position: int) -> int:
         """Edit id that a token at this place would get from its range."""
