@@ -253,6 +253,7 @@ int32_t llama_steer_config_set(llama_context * ctx, int32_t config_id, int32_t n
         }
 
         if (!promote.empty()) {
+            st.not_in_callback("A column's first project or clamp");
             auto dyn_cols = st.dyn_cols;
             auto columns  = st.columns;
             for (int32_t k : promote) {

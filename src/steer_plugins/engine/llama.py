@@ -30,7 +30,7 @@ class _Facts:
     think_close: int | None
 
 
-class SteeredLlama(_Llama):  # type: ignore[misc]
+class SteeredLlama(_Llama):
     """``llama_cpp.Llama`` with a ``steering=`` argument on ``__call__``, ``create_completion``, ``create_chat_completion`` and
     ``generate``: a vector, a term, a ``Steering``, a list of these, or None.
 
