@@ -178,7 +178,10 @@ def read_texts(
     s = native.SITES[site]
     n_streams = info.n_streams if stream == "all" and site == "resid_post" else 1
     mode = native.STREAM_ALL if stream == "all" else native.STREAM_MEAN
-    session.steer.set_taps(list(layers), [s] * len(layers), stream=mode)
+    # room for what one ubatch can want: 8 rows for the last tokens of 8 texts, not the 512 of a whole ubatch
+    wanted = sorted((len(t.wanted) for t in texts), reverse=True)[: session.limits.n_seq]
+    n_rows = 1 << (min(sum(wanted), session.limits.n_batch) - 1).bit_length()
+    session.steer.set_taps(list(layers), [s] * len(layers), stream=mode, n_rows=n_rows)
     outputs = info.last_layer_outputs_only and info.n_layer - 1 in layers
     results: list[Activations | None] = [None] * len(texts)
     for group in run_groups(session, texts, steering, outputs_for_reading=outputs, progress=progress):
