@@ -1,0 +1,55 @@
+"""Writes docs/cli.md from the commands' own ``--help``:  python -m steer_plugins.cli.reference docs/cli.md"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from ..files import write_atomically
+from ..plugins.manager import COMMAND_PLUGINS
+from .main import cli
+
+HEAD = """# The command line
+
+Made from `steer … --help` by `python -m steer_plugins.cli.reference docs/cli.md`; a test checks that it is up to date.
+Exit codes: 0 done, 1 something is wrong with what was asked for (one sentence says what), 2 wrong usage, 130 Ctrl-C.
+"""
+
+
+def render() -> str:
+    """The page, Markdown."""
+    parts = [HEAD]
+    for path, command in _commands():
+        parts.append(f"## {path}\n\n```text\n{_help(path, command)}\n```\n")
+    return "\n".join(parts)
+
+
+def _commands() -> Iterator[tuple[str, click.Command]]:
+    yield "steer", cli
+    context = click.Context(cli, info_name="steer")
+    for name in COMMAND_PLUGINS:
+        command = cli.get_command(context, name)
+        if command is None:
+            continue
+        yield f"steer {name}", command
+        if isinstance(command, click.Group):
+            for sub in sorted(command.commands):
+                yield f"steer {name} {sub}", command.commands[sub]
+
+
+def _help(path: str, command: click.Command) -> str:
+    parent: click.Context | None = None
+    for word in path.split()[:-1]:
+        parent = click.Context(click.Group(word), info_name=word, parent=parent, terminal_width=100, max_content_width=100)
+    context = click.Context(command, info_name=path.split()[-1], parent=parent, terminal_width=100, max_content_width=100)
+    lines = command.get_help(context).splitlines()
+    return "\n".join(line.rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    write_atomically(Path(sys.argv[1]), render().encode())

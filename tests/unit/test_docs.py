@@ -1,0 +1,40 @@
+"""The documents that are made from code agree with it, and the public names are documented."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import steer_plugins
+from steer_plugins.cli.reference import render
+
+ROOT = Path(__file__).parents[2]
+
+
+def words(text: str) -> list[str]:
+    # click's releases wrap lines differently; the words have to agree
+    return re.sub(r"[-\u2500]{3,}", "", text).split()
+
+
+def test_cli_reference_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert words(page) == words(render()), "run: python -m steer_plugins.cli.reference docs/cli.md"
+
+
+def test_public_names_are_sorted_and_have_docstrings() -> None:
+    assert steer_plugins.__all__ == sorted(steer_plugins.__all__)
+    for name, home in steer_plugins._HOMES.items():
+        if home.endswith("engine.llama"):
+            continue  # importing it needs a built runtime; tests/engine does
+        thing = getattr(importlib.import_module(home), name)
+        assert inspect.getdoc(thing), name
+
+
+def test_relative_links_of_the_documents_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "cpp_patch" / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if not re.match(r"[a-z]+:", target):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
