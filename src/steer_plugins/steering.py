@@ -79,9 +79,7 @@ class Term:
     @property
     def is_zero(self) -> bool:
         """True if the term changes nothing: strength 0, or an add whose scales are all 0."""
-        return self.strength == 0.0 or (
-            self.effective_op == "add" and all(self.vector.scales[key] == 0.0 for key in self.keys())
-        )
+        return self.strength == 0.0 or (self.effective_op == "add" and all(self.vector.scales[key] == 0.0 for key in self.keys()))
 
 
 @dataclass(frozen=True, init=False)

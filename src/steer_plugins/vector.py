@@ -136,8 +136,10 @@ class ModelIdentity:
             what = f"lacks {sorted(missing)[0]!r}" if missing else f"has the unknown field {_clip(sorted(unknown)[0])}"
             raise VectorError(f"the model identity {what}")
         for field in ("architecture", "name"):
-            if not isinstance(data.get(field, ""), str) or len(data.get(field, "")) > 1000:
-                raise VectorError(f"the model identity's {field!r} is not a string of at most 1000 characters")
+            text = data.get(field, "")
+            # JSON can spell lone surrogates, which are no text.
+            if not isinstance(text, str) or len(text) > 1000 or any("\ud800" <= c <= "\udfff" for c in text):
+                raise VectorError(f"the model identity's {field!r} is not a text of at most 1000 characters")
         if not data["architecture"]:
             raise VectorError("the model identity's 'architecture' is empty")
         for field in ("n_layer", "n_embd", "n_streams"):

@@ -156,9 +156,7 @@ def _decode(header: dict[str, Any], data: bytes) -> SteeringVector:
     identity = None if meta["identity"] is None else ModelIdentity.from_dict(meta["identity"])
     directions = _directions(header, data, n_embd)
     scales = _scales(meta["scales"], directions)
-    if content_sha256(meta["op"], directions, scales) != meta["content_sha256"]:
-        raise VectorError("damaged: the directions and scales do not match their content_sha256")
-    return SteeringVector(
+    vector = SteeringVector(
         meta["name"],
         directions,
         scales,
@@ -168,6 +166,10 @@ def _decode(header: dict[str, Any], data: bytes) -> SteeringVector:
         provenance=meta["provenance"],
         calibration=meta["calibration"],
     )
+    # Of what is stored: another writer's rounding may have been normalised in the vector.
+    if content_sha256(vector.op, directions, scales) != meta["content_sha256"]:
+        raise VectorError("damaged: the directions and scales do not match their content_sha256")
+    return vector
 
 
 def _directions(header: dict[str, Any], data: bytes, n_embd: int) -> dict[Key, np.ndarray]:
