@@ -350,7 +350,10 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
     bool any_edit = false;
     for (uint32_t i = 0; i < n; ++i) {
         const int32_t cfg = config_of(st.ub_seq[i], st.ub_pos[i]);
-        const bool   want = !st.taps.empty() && wants(st.ub_seq[i], st.ub_pos[i]);
+        llama_seq_id reader = -1; // the sequence that wants to read the token; a shared token may be wanted by any of its own
+        for (int32_t s = 0; s < ub.n_seq_id[i] && reader < 0 && !st.taps.empty(); ++s) {
+            reader = wants(ub.seq_id[i][s], st.ub_pos[i]) ? ub.seq_id[i][s] : -1;
+        }
         for (int32_t s = 1; s < ub.n_seq_id[i]; ++s) {
             const int32_t other = config_of(ub.seq_id[i][s], st.ub_pos[i]);
             const auto id = [&](int32_t c) { auto it = st.configs.find(c); return it == st.configs.end() ? 0 : it->second.id; };
@@ -386,7 +389,7 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
             }
         }
 
-        if (want) {
+        if (reader >= 0) {
             if ((int32_t) st.tap_at.size() >= st.tap_rows) {
                 throw steer_error(LLAMA_STEER_ERR_LIMIT, format("more than %d tokens of one ubatch are to be read: give the taps more rows", st.tap_rows));
             }
@@ -397,7 +400,7 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
                 }
             }
             st.tap_idx[i] = (int32_t) st.tap_at.size();
-            st.tap_at.emplace_back(st.ub_seq[i], st.ub_pos[i]);
+            st.tap_at.emplace_back(reader, st.ub_pos[i]);
         }
     }
 

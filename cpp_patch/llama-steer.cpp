@@ -383,7 +383,8 @@ int32_t llama_steer_tap_set(llama_context * ctx, int32_t n, const int32_t * laye
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
         st.not_in_callback("Changing the taps");
-        const int32_t n_ubatch = (int32_t) st.ctx.n_ubatch();
+        // a split takes at least one token of each sequence, so a ubatch can hold more than n_ubatch
+        const int32_t n_ubatch = (int32_t) std::max(st.ctx.n_ubatch(), st.ctx.n_seq_max());
         if (n < 0 || n > st.n_layer*LLAMA_STEER_SITE_COUNT || (n > 0 && (!layers || !sites))) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("0 to %d taps can be set, not %d", st.n_layer*LLAMA_STEER_SITE_COUNT, n));
         }

@@ -142,7 +142,7 @@ extern "C" {
     // ---- taps ----
 
     // Replace the set of taps. stream_mode: LLAMA_STEER_STREAM_MEAN or _ALL (resid_post). n_rows: most tokens wanted from one
-    // ubatch (0: n_ubatch). keep: hold the rows for llama_steer_tap_get(); false when only the read callback wants them.
+    // ubatch (0: as many as can come). keep: hold the rows for llama_steer_tap_get(); false when only the read callback wants them.
     // n = 0 takes all taps away.
     LLAMA_API int32_t llama_steer_tap_set(
             struct llama_context * ctx,
@@ -154,7 +154,8 @@ extern "C" {
             bool            keep);
 
     // Read the tokens of seq at p0 <= p < p1 (p1 < 0: no end) when they are computed. Where the last layer holds output tokens
-    // only, a tap on it makes llama_decode() fail for a wanted token that is no output.
+    // only, a tap on it makes llama_decode() fail for a wanted token that is no output. A token shared by several sequences is read
+    // once, for the first of them that wants it.
     LLAMA_API int32_t llama_steer_tap_range(struct llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, bool wanted);
 
     // The rows kept so far, in the order they were computed.
