@@ -415,28 +415,19 @@ void finish_ubatch(llama_steer_state & st) {
     ggml_backend_sched_synchronize(st.ctx.get_sched());
 
     const size_t n = st.tap_at.size();
-    std::vector<float> data;
     std::vector<llama_seq_id> seq;
     std::vector<llama_pos>    pos;
     for (const auto & [s, p] : st.tap_at) {
         seq.push_back(s);
         pos.push_back(p);
     }
-    if (st.tap_keep) {
-        for (auto & tp : st.taps) { // all or nothing: no tap may end up with more rows than another
-            tp.kept.reserve(tp.kept.size() + n*tp.n_out*st.n_embd);
-        }
-        st.kept_at.reserve(st.kept_at.size() + n);
-    }
-    for (auto & tp : st.taps) {
-        const size_t n_floats = n*tp.n_out*st.n_embd;
-        data.resize(n_floats);
-        ggml_backend_tensor_get(tp.rows, data.data(), 0, n_floats*sizeof(float));
-        if (st.tap_keep) {
-            tp.kept.insert(tp.kept.end(), data.begin(), data.end());
-        }
+    std::vector<std::vector<float>> data(st.taps.size());
+    for (size_t i = 0; i < st.taps.size(); ++i) {
+        auto & tp = st.taps[i];
+        data[i].resize(n*tp.n_out*st.n_embd);
+        ggml_backend_tensor_get(tp.rows, data[i].data(), 0, data[i].size()*sizeof(float));
         if (st.read_cb) {
-            llama_steer_rows rows = { tp.at.first, tp.at.second, (int32_t) n, tp.n_out, st.n_embd, seq.data(), pos.data(), data.data() };
+            llama_steer_rows rows = { tp.at.first, tp.at.second, (int32_t) n, tp.n_out, st.n_embd, seq.data(), pos.data(), data[i].data() };
             st.in_callback = true;
             const bool go_on = st.read_cb(&rows, st.read_cb_data);
             st.in_callback = false;
@@ -446,7 +437,17 @@ void finish_ubatch(llama_steer_state & st) {
         }
     }
     if (st.tap_keep) {
+        // all or nothing: room first, so that no tap can end up with more rows than another
+        for (size_t i = 0; i < st.taps.size(); ++i) {
+            auto & kept = st.taps[i].kept;
+            if (kept.capacity() < kept.size() + data[i].size()) {
+                kept.reserve(std::max(2*kept.capacity(), kept.size() + data[i].size()));
+            }
+        }
         st.kept_at.insert(st.kept_at.end(), st.tap_at.begin(), st.tap_at.end());
+        for (size_t i = 0; i < st.taps.size(); ++i) {
+            st.taps[i].kept.insert(st.taps[i].kept.end(), data[i].begin(), data[i].end());
+        }
     }
 }
 
