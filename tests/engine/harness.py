@@ -65,6 +65,7 @@ class Raw:
         n_seq_max: int = 4,
         kv_unified: bool = False,
         steer: bool = True,
+        cb_eval: Any = None,
     ) -> None:
         c = llama_cpp
         self.path = path
@@ -76,6 +77,8 @@ class Raw:
         cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_seq_max = n_ctx * n_seq_max, n_batch, n_ubatch, n_seq_max
         cp.n_threads = cp.n_threads_batch = 1
         cp.kv_unified = kv_unified
+        if cb_eval is not None:
+            cp.cb_eval = cb_eval
         self._params = cp
         self.ctx = c.llama_init_from_model(self.model, cp)
         assert self.ctx
@@ -144,6 +147,7 @@ class Raw:
         self.forget()
         self.set_cvec(None)
         self.steer.free()
+        self.steer.callback_error = None
 
     def set_cvec(self, data: Iterable[float] | None, first: int = -1, last: int = -1) -> None:
         """llama.cpp's own control vector; ``data`` starts at layer 1."""
@@ -201,6 +205,41 @@ class Raw:
         llama_cpp.llama_free(self.ctx)
         if self.model:
             llama_cpp.llama_model_free(self.model)
+
+
+# ---- llama.cpp's own view of its graph ----
+
+
+class Nodes:
+    """Values of named graph nodes, through llama.cpp's evaluation callback: nothing of the steering code is involved.
+
+    Args:
+        library: libllama; ggml's functions are found through it.
+        names: names without layer, such as ``l_out``.
+    """
+
+    def __init__(self, library: ctypes.CDLL, names: Sequence[str]) -> None:
+        self.values: dict[str, list[np.ndarray]] = {}
+        get_name, nbytes, get = library.ggml_get_name, library.ggml_nbytes, library.ggml_backend_tensor_get
+        get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+        nbytes.restype, nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+        get.restype, get.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+
+        def seen(tensor: int, ask: bool, _: Any) -> bool:
+            name = get_name(tensor).decode()
+            if name.split("-")[0] not in names:
+                return not ask
+            if not ask:
+                out = np.empty(nbytes(tensor) // 4, np.float32)
+                get(tensor, out.ctypes.data, 0, out.nbytes)
+                self.values.setdefault(name, []).append(out)
+            return True
+
+        self.callback = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(seen)
+
+    def rows(self, name: str, *shape: int) -> np.ndarray:
+        """All values of a node over the ubatches, as [n_rows, *shape]."""
+        return np.concatenate(self.values[name]).reshape(-1, *shape)
 
 
 # ---- the formula ----
