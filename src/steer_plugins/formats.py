@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import VectorError
-from .plugins.manager import manager
+from .plugins.manager import PluginWarning, manager
 from .vector import SteeringVector
 from .vectorfile import read_vector, sniff, write_vector
 
@@ -41,6 +42,14 @@ def read_any(path: str | os.PathLike[str]) -> SteeringVector:
     formats: dict[str, Format] = manager().registry("formats")
     # A format that also knows the suffix goes first, so that its message is the one the user reads.
     for fmt in sorted(formats.values(), key=lambda fmt: path.suffix.lower() not in fmt.suffixes):
-        if fmt.sniff(path):
+        if _could_be(fmt, path):
             return fmt.read(path)
     raise VectorError(f"{path} is in none of the formats that can be read: {', '.join(sorted(formats))}")
+
+
+def _could_be(fmt: Format, path: Path) -> bool:
+    try:
+        return bool(fmt.sniff(path))
+    except Exception as error:  # a stranger's code, asked about every file: it must not keep others from reading theirs
+        warnings.warn(f"the format {fmt.name!r} failed to look at {path}: {error!r:.200}", PluginWarning, stacklevel=3)
+        return False

@@ -99,10 +99,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     # A title of its own, since rich centres those of tables, over 10,000 columns in a pipe.
     if title:
         click.echo(title)
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
         numeric = bool(table) and all(isinstance(row[index], int | float) for row in table)
-        out.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        out.add_column(Text(cell_text(column)), justify="right" if numeric else "left", overflow="fold")
     for row in table:
         out.add_row(*(Text(cell_text(cell)) for cell in row))
     console().print(out, soft_wrap=False)

@@ -94,7 +94,7 @@ def _show_library(library: Library, entries: list[Entry], as_json: bool) -> None
                 else (r["name"], r["model"], r["op"], r["scope"], layer_ranges(r["layers"]), r["calibrated"])
                 for r in rows
             ],
-            title=f"Library {library.root}",
+            title=f"Library {library.root}\n",
         )
 
 
@@ -112,10 +112,10 @@ def _show_vector(vector: SteeringVector) -> None:
     )
     for title, data in (("Provenance", vector.provenance), ("Calibration", vector.calibration)):
         if data is not None:
-            click.echo(f"{title}")
+            click.echo(f"\n{title}")
             _show_facts(data, indent=2)
     if vector.calibration is None:
-        click.echo("Calibration\n  none: strength 1 is the scale above, not a measured full effect")
+        click.echo("\nCalibration\n  none: strength 1 is the scale above, not a measured full effect")
 
 
 def _show_facts(data: dict[str, Any], indent: int = 0) -> None:

@@ -168,6 +168,8 @@ def _collector(kind: str, taken: dict[str, Any], mine: dict[str, Any]) -> Callab
             raise ValueError(f"{name!r} is no name for one of the {kind}")
         if name in taken or name in mine:
             raise ValueError(f"{name!r} is already registered in {kind}")
+        if kind == "metrics" and not callable(thing):
+            raise TypeError(f"the metric {name!r} cannot be called")
         mine[name] = thing
 
     # A format carries its own name and suffixes; everything else is registered under a name.
