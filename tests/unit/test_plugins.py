@@ -85,6 +85,7 @@ def register_commands(cli):
 def test_builtins_bring_their_own():
     assert {"mood", "succinctness"} <= manager().registry("metrics").keys()
     assert "steer-vector" in manager().registry("formats")
+    assert "mean_difference" in manager().registry("methods")
     assert manager() is manager()
 
 

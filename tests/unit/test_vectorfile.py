@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +93,18 @@ def test_any_safetensors_reader_sees_the_directions(path):
     tensors = load_file(path)
     assert set(tensors) == {"direction.3.resid_post", "direction.12.resid_post", "direction.3.ffn_out"}
     assert tensors["direction.3.ffn_out"].tobytes() == make().directions[3, "ffn_out"].tobytes()
+
+
+def test_the_documentation_names_every_field_and_word():
+    page = (Path(__file__).parents[2] / "docs" / "vector-format.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(vectorfile._FIELDS)
+    assert f"# The vector file, `{vectorfile.FORMAT}`" in page
+    for word in (*OPS, *SCOPES):
+        assert f'`"{word}"`' in page
+    for site in SITES:
+        assert f"`{site}`" in page
+    for field in MODEL.to_dict():
+        assert f"`{field}`" in page
 
 
 # --- writing

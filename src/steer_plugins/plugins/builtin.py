@@ -20,6 +20,14 @@ def register_formats(register: Callable[[Format], None]) -> None:
 
 
 @hookimpl
+def register_methods(register: Callable[[str, object], None]) -> None:
+    """The package's own extraction methods."""
+    from ..extract import MeanDifference
+
+    register(MeanDifference.name, MeanDifference())
+
+
+@hookimpl
 def register_metrics(register: Callable[[str, Callable[[str], float]], None]) -> None:
     """The metrics of the traits that come with the package."""
     from ..metrics import builtin_metrics
