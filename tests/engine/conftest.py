@@ -124,9 +124,7 @@ def stock(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def run(path: Path, steps: list[dict[str, Any]], **options: Any) -> list[np.ndarray]:
         job, out = scratch / "job.json", scratch / "out.npz"
         job.write_text(json.dumps({"path": str(path), "steps": steps, "options": options, "out": str(out)}))
-        environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(folder), "MTMD_CPP_LIB": str(folder)}
-        root = STOCK_RUNNER.parents[2]
-        environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root), environment.get("PYTHONPATH", "")])
+        environment = harness.child_environment(runtime, folder)
         done = subprocess.run(
             [sys.executable, str(STOCK_RUNNER), str(job)], env=environment, capture_output=True, text=True, timeout=300
         )

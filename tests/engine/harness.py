@@ -6,6 +6,7 @@ Also the formula itself, written a second time in numpy from the header's words:
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,7 @@ class Raw:
         self.steer: Any = None
         if steer:
             self.info = native.model_info(native.load(self.library), self.model)
+            self.sites = [native.SITES[name] for name in self.info.sites]
             self.steer = native.SteerContext(self.library, self.ctx, self.n_embd)
 
     def second_context(self) -> Raw:
@@ -299,6 +301,19 @@ def close(got: np.ndarray, want: np.ndarray, atol: float) -> None:
     assert got.shape == want.shape
     error = float(np.abs(got.astype(np.float64) - want).max())
     assert error <= atol, f"off by {error:.3g}, allowed is {atol:.3g}"
+
+
+def child_environment(runtime: Any, lib_dir: Path | None = None) -> dict[str, str]:
+    """Environment of a process that imports these tests and llama_cpp on a runtime's libraries (or on ``lib_dir``)."""
+    root = Path(__file__).parents[2]
+    folder = str(lib_dir or runtime.lib_dir)
+    paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "LLAMA_CPP_LIB_PATH": folder,
+        "MTMD_CPP_LIB": folder,
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+    }
 
 
 # ---- inputs ----
