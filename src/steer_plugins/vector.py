@@ -209,7 +209,7 @@ class SteeringVector:
             if not math.isfinite(dose):
                 raise VectorError(f"vector {name!r}: the scale of layer {layer} {site} is too large")
             units[layer, site] = unit
-            doses[layer, site] = dose + 0.0  # -0.0 becomes 0.0: equal vectors hash alike
+            doses[layer, site] = dose
         if not units:
             raise VectorError(f"vector {name!r} has no direction that is not zero")
         order = sorted(units)
@@ -451,7 +451,7 @@ def content_sha256(op: str, directions: Mapping[Key, np.ndarray], scales: Mappin
         direction = np.ascontiguousarray(directions[layer, site], "<f4")
         digest.update(layer.to_bytes(4, "little") + site.encode() + b"\0" + direction.size.to_bytes(4, "little"))
         digest.update(direction.tobytes())
-        digest.update(np.array(scales[layer, site] + 0.0, "<f8").tobytes())
+        digest.update(np.array(scales[layer, site] + 0.0, "<f8").tobytes())  # + 0.0: -0.0 is hashed as 0.0
     return digest.hexdigest()
 
 

@@ -159,18 +159,33 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     for index in range(300):
         vector = SteeringVector(f"v{index}", {(0, "resid_post"): np.ones(N)})
         Library(tmp_path / "library").put(vector, MODEL)
+    assert read_by_nobody("-m", "steer_plugins", "show") == (1, "")
+    # Here nothing is written before the buffer is flushed at the end.
+    code = """
+import sys
+from steer_plugins.cli.main import cli, main
+cli.command("few")(lambda: print("words"))
+sys.exit(main(["few"]))
+"""
+    assert read_by_nobody("-c", code) == (1, "")
+
+
+def read_by_nobody(*arguments: str) -> tuple[int, str]:
+    """(exit code, stderr) of Python with a stdout that is closed at the other end."""
     path = os.pathsep.join([str(Path(steer_plugins.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [sys.executable, "-m", "steer_plugins", "show"],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    os.close(writer)
-    assert done.stderr == "" and done.returncode == 1
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr
 
 
 def test_text_that_the_terminal_cannot_show_does_not_stop_it(tmp_path):
