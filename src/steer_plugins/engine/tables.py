@@ -224,21 +224,10 @@ class SequenceSteering:
 
 def check_fits(vector: SteeringVector, model: ModelFacts) -> None:
     """Raise VectorError when a vector is not for this model: identity, width, layers or sites."""
-    if vector.identity is not None and vector.identity.mismatch(model.identity) is not None:
-        raise VectorError(
-            f"Vector '{vector.name}' was made for another model ({vector.identity.mismatch(model.identity)}): "
-            f"fit it for this one with `steer train {vector.name}`."
-        )
-    info = model.steer
-    if vector.n_embd != info.n_embd:
-        raise VectorError(f"Vector '{vector.name}' has n_embd {vector.n_embd}, this model has {info.n_embd}.")
-    if vector.layers[-1] >= info.n_layer:
-        raise VectorError(
-            f"Vector '{vector.name}' names layer {vector.layers[-1]}, this model has layers 0 to {info.n_layer - 1}."
-        )
+    vector.check_fits(model.identity)
     for site in vector.sites:
-        if site not in info.sites:
+        if site not in model.steer.sites:
             raise VectorError(
-                f"Vector '{vector.name}' acts at {site}, which {model.identity.architecture} does not offer: "
-                f"it has {', '.join(info.sites)}."
+                f"vector {vector.name!r} acts at {site}, which {model.identity.architecture} does not offer: "
+                f"it has {', '.join(model.steer.sites)}"
             )
