@@ -164,6 +164,18 @@ def test_nothing_is_planned_when_one_file_does_not_fit(tree: PatchedTree, folder
     assert not (tree.root / "src/llama-steer.cpp").exists()
 
 
+def test_every_file_that_does_not_fit_is_listed(tree: PatchedTree, folder: Path) -> None:
+    more = diff_of("src/other.cpp", "touched\n", "untouched\n") + diff_of("src/none.cpp", "a\n", "b\n")
+    (folder / "core.patch").write_bytes((folder / "core.patch").read_bytes() + more)
+    with pytest.raises(DoesNotFit) as caught:
+        load_patch_set("default", folder).plan(tree.original, False)
+    assert caught.value.places == [
+        "src/other.cpp:1: the lines around it are different here",
+        "src/none.cpp: there is no such file",
+    ]
+    assert str(caught.value).endswith("here (and in 1 more)")
+
+
 def test_a_file_of_our_name_is_not_overwritten(tree: PatchedTree, folder: Path) -> None:
     (tree.root / "src/llama-steer.h").write_text("theirs")
     with pytest.raises(DoesNotFit, match="already has"):

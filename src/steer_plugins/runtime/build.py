@@ -111,6 +111,7 @@ class CheckResult:
     compiled: list[str]
     problem: str | None
     seconds: float
+    misfits: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -121,6 +122,7 @@ class CheckResult:
             "files": self.files,
             "compiled": self.compiled,
             "problem": self.problem,
+            "misfits": self.misfits,
             "seconds": round(self.seconds, 1),
         }
 
@@ -369,7 +371,7 @@ class _Build:
         try:
             patch, content = self.tree.choose(patch_sets(version), self.plan.server)
         except DoesNotFit as error:
-            return self._checked(None, [], [], self._misfit(error))
+            return self._checked(None, [], [], self._misfit(error), error.places)
         self.tree.put(content)
         files = sorted(content)
         try:
@@ -379,11 +381,14 @@ class _Build:
             return self._checked(patch.name, files, [], str(error))
         return self._checked(patch.name, files, compiled, None)
 
-    def _checked(self, patch: str | None, files: list[str], compiled: list[str], problem: str | None) -> CheckResult:
+    def _checked(
+        self, patch: str | None, files: list[str], compiled: list[str], problem: str | None, misfits: Sequence[str] = ()
+    ) -> CheckResult:
         self.log.close()
         if problem is None:
             self.log.path.unlink(missing_ok=True)
-        return CheckResult(self.plan.origin.version, patch, files, compiled, problem, time.monotonic() - self.started)
+        seconds = time.monotonic() - self.started
+        return CheckResult(self.plan.origin.version, patch, files, compiled, problem, seconds, list(misfits))
 
     # the steps
 

@@ -40,8 +40,7 @@ def make_dir(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(
-            f"the cache folder {path} cannot be created ({error.strerror or error}); "
-            "set STEER_CACHE to a writable folder"
+            f"the cache folder {path} cannot be created ({error.strerror or error}); set STEER_CACHE to a writable folder"
         ) from None
     return path
 
@@ -119,8 +118,7 @@ class CacheLock:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
         except OSError as error:
             raise BuildError(
-                f"the lock file {self.path} cannot be opened ({error.strerror or error}); "
-                "set STEER_CACHE to a writable folder"
+                f"the lock file {self.path} cannot be opened ({error.strerror or error}); set STEER_CACHE to a writable folder"
             ) from None
         stream = os.fdopen(handle, "r+b", buffering=0)
         told = False
@@ -140,9 +138,7 @@ class CacheLock:
         self._file = stream
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
         if self._file is not None:
             # The file stays: removing it would let a waiter lock a name that a third process creates anew.
             self._file.seek(0)

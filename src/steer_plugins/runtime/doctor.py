@@ -148,9 +148,7 @@ def _runtime(report: Report, bindings: Bindings | None, patch: PatchSet | None) 
     server = "with llama-server" if runtime.server else "without llama-server"
     report.add("runtime", "ok", f"{runtime.path} ({runtime.version or 'unknown version'}, {ggml}, {server})")
     if not is_current(runtime):
-        report.add(
-            "runtime", "note", "it was not built with this package's patch", "unset STEER_RUNTIME or `steer build`"
-        )
+        report.add("runtime", "note", "it was not built with this package's patch", "unset STEER_RUNTIME or `steer build`")
     if bindings is not None and runtime.version[:1].isdigit() and runtime.version != bindings.version:
         text = f"it is for {DISTRIBUTION} {runtime.version}, but {bindings.version} is installed"
         report.add("runtime", "missing", text, "unset STEER_RUNTIME, then run `steer build`")

@@ -26,13 +26,19 @@ _SUFFIXES = (".h", ".hpp", ".cpp")
 
 
 class DoesNotFit(Exception):
-    """A diff does not apply. ``file`` is the path in the llama.cpp tree, ``line`` the hunk's line in the original."""
+    """A diff does not apply. ``file`` is the path in the llama.cpp tree, ``line`` the hunk's line in the original;
+    ``places`` lists this place and, in a plan, those of the other files that do not fit either."""
 
     def __init__(self, file: str, line: int, why: str) -> None:
-        super().__init__(f"{file}:{line}: {why}" if line else f"{file}: {why}")
         self.file = file
         self.line = line
         self.why = why
+        self.places = [f"{file}:{line}: {why}" if line else f"{file}: {why}"]
+        super().__init__(self.places[0])
+
+    def __str__(self) -> str:
+        others = len(self.places) - 1
+        return self.places[0] + (f" (and in {others} more)" if others else "")
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,20 @@ class PatchSet:
         for path in result:
             if read(path) is not None:
                 raise DoesNotFit(path, 0, "the tree already has a file of that name")
+        misfit: DoesNotFit | None = None
         for path, hunks in self.changes(server).items():
-            original = read(path)
-            if original is None:
-                raise DoesNotFit(path, 0, "there is no such file")
-            result[path] = apply_hunks(path, original, hunks)
+            try:
+                original = read(path)
+                if original is None:
+                    raise DoesNotFit(path, 0, "there is no such file")
+                result[path] = apply_hunks(path, original, hunks)
+            except DoesNotFit as error:
+                if misfit is None:
+                    misfit = error
+                else:
+                    misfit.places += error.places
+        if misfit is not None:
+            raise misfit
         return result
 
 

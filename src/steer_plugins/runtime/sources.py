@@ -63,9 +63,7 @@ def llama_cpp_root(folder: Path) -> Path:
     for root in (folder, folder / "vendor" / "llama.cpp"):
         if all((root / path).is_file() for path in ("CMakeLists.txt", "include/llama.h", "src/CMakeLists.txt")):
             return root.absolute()
-    raise BuildError(
-        f"{folder} holds no llama.cpp sources; give a llama.cpp tree or an unpacked {DISTRIBUTION} source archive"
-    )
+    raise BuildError(f"{folder} holds no llama.cpp sources; give a llama.cpp tree or an unpacked {DISTRIBUTION} source archive")
 
 
 def llama_cpp_version(root: Path) -> str | None:
@@ -127,9 +125,7 @@ def run_pip(arguments: list[str], what: str, way_out: str) -> None:
     if not pip_available():
         raise BuildError(f"{sys.executable} has no pip to fetch {what} with; {way_out}")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")] or lines

@@ -88,9 +88,7 @@ def find_ninja() -> str | None:
 def version_of(program: str) -> tuple[int, ...] | None:
     """The version a program prints for --version, or None when it cannot be run."""
     try:
-        done = subprocess.run(
-            [program, "--version"], capture_output=True, text=True, errors="replace", timeout=60, check=False
-        )
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace", timeout=60, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
     match = re.search(r"(\d+(?:\.\d+)+)", done.stdout) if done.returncode == 0 else None
