@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from steer_plugins.errors import EngineError
+from steer_plugins.tinygguf import ARCHITECTURES
 from tests.engine import harness as H
 from tests.engine.harness import ADD, ALL, ATTN, CLAMP, FFN, MEAN, RESID, NativeTerm, Raw, Tok
 
 MakeRaw = Callable[..., Raw]
-ARCHS = ("llama", "qwen2", "qwen3", "gemma3", "deepseek2", "deepseek4")
+ARCHS = ARCHITECTURES
 
 
 @pytest.mark.parametrize("steered", [False, True])
@@ -130,7 +131,7 @@ def test_rows_add_up_until_they_are_dropped(raw: MakeRaw) -> None:
         r.steer.rows(0, RESID)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "deepseek2"])
+@pytest.mark.parametrize("arch", [a for a in ARCHS if a != "deepseek4"])
 @pytest.mark.parametrize("n_ubatch", [5, 512])
 def test_last_layer_holds_outputs_only(raw: MakeRaw, arch: str, n_ubatch: int) -> None:
     """A wanted token that is no output fails the decode with a sentence; the context works on."""
@@ -170,10 +171,11 @@ def test_deepseek4_last_layer_is_read_at_any_token(raw: MakeRaw) -> None:
     assert np.abs(r.read(none, [top], RESID, ALL)[top] - want).max() < 1e-4
 
 
-def test_no_outputs_at_all(raw: MakeRaw) -> None:
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_outputs_at_all(raw: MakeRaw, arch: str) -> None:
     """A prompt chunk without any output: layers below the last are read and edited all the same."""
-    for arch in ARCHS:
-        r = raw(arch, n_ubatch=5)
+    for n_ubatch in (5, 512):
+        r = raw(arch, n_ubatch=n_ubatch)
         toks = H.prompt(9)
         none = [Tok(t.token, t.pos, 0, False) for t in toks]
         layers = list(range(r.n_layer - 1))

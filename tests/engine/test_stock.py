@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from steer_plugins.tinygguf import ARCHITECTURES
 from tests.engine import harness as H
 from tests.engine.harness import ADD, CLAMP, RESID, Column, NativeTerm, Raw, Tok
 from tests.engine.stock_runner import run_steps
 
 MakeRaw = Callable[..., Raw]
 Stock = Callable[..., list[np.ndarray]]
-ARCHS = ("llama", "qwen2", "qwen3", "gemma3", "deepseek2", "deepseek4")
+ARCHS = ARCHITECTURES
 PREFILL, DECODE = 21, 8
 
 
@@ -43,9 +44,9 @@ def script() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("n_ubatch", [5, 512])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_bits_without_steering(fresh: MakeRaw, stock: Stock, tiny: Callable[..., Path], arch: str, n_ubatch: int) -> None:
+    r = fresh(arch, n_ubatch=n_ubatch)
     steps = script()
     want = stock(tiny(arch), steps, n_ubatch=n_ubatch)
-    r = fresh(arch, n_ubatch=n_ubatch)
 
     def same() -> bool:
         r.forget()
