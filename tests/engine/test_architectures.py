@@ -55,6 +55,7 @@ def test_formula(fresh: MakeRaw, arch: str, n_ubatch: int) -> None:
     """First, middle and last layer; each op; one of two sequences is steered and the other is not."""
     r = fresh(arch, n_ubatch=n_ubatch, **SMALL)
     assert r.info.n_streams == (4 if arch == "deepseek4" else 1)
+    assert r.info.sites == (("resid_post", "attn_out", "ffn_out") if arch == "deepseek4" else ("resid_post",))
     toks, layers, stream = two_sequences(), some_layers(r), stream_of(r)
     mine = np.array([t.seq == 0 for t in toks])
     plain = r.read(toks, layers, RESID, stream)

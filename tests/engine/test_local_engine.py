@@ -1,0 +1,970 @@
+"""LocalEngine on tiny models: reading, generating, scoring, and a cache that never hands over stale states."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from steer_plugins import native
+from steer_plugins.engine import GenerateRequest, batching, tables
+from steer_plugins.engine.local import LocalEngine
+from steer_plugins.engine.session import Session
+from steer_plugins.errors import DataError, EngineError, ModelError, SpecError, SteerError, VectorError
+from steer_plugins.steering import Steering, Term
+from steer_plugins.vector import SteeringVector
+from tests.engine import harness as H
+
+BOTH = ("llama", "deepseek4")
+PROMPT = "The weather in the old town is"
+LONG = "It was a cold morning in the harbour, and the boats lay still. "
+
+# Float32 throughout, on CPU: another batch shape sums in another order. Values of order 10 agree to about
+# 1e-4 after some layers; doses are a thousand times that.
+NOISE = 4e-4
+MORE_NOISE = {"gemma3": 5e-3}  # its activation function is a table of float16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float32_cache(llama_cpp: Any) -> Iterator[None]:
+    """A KV cache in float32: the usual float16 turns noise in the last bit into differences of a thousandth."""
+    original = llama_cpp.llama_context_default_params
+
+    def exact() -> Any:
+        params = original()
+        params.type_k = params.type_v = 0  # GGML_TYPE_F32
+        params.flash_attn_type = 0  # off: it computes in float16
+        return params
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp, "llama_context_default_params", exact)
+        yield
+
+
+@pytest.fixture(scope="module")
+def engines(float32_cache: None, tiny: Callable[..., Path]) -> Iterator[Callable[..., LocalEngine]]:
+    """Engines shared by this module's tests: ``engines("llama")``."""
+    made: dict[Any, LocalEngine] = {}
+
+    def get(arch: str, **options: Any) -> LocalEngine:
+        key = (arch, *sorted(options.items()))
+        if key not in made:
+            made[key] = open_engine(tiny(arch), **options)
+        return made[key]
+
+    yield get
+    for engine in made.values():
+        engine.close()
+
+
+def open_engine(path: Path, **options: Any) -> LocalEngine:
+    return LocalEngine(path, **{"n_ctx": 512, "n_threads": 1, "n_parallel": 4, **options})
+
+
+def vector(
+    engine: LocalEngine,
+    layers: tuple[int, ...] = (1, 2),
+    *,
+    site: str = "resid_post",
+    seed: int = 0,
+    dose: float = 4.0,
+    scope: str = "all",
+    op: str = "add",
+    name: str = "v",
+) -> SteeringVector:
+    rng = np.random.default_rng(seed)
+    directions = {(il, site): rng.standard_normal(engine.info.n_embd).astype(np.float32) for il in layers}
+    return SteeringVector(
+        name, directions, dict.fromkeys(directions, dose / np.sqrt(engine.info.n_embd)), default_scope=scope, op=op
+    )
+
+
+def moved(engine: LocalEngine, v: SteeringVector, layer: int, site: str = "resid_post") -> np.ndarray:
+    return v.effective(layer, site).astype(np.float64)
+
+
+def near(a: np.ndarray, b: np.ndarray, atol: float = NOISE) -> None:
+    assert a.shape == b.shape
+    error = float(np.abs(a.astype(np.float64) - b).max())
+    assert error <= atol, error
+
+
+# ---- reading ----
+
+
+@pytest.mark.parametrize("arch", [*BOTH, "gemma3"])
+def test_shared_prefixes_change_nothing(engines: Any, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts with common beginnings are computed once and copied; each reads as it does alone, and as in a bare context."""
+    engine = engines(arch)
+    endings = ["", "Then", "Then rain came", "Nobody spoke of the war.", "Then rain came down on the quay", "x"]
+    prompts = [LONG + e for e in endings] + [LONG * 2 + e for e in endings[1:3]] + ["x", "something else entirely"]
+    copies = 0
+    original = Session.copy
+
+    def counted(self: Session, source: int, target: int) -> None:
+        nonlocal copies
+        copies += 1
+        original(self, source, target)
+
+    monkeypatch.setattr(Session, "copy", counted)
+    for positions in ("last", "all", [1, -1]):
+        together = engine.read(prompts, positions=positions)
+        assert copies >= 4, "nothing was shared"
+        copies = 0
+        for prompt, one in zip(prompts, together, strict=True):
+            alone = engine.read([prompt], positions=positions)[0]
+            assert (alone.tokens, alone.positions, alone.n_prompt) == (one.tokens, one.positions, one.n_prompt)
+            for il in range(engine.info.n_layer):
+                near(one.values[il], alone.values[il], MORE_NOISE.get(arch, NOISE))
+    raw = H.Raw(Path(engine.info.path))
+    for one in engine.read(prompts, positions="all"):
+        raw.clear()
+        rows = raw.read([H.Tok(t, p) for p, t in enumerate(one.tokens)], list(range(engine.info.n_layer)))
+        for il, want in rows.items():
+            near(one.values[il], want, MORE_NOISE.get(arch, NOISE))
+    raw.close()
+
+
+@pytest.mark.parametrize("arch", BOTH)
+def test_positions(engines: Any, arch: str) -> None:
+    engine = engines(arch)
+    item = (PROMPT, " cold and wet again")
+    n_prompt = len(engine.tokenize(PROMPT))
+    everything = engine.read_pairs([item], positions="all")[0]
+    n = len(everything.tokens)
+    assert everything.positions == list(range(n)) and everything.n_prompt == n_prompt < n
+    for positions, rows in (
+        ("last", [n - 1]),
+        ("response", list(range(n_prompt, n))),
+        ([0], [0]),
+        ([3, -1, 1, 3], [1, 3, n - 1]),
+        ([-n], [0]),
+    ):
+        got = engine.read_pairs([item], positions=positions)[0]
+        assert got.positions == rows and got.tokens == everything.tokens
+        for il in range(engine.info.n_layer):
+            near(got.values[il], everything.values[il][rows])
+    for positions, first in (("mean", 1), ("response_mean", n_prompt)):
+        got = engine.read_pairs([item], positions=positions)[0]
+        assert got.positions == []
+        for il in range(engine.info.n_layer):
+            near(got.values[il], everything.values[il][first:].mean(axis=0, keepdims=True, dtype=np.float64))
+    default = engine.read_pairs([item])[0]
+    near(default.values[0], engine.read_pairs([item], positions="response_mean")[0].values[0])
+    one = engine.read([PROMPT], layers=[2, 0, 2])[0]
+    assert sorted(one.values) == [0, 2] and one.values[0].dtype == np.float32
+    assert engine.read([]) == [] and engine.read_pairs([]) == []
+
+
+def test_read_through_a_generated_reply(engines: Any) -> None:
+    engine = engines("llama")
+    v = vector(engine)
+    for steering in (None, Term(v, 1.5)):
+        reply = engine.generate(PROMPT, max_tokens=7, steering=steering)
+        got = engine.read([PROMPT], max_tokens=7, positions="response", steering=steering)[0]
+        assert got.tokens == reply.prompt_tokens + reply.tokens
+        want = engine.read_pairs([(PROMPT, reply.tokens)], positions="response", steering=steering)[0]
+        assert got.positions == want.positions
+        for il in range(engine.info.n_layer):
+            near(got.values[il], want.values[il])
+
+
+def test_streams_and_sites(engines: Any) -> None:
+    engine = engines("deepseek4")
+    mean = engine.read([PROMPT], positions="all")[0]
+    every = engine.read([PROMPT], positions="all", stream="all")[0]
+    n = len(mean.tokens)
+    for il in range(engine.info.n_layer):
+        assert every.values[il].shape == (n, 4, engine.info.n_embd)
+        near(every.values[il].mean(axis=1), mean.values[il], 1e-5)
+    for site in ("attn_out", "ffn_out"):
+        one = engine.read([PROMPT], positions="all", site=site, stream="all")[0]
+        assert one.values[2].shape == (n, engine.info.n_embd) and one.site == site
+        assert np.abs(one.values[2] - mean.values[2]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arch", "site"), [("llama", "resid_post"), ("deepseek4", "resid_post"), ("deepseek4", "attn_out"), ("deepseek4", "ffn_out")]
+)
+@pytest.mark.parametrize("op", ["add", "project", "clamp"])
+def test_steered_reading_is_the_formula(engines: Any, arch: str, site: str, op: str) -> None:
+    """Through the whole engine: vector, term, scope; at one layer, for texts of several lengths at once."""
+    engine = engines(arch)
+    layer = 2
+    v = vector(engine, (layer,), site=site, op=op, dose=6.0)
+    prompts = [PROMPT, LONG + "and", "x y"]
+    stream = "all" if site == "resid_post" and engine.info.n_streams > 1 else "mean"
+    plain = engine.read(prompts, positions="all", site=site, layers=[layer], stream=stream)
+    for strength in (1.0, -0.5, 0.0):
+        got = engine.read(prompts, positions="all", site=site, layers=[layer], stream=stream, steering=Term(v, strength))
+        for a, b in zip(got, plain, strict=True):
+            h = b.values[layer].astype(np.float64)
+            direction = v.directions[layer, site].astype(np.float64)
+            along = (h @ direction)[..., None] * direction
+            scale = v.scales[layer, site]
+            delta = {
+                "add": strength * scale * direction + 0 * h,
+                "project": -strength * along,
+                "clamp": (strength * scale * direction - along) if strength else 0 * h,
+            }[op]
+            delta[0] = 0  # position 0 is left alone by scope all
+            near(a.values[layer], h + delta)
+
+
+def test_scopes_act_where_they_say(engines: Any) -> None:
+    engine = engines("llama")
+    item = (PROMPT, " cold and wet again")
+    layer = 1
+    v = vector(engine, (layer,), dose=5.0)
+    plain = engine.read_pairs([item], positions="all", layers=[layer])[0]
+    n, n_prompt = len(plain.tokens), plain.n_prompt
+    dose = moved(engine, v, layer)
+    expected = {
+        "all": range(1, n),
+        "prompt": range(1, n_prompt - 1),
+        "response": range(n_prompt - 1, n),
+        "answer": range(n_prompt - 1, n),
+        "0-": range(0, n),
+        "0-0": range(0, 1),
+        "2-4": range(2, 5),
+        f"{n - 1}-": range(n - 1, n),
+        "500-": range(0),
+    }
+    for scope, where in expected.items():
+        got = engine.read_pairs([item], positions="all", layers=[layer], steering=Term(v, 1.0, scope=scope))[0]
+        want = plain.values[layer].astype(np.float64)
+        want[list(where)] += dose
+        near(got.values[layer], want)
+    # several terms with scopes of their own
+    w = vector(engine, (layer,), seed=5)
+    terms = [Term(v, 1.0, scope="prompt"), Term(w, -2.0, scope="response"), Term(v, 0.5, scope="2-2")]
+    got = engine.read_pairs([item], positions="all", layers=[layer], steering=terms)[0]
+    want = plain.values[layer].astype(np.float64)
+    want[1 : n_prompt - 1] += dose
+    want[n_prompt - 1 :] += -2.0 * moved(engine, w, layer)
+    want[2] += 0.5 * dose
+    near(got.values[layer], want)
+
+
+def test_cancelling_terms(engines: Any) -> None:
+    """v over all its layers and -v over some: what cancels is not missed by the probe for silent layers."""
+    engine = engines("llama")
+    v = vector(engine, (0, 1, 2, 3))
+    plain = engine.read([PROMPT], positions="all", layers=[0, 1])[0]
+    got = engine.read([PROMPT], positions="all", layers=[0, 1], steering=[Term(v, 1.0), Term(v, -1.0, layers=(1, 3))])[0]
+    want = plain.values[0].astype(np.float64)
+    want[1:] += moved(engine, v, 0)
+    near(got.values[0], want)
+    alone = engine.generate(PROMPT, max_tokens=8, steering=Term(v, 1.0, layers=(0, 0)))
+    assert engine.generate(PROMPT, max_tokens=8, steering=[Term(v, 1.0), Term(v, -1.0, layers=(1, 3))]).tokens == alone.tokens
+    plain_tokens = engine.generate(PROMPT, max_tokens=8).tokens
+    assert engine.generate(PROMPT, max_tokens=8, steering=[v, -v]).tokens == plain_tokens
+    assert engine.generate(PROMPT, max_tokens=8, steering=v - v).tokens == plain_tokens
+
+
+# ---- generating ----
+
+
+@pytest.mark.parametrize("arch", BOTH)
+def test_generate_and_generate_many_agree(engines: Any, arch: str) -> None:
+    """More requests than places, of unequal length and steering: each gets what it gets alone."""
+    engine = engines(arch)
+    v, w = vector(engine), vector(engine, (0, 3), seed=4, scope="response")
+    wishes: list[Any] = [None, v, Term(v, -1.0), [Term(w, 1.5)], [v, Term(w, -1.0, scope="2-5")], Term(v, 0.0), w]
+    requests = [
+        GenerateRequest(prompt=p, steering=s, max_tokens=3 + 4 * (i % 3))
+        for i, (p, s) in enumerate((p, s) for s in wishes for p in (PROMPT, LONG + PROMPT))
+    ]
+    seen: list[tuple[int, int]] = []
+    many = engine.generate_many(requests, progress=lambda done, total: seen.append((done, total)))
+    assert [d for d, _ in seen] == list(range(1, len(requests) + 1)) and {t for _, t in seen} == {len(requests)}
+    texts = set()
+    for request, got in zip(requests, many, strict=True):
+        alone = engine.generate(request.prompt, steering=request.steering, max_tokens=request.max_tokens)
+        assert (got.tokens, got.text, got.finish_reason) == (alone.tokens, alone.text, alone.finish_reason)
+        assert got.prompt_tokens == engine.tokenize(request.prompt)
+        texts.add(got.text)
+    assert len(texts) >= 9, "the steerings hardly differ"
+    assert engine.generate_many([]) == []
+
+
+@pytest.mark.parametrize("arch", BOTH)
+def test_strength_zero_is_the_plain_text(engines: Any, arch: str) -> None:
+    engine = engines(arch)
+    v, c = vector(engine), vector(engine, op="clamp", seed=2)
+    plain = engine.generate(PROMPT, max_tokens=24)
+    assert len(plain.tokens) == 24 and plain.finish_reason == "length"
+    for steering in (None, Term(v, 0.0), Term(c, 0.0), [Term(v, 0.0), Term(c, -0.0)], Steering(), 0.0 * v):
+        assert engine.generate(PROMPT, max_tokens=24, steering=steering).tokens == plain.tokens
+    for steering in (v, -v, c, Term(v, -1.0)):
+        assert engine.generate(PROMPT, max_tokens=24, steering=steering).tokens != plain.tokens
+    assert (
+        engine.generate(PROMPT, max_tokens=24, steering=-v).tokens
+        == engine.generate(PROMPT, max_tokens=24, steering=Term(v, -1.0)).tokens
+    )
+    assert engine.generate(PROMPT, max_tokens=24).tokens == plain.tokens
+
+
+class Witness:
+    """Keeps the logits that every sampled token was drawn from."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from steer_plugins.engine.sampler import Sampler
+
+        self.logits: list[np.ndarray] = []
+        original = Sampler.sample
+
+        def sample(sampler: Any, context: Any, index: int) -> int:
+            pointer = sampler._c.llama_get_logits_ith(context, index)
+            self.logits.append(np.ctypeslib.as_array(pointer, (700,)).copy())
+            return original(sampler, context, index)
+
+        monkeypatch.setattr(Sampler, "sample", sample)
+
+    def take(self) -> list[np.ndarray]:
+        taken, self.logits = self.logits, []
+        return taken
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "deepseek4"])
+def test_cached_tokens_are_never_stale(
+    tiny: Callable[..., Path], llama_cpp: Any, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long random conversation with one engine against a fresh engine for each call: the same tokens, the same logits.
+
+    Prompts share prefixes with what was said before; steering, scope, strength and live changes vary. A token that was cached
+    under one edit and is reused under another shows in the logits at once, as the doses are large.
+    """
+    witness = Witness(monkeypatch)
+    reused: list[int] = []
+    original = Session.reuse
+
+    def reuse(self: Session, sequence: int, wanted: Any) -> int:
+        n = original(self, sequence, wanted)
+        reused.append(n)
+        return n
+
+    monkeypatch.setattr(Session, "reuse", reuse)
+    rng = random.Random(arch)
+    path = tiny(arch)
+    engine = open_engine(path, n_ctx=384)
+    a, b = vector(engine, (0, 2), dose=5.0), vector(engine, (1,), seed=9, dose=5.0, op="clamp", name="b")
+    scopes = [None, "all", "prompt", "response", "answer", "2-6", "0-", "5-", "12-30", "0-0"]
+
+    def wish() -> Any:
+        if rng.random() < 0.25:
+            return None
+        v = rng.choice([a, a, b])
+        terms = [Term(v, rng.choice([-1.0, 0.5, 1.0, 1.0, 0.0]), scope=rng.choice(scopes))]
+        if rng.random() < 0.3:
+            terms.append(Term(rng.choice([a, b]), rng.choice([1.0, -0.5]), scope=rng.choice(scopes)))
+        return terms
+
+    history = [engine.tokenize(PROMPT), engine.tokenize(LONG)]
+    steering: Any = None
+    wishes = [wish() for _ in range(8)]
+    extra = engine.tokenize(" and then it rained on the way home")[1:]
+    steps = 45
+    for step in range(steps):
+        base = rng.choice(history[-4:])
+        kind = rng.random()
+        if kind < 0.35:  # the next turn
+            prompt = list(history[-1]) + extra[: rng.randint(1, len(extra))]
+        elif kind < 0.5:
+            prompt = list(base)
+        elif kind < 0.75:
+            prompt = list(base) + extra[: rng.randint(1, len(extra))]
+        else:
+            prompt = list(base[: rng.randint(1, len(base))])
+        prompt = prompt[:300]
+        n = rng.randint(1, 9)
+        if rng.random() < 0.6:
+            steering = rng.choice(wishes) if rng.random() < 0.8 else wish()
+        change_at, change_to = (rng.randint(1, 4), rng.choice(wishes)) if rng.random() < 0.4 else (0, None)
+        many = rng.random() < 0.2
+
+        def run(e: LocalEngine) -> tuple[list[list[int]], list[np.ndarray]]:
+            witness.take()
+            if many:  # noqa: B023
+                requests = [GenerateRequest(prompt, s, max_tokens=n) for s in (steering, None, change_to)]  # noqa: B023
+                return [g.tokens for g in e.generate_many(requests)], witness.take()
+            stream = e.stream(GenerateRequest(prompt, steering, max_tokens=n))  # noqa: B023
+            for i, _ in enumerate(stream, start=1):
+                if i == change_at:  # noqa: B023
+                    stream.steer(change_to)  # noqa: B023
+            return [stream.result.tokens], witness.take()
+
+        got, got_logits = run(engine)
+        with open_engine(path, n_ctx=384) as other:
+            want, want_logits = run(other)
+        assert got == want, step
+        assert len(got_logits) == len(want_logits)
+        for x, y in zip(got_logits, want_logits, strict=True):
+            assert float(np.abs(x - y).max()) < 5 * MORE_NOISE.get(arch, NOISE), (step, prompt, steering, change_at, change_to)
+        history.append(prompt + got[0])
+    used = [n for n in reused if n > 0]
+    # deepseek4's cache cannot be cut, so it is reused only where a prompt goes on from the very end of what was there
+    assert len(used) > (3 if arch == "deepseek4" else 12), "the cache was hardly ever used, so this test proves nothing"
+    engine.close()
+
+
+def test_a_reply_steered_live_is_history_of_its_own(engines: Any, tiny: Callable[..., Path]) -> None:
+    """The next turn repeats a reply that was steered in its second half only: half of it may be kept, half may not."""
+    engine = open_engine(tiny("llama"))
+    v = vector(engine, scope="response")
+    stream = engine.stream(GenerateRequest(PROMPT, None, max_tokens=12))
+    for i, _ in enumerate(stream, start=1):
+        if i == 6:
+            stream.steer(v)
+    reply = stream.result
+    plain = engine.generate(PROMPT, max_tokens=12)
+    assert reply.tokens[:6] == plain.tokens[:6] and reply.tokens != plain.tokens
+    turn = reply.prompt_tokens + reply.tokens + engine.tokenize(" so we")[1:]
+    for steering in (None, v, Term(v, 1.0, scope="all")):
+        with open_engine(tiny("llama")) as other:
+            assert (
+                engine.generate(turn, steering=steering, max_tokens=10).tokens
+                == other.generate(turn, steering=steering, max_tokens=10).tokens
+            )
+    engine.close()
+
+
+def test_live_steering_counts_from_the_next_token(engines: Any) -> None:
+    """The token at which steer() was called is computed under the new steering when it is fed; nothing before it is."""
+    engine = engines("llama")
+    layer = 1
+    v = vector(engine, (layer,), dose=5.0)
+    rows: dict[int, np.ndarray] = {}
+    engine.on_read(lambda r: rows.update({int(p): x for p, x in zip(r.positions, r.values, strict=True)}), layers=[layer])
+    engine.generate(PROMPT, max_tokens=8, steering=vector(engine, (3,), seed=77))  # so that nothing below comes from the cache
+    stream = engine.stream(GenerateRequest(PROMPT, None, max_tokens=8))
+    rows.clear()
+    for i, _ in enumerate(stream, start=1):
+        if i == 3:
+            stream.steer(v)
+        if i == 5:
+            engine.steer_running(None)
+    steered = dict(rows)
+    engine.on_read(None)
+    n = len(stream.result.prompt_tokens)
+    tokens = stream.result.prompt_tokens + stream.result.tokens
+    plain = engine.read([tokens], positions="all", layers=[layer])[0].values[layer].astype(np.float64)
+    for p, row in steered.items():
+        inside = n + 2 <= p < n + 4  # tokens 3 and 4 of the reply
+        near(row, plain[p] + inside * moved(engine, v, layer))
+    assert set(range(n, n + 7)) <= set(steered)
+
+
+def test_streaming_and_its_state(engines: Any) -> None:
+    engine = engines("llama")
+    whole = engine.generate(PROMPT, max_tokens=10)
+    pieces: list[str] = []
+    assert engine.generate(PROMPT, max_tokens=10, on_piece=pieces.append).tokens == whole.tokens
+    assert "".join(pieces) == whole.text == engine.detokenize(whole.tokens) and len(pieces) > 3
+    stream = engine.stream(GenerateRequest(PROMPT, max_tokens=10))
+    for i, _ in enumerate(stream):
+        if i == 2:
+            with pytest.raises(EngineError, match="still being generated"):
+                engine.stream(GenerateRequest(PROMPT))
+            with pytest.raises(SteerError):
+                engine.steer_running("loud")
+            stream.cancel()
+    assert stream.result.finish_reason == "cancelled" and stream.result.tokens == whole.tokens[:3]
+    with pytest.raises(EngineError, match="nothing to steer"):
+        engine.steer_running(None)
+    # abandoned half-way: the next reply is not affected
+    iterator = iter(engine.stream(GenerateRequest(PROMPT, vector(engine), max_tokens=10)))
+    next(iterator)
+    iterator.close()
+    assert engine.generate(PROMPT, max_tokens=10).tokens == whole.tokens
+    # two streams made, run one after the other
+    one, two = (engine.stream(GenerateRequest(PROMPT, s, max_tokens=5)) for s in (None, vector(engine)))
+    list(two)
+    list(one)
+    assert one.result.tokens == whole.tokens[:5] != two.result.tokens
+
+
+def test_sampling_with_a_seed(engines: Any) -> None:
+    engine = engines("llama")
+    v = vector(engine)
+    options: dict[str, Any] = {"max_tokens": 16, "temperature": 1.3, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    texts = set()
+    for seed in range(4):
+        for steering in (None, v):
+            first = engine.generate(PROMPT, seed=seed, steering=steering, **options)
+            assert engine.generate(PROMPT, seed=seed, steering=steering, **options).tokens == first.tokens
+            many = engine.generate_many([GenerateRequest(PROMPT, steering, seed=seed, **options)] * 2)
+            assert many[0].tokens == many[1].tokens == first.tokens
+            texts.add(first.text)
+    assert len(texts) == 8
+    greedy = engine.generate(PROMPT, max_tokens=16)
+    assert engine.generate(PROMPT, max_tokens=16, temperature=1.0, top_k=1).tokens == greedy.tokens
+    assert engine.generate(PROMPT, max_tokens=16, temperature=0.7, top_p=1e-6).tokens == greedy.tokens
+    assert engine.generate(PROMPT, max_tokens=40, repeat_penalty=5.0).tokens != engine.generate(PROMPT, max_tokens=40).tokens
+
+
+def test_stop_strings(engines: Any) -> None:
+    engine = engines("llama")
+    whole = engine.generate(PROMPT, max_tokens=24).text
+    for first in range(2, len(whole) - 4, 7):
+        for length in (1, 2, 4, 9):
+            stop = whole[first : first + length]
+            cut = whole.find(stop)
+            pieces: list[str] = []
+            got = engine.generate(PROMPT, max_tokens=24, stop=["not there at all", stop], on_piece=pieces.append)
+            assert got.text == whole[:cut] == "".join(pieces) and got.finish_reason == "stop"
+    early, late = whole[5:8], whole[12:15]
+    for stops in ([early, late], [late, early]):
+        assert engine.generate(PROMPT, max_tokens=24, stop=stops).text == whole[: min(whole.find(early), whole.find(late))]
+    assert engine.generate(PROMPT, max_tokens=24, stop=[""]).text == whole
+    # what might have become a stop string is given out in the end
+    end = whole[-2:]
+    pieces = []
+    got = engine.generate(PROMPT, max_tokens=24, stop=[end + "\0"], on_piece=pieces.append)
+    assert got.text == whole == "".join(pieces) and got.finish_reason == "length"
+    requests = [GenerateRequest(PROMPT, max_tokens=24, stop=[s]) for s in (early, late, "never")]
+    assert [g.text for g in engine.generate_many(requests)] == [whole[: whole.find(early)], whole[: whole.find(late)], whole]
+
+
+def test_the_end_of_the_context(engines: Any) -> None:
+    engine = engines("llama", n_ctx=64)
+    assert engine.info.n_ctx == 64
+    tokens = [50 + i % 90 for i in range(64)]
+    full = engine.generate(tokens[:60], max_tokens=500)
+    assert (len(full.tokens), full.finish_reason) == (4, "length")
+    assert len(engine.generate(tokens[:63], max_tokens=5).tokens) == 1
+    assert len(engine.generate_many([GenerateRequest(tokens[:62], max_tokens=9)])[0].tokens) == 2
+    assert len(engine.read([tokens], positions="all")[0].positions) == 64
+    for call in (
+        lambda: engine.generate(tokens),
+        lambda: engine.generate_many([GenerateRequest("x"), GenerateRequest(tokens)]),
+        lambda: engine.read([[*tokens, 50]]),
+        lambda: engine.read_pairs([(tokens[:40], tokens[:25])]),
+        lambda: engine.logprobs([(tokens[:40], tokens[:25])]),
+    ):
+        with pytest.raises(DataError, match="does not fit the context of 64: shorten it or use a larger --n-ctx"):
+            call()
+    assert len(engine.generate(tokens[:60], max_tokens=500).tokens) == 4
+
+
+def test_more_context_than_the_model_has(tiny: Callable[..., Path], llama_cpp: Any) -> None:
+    """The context is bounded by the model's own, and by 4096 when nothing is asked."""
+    with LocalEngine(tiny("llama", n_ctx=96), n_ctx=100_000, n_threads=1) as engine:
+        assert engine.info.n_ctx == 96
+    with LocalEngine(tiny("llama", n_ctx=1_000_000), n_threads=1) as engine:
+        assert engine.info.n_ctx == 4096
+
+
+def test_scores_are_log_probabilities(engines: Any) -> None:
+    engine = engines("llama")
+    items: list[Any] = [
+        (PROMPT, " cold and wet again"),
+        (PROMPT, " warm"),
+        (PROMPT, [60, 61, 62]),
+        (LONG, " Then it rained, as it did every day of that year."),
+        (LONG, "x"),
+        ([70], [71, 72]),
+    ]
+    v = vector(engine)
+    raw = H.Raw(Path(engine.info.path))
+    for steering in (None, v, Term(v, -1.0, scope="response")):
+        got = engine.logprobs(items, steering=steering)
+        for (prompt, continuation), scores in zip(items, got, strict=True):
+            head = engine.tokenize(prompt)
+            tail = engine.tokenize(continuation)[1:] if isinstance(continuation, str) else continuation
+            assert scores.dtype == np.float64 and len(scores) == len(tail)
+            raw.clear()
+            tokens = head + tail
+            if steering is not None:
+                column = H.Column({(il, 0): (v.directions[il, "resid_post"], v.scales[il, "resid_post"]) for il in v.layers})
+                strength, first = (1.0, 1) if steering is v else (-1.0, max(1, len(head) - 1))
+                raw.steer_with({0: column}, [native.NativeTerm(0, 0, strength)], first=first)
+            logits = raw.decode([H.Tok(t, p) for p, t in enumerate(tokens)]).astype(np.float64)
+            log_p = (
+                logits
+                - np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True))
+                - logits.max(axis=1, keepdims=True)
+            )
+            near(scores, np.array([log_p[len(head) - 1 + i, t] for i, t in enumerate(tail)]))
+    raw.close()
+    plain = engine.logprobs(items)
+    for item, scores in zip(items, plain, strict=True):
+        near(engine.logprobs([item])[0], scores)
+    assert engine.logprobs([]) == []
+
+
+def test_progress(engines: Any) -> None:
+    engine = engines("llama")
+    seen: list[tuple[int, int]] = []
+    engine.read([PROMPT] * 11, progress=lambda d, t: seen.append((d, t)))
+    assert seen[-1] == (11, 11) and [d for d, _ in seen] == sorted({d for d, _ in seen})
+    seen.clear()
+    engine.logprobs([(PROMPT, " x")] * 6, progress=lambda d, t: seen.append((d, t)))
+    assert seen[-1] == (6, 6)
+
+
+# ---- thinking and answer ----
+
+
+class Script:
+    """Makes the sampler say given tokens, so that a random model thinks and answers where the test wants it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from steer_plugins.engine.sampler import Sampler
+
+        self.tokens: list[int] = []
+        monkeypatch.setattr(Sampler, "sample", lambda sampler, context, index: self.tokens.pop(0))
+
+
+@pytest.mark.parametrize("thinking", [True, False, None])
+@pytest.mark.parametrize("scope", ["thinking", "answer", "response", "prompt", "all"])
+def test_scopes_of_a_thinking_model(engines: Any, scope: str, thinking: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek V4's chat format, thinking on and off: which tokens of prompt and reply are steered."""
+    engine = engines("deepseek4")
+    layer = 2
+    chat = [{"role": "user", "content": "Is it cold?"}]
+    prompt = engine.tokenize(chat, thinking=thinking)
+    open_tag, close_tag = engine.tokenize("<think>")[-1], engine.tokenize("</think>")[-1]
+    assert prompt[-1] == (open_tag if thinking else close_tag)
+    reply = [100, 101, 102, close_tag, 110, 111] if thinking else [110, 111, 112, 113]
+    script = Script(monkeypatch)
+    v = vector(engine, (layer,), scope=scope, dose=5.0)
+    rows: dict[int, np.ndarray] = {}
+    engine.on_read(lambda r: rows.update({int(p): x for p, x in zip(r.positions, r.values, strict=True)}), layers=[layer])
+    got = {}
+    for steering in (None, v):
+        engine._sessions["one"].reset()
+        rows.clear()
+        script.tokens = list(reply)
+        assert engine.generate(chat, thinking=thinking, steering=steering, max_tokens=len(reply)).tokens == reply
+        got[steering is v] = dict(rows)
+    engine.on_read(None)
+    n = len(prompt)
+    total = n + len(reply) - 1  # the last token is sampled and never computed
+    close_at = n + reply.index(close_tag) if thinking else n - 1
+    expected = {
+        "thinking": set(range(n - 1, close_at)) if thinking else set(),
+        "answer": set(range(close_at, total)),
+        "response": set(range(n - 1, total)),
+        "prompt": set(range(1, n - 1)),
+        "all": set(range(1, total)),
+    }[scope]
+    assert set(got[False]) == set(got[True]) == set(range(total))
+    shift = {p for p in range(total) if np.abs(got[True][p] - got[False][p]).max() > 0.05}
+    assert shift == expected
+    for p in expected:
+        near(got[True][p], got[False][p] + moved(engine, v, layer))
+    # forcing the same reply gives the same picture
+    pair = engine.read_pairs([(prompt, reply)], positions="all", layers=[layer], steering=v)[0].values[layer]
+    plain = engine.read_pairs([(prompt, reply)], positions="all", layers=[layer])[0].values[layer]
+    assert {p for p in range(total) if np.abs(pair[p] - plain[p]).max() > 0.05} == expected
+
+
+# ---- callbacks ----
+
+
+def test_on_add_and_on_read(engines: Any) -> None:
+    """A closed loop through the engine: project what was read, and push against it."""
+    engine = engines("llama")
+    layer = 1
+    v, w = vector(engine, (layer,), dose=1.0), vector(engine, (layer,), seed=6, dose=1.0, op="project", name="w")
+    unit = v.directions[layer, "resid_post"].astype(np.float64)
+    read: dict[int, np.ndarray] = {}
+    pushed: dict[int, float] = {}
+    engine.generate("something else", max_tokens=2)
+
+    def on_read(rows: native.ReadRows) -> None:
+        read.update({int(p): x for p, x in zip(rows.positions, rows.values, strict=True)})
+
+    def on_add(tokens: native.AddTokens) -> None:
+        assert tokens.c.shape == (len(tokens.positions), 2)
+        for i, p in enumerate(tokens.positions):
+            before = read.get(int(p) - 1)
+            pushed[int(p)] = 0.0 if before is None else float(np.float32(-0.3 * (before @ unit)))
+            tokens.c[i, 0] = pushed[int(p)]
+            tokens.g[i, 1] = -1.0 if p == 3 else 0.0
+
+    engine.on_read(on_read, layers=[layer])
+    engine.on_add(on_add, [v, w])
+    result = engine.generate(PROMPT, max_tokens=8)
+    n = len(result.prompt_tokens)
+    again = engine.generate(PROMPT, max_tokens=1)
+    assert set(pushed) == set(range(n + 7)), "each token was computed, none came from the cache"
+    assert again.tokens[0] == result.tokens[0]
+    engine.on_add(None)
+    engine.on_read(None)
+    assert sum(abs(x) > 0.05 for x in pushed.values()) > 3
+    tokens = result.prompt_tokens + result.tokens
+    plain = engine.read([tokens], positions="all", layers=[layer])[0].values[layer].astype(np.float64)
+    other = w.directions[layer, "resid_post"].astype(np.float64)
+    for p in range(4, n + 7):
+        near(read[p], plain[p] + pushed[p] * moved(engine, v, layer))
+    near(read[3], plain[3] + pushed[3] * moved(engine, v, layer) - (plain[3] @ other) * other)
+    assert engine.generate(PROMPT, max_tokens=8).tokens == engine.generate(PROMPT, max_tokens=8, steering=Term(v, 0.0)).tokens
+
+
+def test_nothing_computed_under_a_callback_is_reused(engines: Any) -> None:
+    engine = engines("llama")
+    want = engine.generate(PROMPT, max_tokens=8).tokens
+    v = vector(engine, dose=8.0)
+    engine.on_add(lambda tokens: tokens.c.fill(1.0), [v])
+    steered = engine.generate(PROMPT, max_tokens=8).tokens
+    assert steered != want
+    engine.on_add(None)
+    assert engine.generate(PROMPT, max_tokens=8).tokens == want
+
+
+def test_a_failing_callback_surfaces(engines: Any) -> None:
+    engine = engines("llama")
+    want = engine.generate(PROMPT, max_tokens=8).tokens
+
+    class Mine(Exception):
+        pass
+
+    def fail(_: object) -> None:
+        raise Mine("from the callback")
+
+    for install, remove in (
+        (lambda: engine.on_read(fail), lambda: engine.on_read(None)),
+        (lambda: engine.on_add(fail, [vector(engine)]), lambda: engine.on_add(None)),
+    ):
+        install()
+        with pytest.raises(Mine, match="from the callback"):
+            engine.generate(PROMPT + " never", max_tokens=8)
+        with pytest.raises(EngineError, match="No reply is being generated"):
+            engine.steer_running(None)
+        remove()
+        assert engine.generate(PROMPT, max_tokens=8).tokens == want
+
+
+# ---- files, models, errors ----
+
+
+@pytest.mark.parametrize("arch", BOTH)
+def test_split_files(engines: Any, tiny: Callable[..., Path], arch: str) -> None:
+    """A model in three files, by any of its names, gives the same logits as in one."""
+    whole = engines(arch)
+    items = [(PROMPT, " cold and wet again")]
+    v = vector(whole)
+    first = tiny(arch, split=3)
+    assert first.name.endswith("-00001-of-00003.gguf")
+    for shard in (first, first.with_name(first.name.replace("-00001-", "-00003-"))):
+        with open_engine(shard) as engine:
+            assert engine.info.identity == whole.info.identity
+            for steering in (None, v):
+                assert np.array_equal(engine.logprobs(items, steering=steering)[0], whole.logprobs(items, steering=steering)[0])
+                assert (
+                    engine.generate(PROMPT, steering=steering, max_tokens=9).tokens
+                    == whole.generate(PROMPT, steering=steering, max_tokens=9).tokens
+                )
+
+
+def test_bad_requests(engines: Any) -> None:
+    engine = engines("llama")
+    deepseek = engines("deepseek4")
+    want = engine.generate(PROMPT, max_tokens=6).tokens
+    v, writer = vector(engine), vector(deepseek, (1,), site="ffn_out")
+    other = dataclasses.replace(engine.info.identity, tokens_sha256="0" * 64)
+    cases: list[tuple[Callable[[], Any], type[SteerError], str]] = [
+        (lambda: engine.read([PROMPT], layers=[4]), SpecError, "Layer 4 does not exist: this model has layers 0 to 3"),
+        (lambda: engine.read([PROMPT], layers=[-1]), SpecError, "Layer -1 does not exist"),
+        (lambda: engine.read([PROMPT], layers=[]), SpecError, "No layer was named"),
+        (lambda: engine.read([PROMPT], site="attn_out"), SpecError, "Site 'attn_out' is not available in llama: use resid_post"),
+        (lambda: deepseek.read([PROMPT], site="mlp"), SpecError, "Site 'mlp' is not available in deepseek4"),
+        (lambda: engine.read([PROMPT], stream="first"), SpecError, "Unknown stream 'first'"),
+        (lambda: engine.read([PROMPT], positions="middle"), DataError, "Unknown positions 'middle'"),
+        (lambda: engine.read([PROMPT], positions=[99]), DataError, "do not all lie in a text of"),
+        (lambda: engine.read([PROMPT], positions=[]), DataError, "do not all lie"),
+        (lambda: engine.read([PROMPT], positions="response"), DataError, "no response to read"),
+        (lambda: engine.read([[50]], positions="mean"), DataError, "at least two tokens"),
+        (lambda: engine.read([[]]), DataError, "The prompt is empty"),
+        (lambda: engine.read([[100_000]]), DataError, "Token id 100000 is outside the vocabulary"),
+        (lambda: engine.generate([-1]), DataError, "Token id -1 is outside the vocabulary"),
+        (lambda: engine.generate([{"role": "user"}]), DataError, "Message 1 of the chat needs"),
+        (lambda: engine.read_pairs([(PROMPT, [100_000])]), DataError, "Token id 100000 is outside the vocabulary"),
+        (lambda: engine.logprobs([(PROMPT, [-7])]), DataError, "Token id -7 is outside the vocabulary"),
+        (lambda: engine.generate(PROMPT, max_tokens=0), SpecError, "max_tokens is 0"),
+        (lambda: engine.generate_many([GenerateRequest(PROMPT, max_tokens=-1)]), SpecError, "max_tokens"),
+        (lambda: engine.generate(PROMPT, temperature=-1.0), SpecError, "temperature -1.0 is out of range"),
+        (lambda: engine.generate(PROMPT, temperature=float("nan")), SpecError, "temperature nan is out of range"),
+        (lambda: engine.generate(PROMPT, steering="loud"), SpecError, "'loud' is no steering"),
+        (lambda: engine.generate(PROMPT, steering=Term(v, 1e300)), EngineError, "too large"),
+        (lambda: engine.generate(PROMPT, steering=Term(v, 1.0, stream=1)), SteerError, "tream 1 does not exist"),
+        (lambda: deepseek.generate(PROMPT, steering=Term(writer, stream=1)), SteerError, "tream"),
+        (lambda: engine.generate(PROMPT, steering=vector(deepseek)), VectorError, "n_embd 256"),
+        (lambda: engine.generate(PROMPT, steering=vector(engine, (3, 4))), VectorError, "names layer 4"),
+        (lambda: engine.generate(PROMPT, steering=vector(engine, site="attn_out")), VectorError, "attn_out"),
+        (lambda: engine.generate(PROMPT, steering=v.replace(identity=other)), VectorError, "another vocabulary"),
+        (lambda: engine.read([PROMPT], steering=vector(engine, (9,))), VectorError, "names layer 9"),
+        (lambda: engine.logprobs([(PROMPT, " x")], steering=vector(engine, (9,))), VectorError, "names layer 9"),
+        (lambda: engine.on_read(print, layers=[3]), SpecError, "Layer 3 cannot be watched: this model allows 0 to 2"),
+        (lambda: engine.on_read(print, layers=[-1]), SteerError, "ayer -1"),
+        (lambda: engine.on_read(print, layers=[]), SteerError, "ayer"),
+        (lambda: engine.on_read(print, site="mlp"), SteerError, "mlp"),
+        (lambda: engine.on_read(print, site="ffn_out"), SteerError, "ffn_out"),
+        (lambda: engine.on_add(print, [vector(deepseek)]), VectorError, "n_embd 256"),
+    ]  # fmt: skip
+    problems = []
+    for i, (call, kind, sentence) in enumerate(cases):
+        try:
+            call()
+            problems.append(f"{i}: nothing was raised for '{sentence}'")
+        except kind as error:
+            if sentence not in str(error) or "\n" in str(error):
+                problems.append(f"{i}: '{error}' instead of '{sentence}'")
+        except Exception as error:
+            problems.append(f"{i}: {error!r} instead of {kind.__name__} '{sentence}'")
+        if engine.generate(PROMPT, max_tokens=6).tokens != want:
+            problems.append(f"{i}: the engine is not what it was after '{sentence}'")
+    assert not problems, "\n".join(problems)
+
+
+def test_bad_models(tmp_path: Path, tiny: Callable[..., Path], untested: Path, llama_cpp: Any) -> None:
+    good = tiny("llama")
+    torn = tmp_path / "torn.gguf"
+    torn.write_bytes(good.read_bytes()[:-1000])
+    text = tmp_path / "text.gguf"
+    text.write_text("not a model")
+    split = tiny("llama", split=3)
+    lonely = tmp_path / split.name
+    lonely.write_bytes(split.read_bytes())
+    for path in (tmp_path / "none.gguf", torn, text, lonely, tmp_path):
+        with pytest.raises(ModelError) as caught:
+            LocalEngine(path, n_threads=1)
+        assert "\n" not in str(caught.value) and str(path.name) in str(caught.value)
+    with pytest.raises(ModelError, match="'internlm2' has not been tested with steering"):
+        LocalEngine(untested, n_threads=1)
+    for option in ("n_ctx", "n_threads", "n_batch", "n_parallel"):
+        with pytest.raises(EngineError, match=f"{option} is 0"):
+            LocalEngine(good, **{option: 0})
+
+
+def test_a_layer_that_never_fires_is_an_error(engines: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = open_engine(tiny("llama"))
+    original = native.SteerContext.fired
+    monkeypatch.setattr(native.SteerContext, "fired", lambda self, layer, site: 0 if layer == 2 else original(self, layer, site))
+    with pytest.raises(EngineError, match=r"layer 2 \(resid_post\) but this model never passed through that hook"):
+        engine.generate(PROMPT, steering=vector(engine, (0, 2)), max_tokens=4)
+    with pytest.raises(EngineError, match="layer 2"):
+        engine.read([PROMPT], steering=vector(engine, (2,), seed=3))
+    engine.generate(PROMPT, steering=vector(engine, (0, 1)), max_tokens=4)
+    engine.close()
+
+
+def test_a_scope_that_begins_late_is_proved_late(engines: Any, tiny: Callable[..., Path]) -> None:
+    """The last layer of llama holds outputs only, and a range may begin in the middle of a reply: no false alarm."""
+    with open_engine(tiny("llama"), n_batch=8) as engine:
+        v = vector(engine, (0, 3))
+        for scope in ("all", "prompt", "response", "40-", "2-3"):
+            engine.generate(LONG + PROMPT, steering=Term(v, 1.0, scope=scope), max_tokens=12)
+            engine.read([LONG + PROMPT], steering=Term(v, 0.9, scope=scope))
+
+
+def test_a_closed_engine_says_so(tiny: Callable[..., Path], runtime: Any) -> None:
+    """Using it again is a sentence, not a crash; in a process of its own, in case it is one."""
+    code = (
+        "import sys\n"
+        "from steer_plugins.engine.local import LocalEngine\n"
+        "from steer_plugins.errors import SteerError\n"
+        "engine = LocalEngine(sys.argv[1], n_threads=1)\n"
+        "engine.generate('hello', max_tokens=2)\n"
+        "engine.close()\n"
+        "engine.close()\n"
+        "for call in (lambda: engine.generate('hello'), lambda: engine.read(['hello']), lambda: engine.tokenize('hello'),\n"
+        "             lambda: engine.generate_many([]) or engine.detokenize([60]), lambda: engine.logprobs([('a', 'b')])):\n"
+        "    try:\n"
+        "        call()\n"
+        "        sys.exit('nothing was raised')\n"
+        "    except SteerError as error:\n"
+        "        assert 'closed' in str(error), error\n"
+    )
+    environment = {**H.child_environment(runtime), "STEER_RUNTIME": str(runtime.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny("llama"))], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr[-800:])
+
+
+# ---- many vectors ----
+
+
+def test_more_vectors_than_columns(tiny: Callable[..., Path], llama_cpp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for few columns and configs the engine makes room, and every steering is still the one that was asked for."""
+    monkeypatch.setattr(tables, "MAX_COLUMNS", 8)
+    monkeypatch.setattr(tables, "MAX_CONFIGS", 6)
+    rng = random.Random(7)
+    layer = 1
+    with open_engine(tiny("llama")) as engine:
+        vectors = [vector(engine, (layer,), seed=100 + i, dose=3.0) for i in range(20)]
+        plain = engine.read([PROMPT], positions="all", layers=[layer])[0].values[layer].astype(np.float64)
+        for step in range(60):
+            n = rng.randint(1, 8)
+            terms = [
+                Term(v, rng.choice([-1.0, 0.5, 1.0]), scope=rng.choice(["all", "prompt", "response", "2-3"]))
+                for v in rng.sample(vectors, n)
+            ]
+            got = engine.read([PROMPT], positions="all", layers=[layer], steering=terms)[0].values[layer]
+            want = plain.copy()
+            n_tokens = len(want)
+            for t in terms:
+                where = {"all": range(1, n_tokens), "prompt": range(1, n_tokens - 1), "response": [n_tokens - 1], "2-3": [2, 3]}
+                want[list(where[t.effective_scope])] += t.strength * moved(engine, t.vector, layer)
+            error = float(np.abs(got - want).max())
+            assert error < NOISE, (step, n, error)
+        with pytest.raises(SpecError, match="More than 8 different vectors"):
+            engine.read([PROMPT], steering=vectors[:9])
+        requests = [GenerateRequest(PROMPT, v, max_tokens=4) for v in vectors]
+        many = engine.generate_many(requests)
+        for v, got in zip(vectors, many, strict=True):
+            assert engine.generate(PROMPT, steering=v, max_tokens=4).tokens == got.tokens
+
+
+def test_a_slider_moved_at_every_token(tiny: Callable[..., Path], llama_cpp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More live changes in one reply than there is room for configs."""
+    monkeypatch.setattr(tables, "MAX_CONFIGS", 8)
+    with open_engine(tiny("llama")) as engine:
+        v = vector(engine)
+        for _ in range(2):
+            stream = engine.stream(GenerateRequest(PROMPT, v, max_tokens=60))
+            for i, _ in enumerate(stream):
+                stream.steer([Term(v, 0.01 * (i + 1), scope="all"), Term(vector(engine, seed=5), 0.5, scope="response")])
+            assert len(stream.result.tokens) == 60
+        builds = engine.stats().n_graph_builds
+        stream = engine.stream(GenerateRequest(PROMPT, v, max_tokens=100))
+        for i, _ in enumerate(stream):
+            stream.steer(Term(v, 0.01 * (i + 1)))
+        assert engine.stats().n_graph_builds - builds <= 4, "prefill, first token, and the cache's growth; not each strength"
+
+
+def test_reading_does_not_disturb_generating(engines: Any) -> None:
+    """The contexts for reading, batches and single replies know nothing of one another's steering."""
+    engine = engines("llama")
+    v = vector(engine)
+    want = engine.generate(PROMPT, max_tokens=10).tokens
+    stream = engine.stream(GenerateRequest(PROMPT, max_tokens=10))
+    for i, _ in enumerate(stream):
+        if i == 2:
+            engine.read([PROMPT], steering=v)
+        if i == 4:
+            engine.generate_many([GenerateRequest(PROMPT, v, max_tokens=3)])
+        if i == 6:
+            engine.logprobs([(PROMPT, " x")], steering=v)
+    assert stream.result.tokens == want
+
+
+def test_minimum_of_sharing_is_not_a_matter_of_results(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engines("llama")
+    prompts = [PROMPT + e for e in (" a", " b", " c", "")]
+    default = engine.read(prompts, positions="all")
+    for minimum in (1, 10_000):
+        monkeypatch.setattr(batching, "MIN_SHARED", minimum)
+        for one, other in zip(default, engine.read(prompts, positions="all"), strict=True):
+            for il in one.values:
+                near(one.values[il], other.values[il])
