@@ -149,11 +149,11 @@ def steps_of(r: Raw) -> tuple[list[dict[str, Any]], list[dict[str, Any]], H.Colu
     """(decodes without steering, the same under llama.cpp's own control vector in three windows, the column that equals it)."""
     toks = H.prompt(21)
     prefill = [[t.token, t.pos, 0, t.pos % 4 == 2] for t in toks[:18]]
-    run = [{"tokens": prefill}, *({"tokens": [[t.token, t.pos, 0, True]]} for t in toks[18:])]
+    run: list[dict[str, Any]] = [{"tokens": prefill}, *({"tokens": [[t.token, t.pos, 0, True]]} for t in toks[18:])]
     column = H.column(r.n_embd, [(il, RESID) for il in range(1, r.n_layer)], scale=1.7)
     data = [float(x) for v, scale in column.places.values() for x in np.float32(-0.6 * scale * v.astype(np.float64))]
     windows = ((1, r.n_layer - 1), (2, 2), (r.n_layer - 1, r.n_layer - 1))
-    cvecs = [{"cvec": data, "first": first, "last": last} for first, last in windows]
+    cvecs: list[dict[str, Any]] = [{"cvec": data, "first": first, "last": last} for first, last in windows]
     return run, [step for cvec in cvecs for step in ({"clear": True}, cvec, *run)], column
 
 
