@@ -157,7 +157,7 @@ void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int
         st.n_rows = n_rows_old;
         st.n_dyn  = n_dyn_old;
         drop_rows(st);
-        llama_steer_access::reserve_later(st.ctx);
+        llama_steer_access::reserve_again(st.ctx);
         throw steer_error(LLAMA_STEER_ERR_MEMORY, "not enough memory to compute with steering: use fewer layers, a smaller n_ubatch or a smaller context");
     }
 }
@@ -219,6 +219,24 @@ void term_coefficients(const llama_steer_term & t, const direction & d, double &
         case LLAMA_STEER_PROJECT: g = -t.strength;                  break;
         case LLAMA_STEER_CLAMP:   c = t.strength*d.scale; g = -1.0; break;
         default: break;
+    }
+}
+
+void check_finite(const std::map<int32_t, column> & columns, const std::vector<llama_steer_term> & terms) {
+    std::map<place, std::pair<double, double>> sums; // bounds of what the terms can add up to
+    for (const auto & t : terms) {
+        for (const auto & [at, d] : columns.at(t.column).dirs) {
+            if (term_covers(t, at, -1)) {
+                double c, g;
+                term_coefficients(t, d, c, g);
+                auto & [sum_c, sum_g] = sums[at];
+                sum_c += std::fabs(c);
+                sum_g += std::fabs(g);
+                if (!std::isfinite((float) sum_c) || !std::isfinite((float) sum_g)) {
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("strength %g of column %d is too large at layer %d", t.strength, t.column, at.first));
+                }
+            }
+        }
     }
 }
 
@@ -314,10 +332,17 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             float * dst = packed.data() + s*st.n_embd;
             for (int32_t i = 0; i < st.n_embd; ++i) {
                 dst[i] = (float) acc[i];
+                if (!std::isfinite(dst[i])) {
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("the coefficients at layer %d add up to more than float32 can hold", at.first));
+                }
             }
         }
         for (int32_t d = 0; d < st.n_dyn; ++d) {
-            any = any || row.g[s*st.n_dyn + d] != 0.0f;
+            const float g = row.g[s*st.n_dyn + d];
+            if (!std::isfinite(g)) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("the coefficients at layer %d add up to more than float32 can hold", at.first));
+            }
+            any = any || g != 0.0f;
         }
         row.active[s] = any;
         row.zero      = row.zero && !any;

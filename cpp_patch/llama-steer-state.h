@@ -265,6 +265,15 @@ struct llama_steer_access {
         ctx.sched_reserve();
     }
 
+    // After a roll-back: what was enough before should be enough again, and must not fail in the middle of a decode instead.
+    static void reserve_again(llama_context & ctx) {
+        try {
+            reserve(ctx);
+        } catch (...) {
+            reserve_later(ctx);
+        }
+    }
+
     static void reserve_later(llama_context & ctx) {
         ctx.sched_need_reserve = true;
     }
@@ -325,6 +334,9 @@ std::vector<place> places_of(const llama_steer_state & st);
 bool     in_use(const llama_steer_state & st, int32_t column_id);
 bool     term_covers(const llama_steer_term & t, const place & at, int32_t stream);
 void     term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g);
+// Throws when terms add up to coefficients that float32 cannot hold.
+void check_finite(const columns_by_id & columns, const std::vector<llama_steer_term> & terms);
+
 // Content hash of what terms apply (at one place only, if given); 0 = nothing.
 uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms, const place * only = nullptr);
 

@@ -162,7 +162,7 @@ extern "C" {
     LLAMA_API int32_t llama_steer_tap_count(const struct llama_context * ctx);
     LLAMA_API int32_t llama_steer_tap_index(const struct llama_context * ctx, llama_seq_id * seq, llama_pos * pos); // [count] each
 
-    // Copy the rows of one tap: [count][n_streams or 1][n_embd] float32; n_floats is the room in out.
+    // Copy the rows of one tap: [count][n_streams or 1][n_embd] float32; n_floats must be just that many.
     LLAMA_API int32_t llama_steer_tap_get(const struct llama_context * ctx, int32_t il, int32_t site, float * out, size_t n_floats);
     LLAMA_API int32_t llama_steer_tap_clear(struct llama_context * ctx); // drop the rows, keep taps and ranges
 

@@ -338,6 +338,8 @@ class SteerContext:
         self, layers: Sequence[int], sites: Sequence[int], *, stream: int = STREAM_MEAN, n_rows: int = 0, keep: bool = True
     ) -> None:
         """Replace the taps; ``layers`` empty takes them away. ``n_rows``: most tokens wanted of one ubatch (0: n_ubatch)."""
+        if len(layers) != len(sites):
+            raise EngineError(f"{len(layers)} layers and {len(sites)} sites were given for taps: name a site for each layer.")
         self._check(
             self._library.llama_steer_tap_set(
                 self._context, len(layers), _ints(layers), _ints(sites), stream, n_rows, keep
