@@ -1,0 +1,29 @@
+"""What strength 1.0 means: the largest dose whose text still passes the fluency guard, found by a sweep."""
+
+from __future__ import annotations
+
+from .fluency import Fluency, Guard, measure_fluency, perplexity
+from .objective import ContrastObjective, Objective, TextObjective
+from .plan import FULL, LEVELS, QUICK, UNCALIBRATED, Level, level_of, window_of, windows_of
+from .sweep import Calibrated, Fitted, Sweep
+
+__all__ = [
+    "FULL",
+    "LEVELS",
+    "QUICK",
+    "UNCALIBRATED",
+    "Calibrated",
+    "ContrastObjective",
+    "Fitted",
+    "Fluency",
+    "Guard",
+    "Level",
+    "Objective",
+    "Sweep",
+    "TextObjective",
+    "level_of",
+    "measure_fluency",
+    "perplexity",
+    "window_of",
+    "windows_of",
+]

@@ -1,0 +1,343 @@
+"""The sweep: finds the layer window and what strength 1.0 means, on prompts that the fit has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..engine.base import Engine, GenerateRequest, Generation
+from ..errors import DataError
+from ..steering import Term
+from ..vector import SteeringVector
+from .fluency import Fluency, Guard, measure_fluency
+from .objective import Objective
+from .plan import Level, windows_of
+
+Array = npt.NDArray[Any]
+Advance = Callable[[int], None]
+"""Called with the number of tokens that went through the model."""
+
+
+_PLAIN = ("plain", "", 0.0)
+"""The key of texts without steering."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is to be calibrated: unit directions and median norms by layer."""
+
+    name: str
+    directions: Mapping[int, Array]
+    norms: Mapping[int, float]
+    site: str = "resid_post"
+
+    def vector(self, window: tuple[int, int], dose: float, scope: str) -> SteeringVector:
+        """The vector whose strength 1.0 adds ``dose`` median norms in all, in equal parts at each layer of the window."""
+        layers = [il for il in self.directions if window[0] <= il <= window[1]]
+        return SteeringVector(
+            self.name,
+            {(il, self.site): self.directions[il] for il in layers},
+            {(il, self.site): dose * self.norms[il] / len(layers) for il in layers},
+            default_scope=scope,
+        )
+
+    def random(self, seed: int) -> Fitted:
+        """Random directions at the same layers."""
+        rng = np.random.default_rng(seed)
+        found = {}
+        for il, direction in self.directions.items():
+            noise = rng.standard_normal(direction.shape[0])
+            found[il] = (noise / np.linalg.norm(noise)).astype(np.float32)
+        return Fitted(self.name, found, self.norms, self.site)
+
+
+@dataclass
+class Row:
+    """One strength of one trial, as it is stored. ``score``: mean over the prompts, with its standard error."""
+
+    window: tuple[int, int]
+    scope: str
+    dose: float
+    strength: float
+    n: int
+    score: float
+    score_se: float
+    fluency: Fluency
+    passed: bool | None
+    stage: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, rounded to what they are worth."""
+        values = {**self.fluency.to_dict(), "dose": self.dose, "score": self.score, "score_se": self.score_se}
+        rounded = {key: round(v, 4) if isinstance(v, float) else v for key, v in values.items()}
+        return {
+            "stage": self.stage,
+            "window": list(self.window),
+            "scope": self.scope,
+            "strength": self.strength,
+            "passed": self.passed,
+            **rounded,
+            "n": self.n,
+        }
+
+
+@dataclass
+class Trial:
+    """Both signs of one window and dose. ``scores``: by strength, one for each prompt."""
+
+    window: tuple[int, int]
+    scope: str
+    rung: int
+    dose: float
+    passed: bool
+    scores: dict[float, list[float]] = field(default_factory=dict)
+
+    @property
+    def effect(self) -> float:
+        """Mean score at strength 1 minus that at -1."""
+        return float(np.mean(self.scores[1.0]) - np.mean(self.scores[-1.0]))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The result: ``vector`` with its scales and scope, and ``record``, the whole sweep as JSON values."""
+
+    vector: SteeringVector
+    record: dict[str, Any]
+
+
+class Sweep:
+    """Runs trials, and remembers what was generated so that no text is generated twice."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        fitted: Fitted,
+        objective: Objective,
+        level: Level,
+        *,
+        guard: Guard | None = None,
+        thinking: bool | None = False,
+        advance: Advance | None = None,
+    ) -> None:
+        self.engine = engine
+        self.fitted = fitted
+        self.objective = objective
+        self.level = level
+        self.guard = guard or Guard()
+        self.thinking = thinking
+        self._advance = advance or (lambda tokens: None)
+        self.rows: list[Row] = []
+        self._replies: dict[tuple[str, str, float], list[Generation]] = {}
+        self._logprobs: dict[tuple[str, str, float], list[Array]] = {}
+        self._tokenized = [engine.tokenize(p, thinking=thinking) for p in objective.prompts[: level.n_confirm]]
+        self.max_tokens = level.tokens[1]
+        self._measure_plain()
+
+    # ---- texts ----
+
+    def _measure_plain(self) -> None:
+        """Plain texts; they also say how long the texts have to be: short ones do, unless replies come to their own end
+        within the longer length, for then their length may be what differs."""
+        n, key = len(self._tokenized), _PLAIN
+        tested = min(n, self.level.n_search)
+        replies = self._generate([None] * tested, range(tested))
+        if 4 * sum(reply.finish_reason == "stop" for reply in replies) < tested:
+            self.max_tokens = self.level.tokens[0]
+            replies = [self._cut(reply, self.max_tokens) for reply in replies]
+        replies += self._generate([None] * (n - tested), range(tested, n))
+        self._replies[key] = replies
+        self._logprobs[key] = self._score(replies, range(n))
+
+    def _cut(self, reply: Generation, length: int) -> Generation:
+        if len(reply.tokens) < length or (len(reply.tokens) == length and reply.finish_reason == "length"):
+            return reply
+        tokens = reply.tokens[:length]
+        return Generation(self.engine.detokenize(tokens), tokens, reply.prompt_tokens, "length")
+
+    def _generate(self, steerings: Sequence[Any], prompts: Sequence[int]) -> list[Generation]:
+        requests = [
+            GenerateRequest(self._tokenized[i], steering=steering, max_tokens=self.max_tokens)
+            for steering, i in zip(steerings, prompts, strict=True)
+        ]
+        replies = self.engine.generate_many(requests)
+        self._advance(sum(len(r.prompt_tokens) + len(r.tokens) for r in replies))
+        return replies
+
+    def _score(self, replies: Sequence[Generation], prompts: Sequence[int]) -> list[Array]:
+        """Log probabilities of replies under the unsteered model; empty ones have none."""
+        there = [k for k, reply in enumerate(replies) if reply.tokens]
+        items: list[Any] = [(self._tokenized[prompts[k]], replies[k].tokens) for k in there]
+        found = dict(zip(there, self.engine.logprobs(items) if items else [], strict=True))
+        self._advance(sum(len(p) + len(t) for p, t in items))
+        return [found.get(k, np.zeros(0)) for k in range(len(replies))]
+
+    def replies(self, vector: SteeringVector, strengths: Sequence[float], n: int) -> dict[float, list[Generation]]:
+        """Greedy replies to the first ``n`` prompts at each strength; all that is missing is generated together."""
+        wanted: list[tuple[float, int]] = []
+        for strength in strengths:
+            have = self._replies.setdefault(self._key(vector, strength), [])
+            wanted += [(strength, i) for i in range(len(have), n)]
+        if wanted:
+            found = self._generate([Term(vector, s) for s, _ in wanted], [i for _, i in wanted])
+            for (strength, _), reply in zip(wanted, found, strict=True):
+                self._replies[self._key(vector, strength)].append(reply)
+        return {s: self._replies[self._key(vector, s)][:n] for s in strengths}
+
+    def logprobs(self, vector: SteeringVector, strength: float, n: int) -> list[Array]:
+        """Log probabilities, under the unsteered model, of the replies that :meth:`replies` gave."""
+        key = self._key(vector, strength)
+        have = self._logprobs.setdefault(key, [])
+        if len(have) < n:
+            have += self._score(self._replies[key][len(have) : n], range(len(have), n))
+        return have[:n]
+
+    def _key(self, vector: SteeringVector, strength: float) -> tuple[str, str, float]:
+        return _PLAIN if strength == 0.0 else (vector.content_hash, vector.default_scope, strength)
+
+    # ---- trials ----
+
+    def plain(self, n: int) -> Fluency:
+        """Fluency of the plain texts of the first ``n`` prompts."""
+        return measure_fluency(self._replies[_PLAIN][:n], self._logprobs[_PLAIN][:n])
+
+    def measure(
+        self,
+        vector: SteeringVector,
+        strengths: Sequence[float],
+        n: int,
+        *,
+        stage: str,
+        where: tuple[tuple[int, int], str, float],
+        guarded: bool = True,
+    ) -> tuple[dict[float, list[float]], bool]:
+        """Scores by strength, and whether all strengths pass the guard. Rows are added to the record.
+
+        The perplexity, which costs a run through the model, is left out once the cheap part of the guard has failed.
+        """
+        n = min(n, len(self._tokenized))
+        replies = self.replies(vector, strengths, n)
+        plain = self.plain(n)
+        cheap = {s: measure_fluency(replies[s]).cheap_passes(plain, self.guard) for s in strengths}
+        scores: dict[float, list[float]] = {}
+        passed = True
+        for s in strengths:
+            known = len(self._logprobs.get(self._key(vector, s), ())) >= n
+            logprobs = self.logprobs(vector, s, n) if known or (guarded and all(cheap.values())) else None
+            fluency = measure_fluency(replies[s], logprobs)
+            scores[s] = self.objective.scores(self.engine, Term(vector, s) if s else None, replies[s])
+            self._advance(self.objective.tokens(n))
+            ok = s == 0.0 or fluency.passes(plain, self.guard)
+            passed = passed and ok
+            shown = None if fluency.perplexity is None and cheap[s] else ok  # the other sign failed first
+            error = float(np.std(scores[s], ddof=1) / np.sqrt(len(scores[s]))) if len(scores[s]) > 1 else 0.0
+            self.rows.append(Row(where[0], where[1], where[2], s, n, float(np.mean(scores[s])), error, fluency, shown, stage))
+        return scores, passed
+
+    def trial(self, window: tuple[int, int], scope: str, rung: int, n: int, stage: str = "search") -> Trial:
+        """Both signs of a window at a rung of the ladder."""
+        dose = self.level.dose(rung)
+        vector = self.fitted.vector(window, dose, scope)
+        scores, passed = self.measure(vector, (-1.0, 1.0), n, stage=stage, where=(window, scope, dose))
+        return Trial(window, scope, rung, dose, passed, scores)
+
+    def largest_passing(self, window: tuple[int, int], scope: str, start: int, best: Trial | None) -> Trial | None:
+        """The largest dose that passes, climbing or descending from ``start``; None if there is none worth finding.
+
+        A dose that fails and yet moves the score no further than ``best`` ends the search: smaller ones move it less.
+        """
+        n = self.level.n_search
+        rungs = self.level.rungs
+        trial = self.trial(window, scope, start, n)
+        if trial.passed:
+            while trial.rung + 1 in rungs:
+                higher = self.trial(window, scope, trial.rung + 1, n)
+                if not higher.passed:
+                    break
+                trial = higher
+            return trial
+        while not trial.passed:
+            if (best is not None and trial.effect <= best.effect) or trial.rung - 1 not in rungs:
+                return None
+            trial = self.trial(window, scope, trial.rung - 1, n)
+        return trial
+
+    def run(self, windows: Sequence[tuple[int, int]] | None = None, scopes: Sequence[str] | None = None) -> Calibrated:
+        """Search, confirm, measure the curve. Raises DataError when no dose of any window passes the guard."""
+        level = self.level
+        windows = list(windows) if windows is not None else windows_of(level, sorted(self.fitted.directions))
+        found: list[Trial] = []
+        best: Trial | None = None
+        for scope in scopes or level.scopes:
+            for window in windows:
+                trial = self.largest_passing(window, scope, best.rung if best else 0, best)
+                if trial is not None:
+                    found.append(trial)
+                    best = max(found, key=lambda t: t.effect)
+        for candidate in sorted(found, key=lambda t: t.effect, reverse=True):
+            confirmed = self._confirm(candidate)
+            if confirmed is not None:
+                return self._result(confirmed)
+        raise DataError(
+            f"No dose of '{self.fitted.name}' keeps the text fluent while it moves it: use clearer examples, other "
+            "--layers, or --calibrate none."
+        )
+
+    def _confirm(self, trial: Trial) -> Trial | None:
+        """The winner on more prompts, at a smaller dose if it has to be."""
+        for rung in range(trial.rung, self.level.rungs[0] - 1, -1):
+            again = self.trial(trial.window, trial.scope, rung, self.level.n_confirm, "confirm")
+            if again.passed:
+                return again
+        return None
+
+    def _result(self, trial: Trial) -> Calibrated:
+        level = self.level
+        vector = self.fitted.vector(trial.window, trial.dose, trial.scope)
+        where = (trial.window, trial.scope, trial.dose)
+        curve, _ = self.measure(vector, level.curve, level.n_search, stage="curve", where=where, guarded=False)
+        means = [float(np.mean(curve[s])) for s in level.curve]
+        random = []
+        for seed in range(level.n_random):
+            control = self.fitted.random(seed).vector(trial.window, trial.dose, trial.scope)
+            scores, _ = self.measure(control, (-1.0, 1.0), level.n_confirm, stage="random", where=where, guarded=False)
+            random.append(float(np.mean(scores[1.0]) - np.mean(scores[-1.0])))
+        n = len(trial.scores[1.0])
+        differences = np.subtract(trial.scores[1.0], trial.scores[-1.0])
+        record: dict[str, Any] = {
+            "method": "sweep-v1",
+            "level": level.name,
+            "objective": {"kind": self.objective.kind, "name": self.objective.name, "unit": self.objective.unit},
+            "window": list(trial.window),
+            "scope": trial.scope,
+            "dose": round(trial.dose, 6),
+            "dose_unit": "median residual norms, summed over the window's layers",
+            "effect": round(trial.effect, 4),
+            "effect_se": round(float(np.std(differences, ddof=1) / np.sqrt(n)), 4) if n > 1 else None,
+            "monotone": bool(all(b >= a for a, b in zip(means, means[1:], strict=False))),
+            "random_effects": [round(value, 4) for value in random],
+            "guard": {
+                "perplexity_ratio": self.guard.perplexity_ratio,
+                "repeats": self.guard.repeats,
+                "early_ends": self.guard.early_ends,
+            },
+            "plain": _rounded(self.plain(n).to_dict()),
+            "max_tokens": self.max_tokens,
+            "n_prompts": n,
+            "curve": [{"strength": s, "score": round(m, 4)} for s, m in zip(level.curve, means, strict=True)],
+            "samples": self._samples(vector),
+            "rows": [row.to_dict() for row in self.rows],
+        }
+        return Calibrated(vector, record)
+
+    def _samples(self, vector: SteeringVector) -> list[dict[str, Any]]:
+        """What the first prompt's text became, for people."""
+        return [{"strength": s, "text": self._replies[self._key(vector, s)][0].text} for s in (-1.0, 0.0, 1.0)]
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}

@@ -1,0 +1,256 @@
+"""``steer train``: fits a steering vector to a trait or to pairs of examples, and calibrates it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import DataError, SpecError, VectorError
+from ..plugins import hookimpl
+from .common import EngineOptions, console, engine_options, json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..engine.base import Engine
+    from ..extract import ContrastData
+    from ..training import Training
+    from ..traits import Trait
+    from ..vector import SteeringVector
+
+_LAYERS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
+
+
+@hookimpl
+def register_commands(cli: click.Group) -> None:
+    """Add ``steer train``."""
+    cli.add_command(train)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--pairs", type=click.Path(), metavar="FILE", help="Contrast pairs, a JSONL file.")
+@click.option("--trait", "trait_name", metavar="FILE|NAME", help="A trait file, or a trait that comes with the package.")
+@engine_options
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write here, not to the library.")
+@click.option("--method", default="mean_difference", show_default=True, metavar="NAME", help="The extraction method.")
+@click.option(
+    "--positions",
+    type=click.Choice(["last", "response"]),
+    help="Read at the last prompt token, or averaged over the response (default: what the examples allow).",
+)
+@click.option("--layers", metavar="A-B", help="Fit and steer these layers (default: calibration finds a window).")
+@click.option(
+    "--calibrate",
+    type=click.Choice(["none", "quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="How thoroughly to find what strength 1.0 means.",
+)
+@click.option("--scope", type=click.Choice(["all", "prompt", "response"]), help="Which tokens to steer (default: as calibrated).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which pairs are held out.")
+@click.option("--thinking/--no-thinking", default=False, help="The chat template's switch for thinking.")
+@click.option("--overwrite", "--force", is_flag=True, help="Replace a vector of that name.")
+@json_option
+def train(
+    name: str,
+    pairs: str | None,
+    trait_name: str | None,
+    engine: EngineOptions,
+    out: Path | None,
+    method: str,
+    positions: str | None,
+    layers: str | None,
+    calibrate: str,
+    scope: str | None,
+    seed: int,
+    thinking: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Fit the steering vector NAME to a model, and keep it in the library.
+
+    What it learns from is a trait or a file of pairs, on each line {"positive": ..., "negative": ...} with two texts or
+    two chats. A trait that comes with the package (mood, succinctness) needs no option.
+
+    \b
+    Examples:
+      steer train mood
+      steer train calm --pairs calm.jsonl --calibrate full
+      steer train mood --model other.gguf --out mood.safetensors
+    """
+    from ..library import Library
+    from ..training import Training, TrainOptions
+
+    source = load_source(name, pairs, trait_name)
+    options = TrainOptions(
+        method=method,
+        positions=positions,
+        layers=None if layers is None else parse_layers(layers),
+        calibrate=calibrate,
+        scope=scope,
+        seed=seed,
+        thinking=thinking,
+    )
+    target = Target(name, out, overwrite, Library())
+    if out is not None:
+        target.check(None)
+    with engine.open(n_parallel=N_PARALLEL) as opened:
+        target.check(opened)
+        training = Training(opened, name, source, options)
+        vector = run_training(training)
+        path = target.write(vector, opened)
+    if as_json:
+        from .show import describe
+
+        print_json({**describe(vector), "file": str(path)})
+    else:
+        print_report(vector, path)
+
+
+#: Replies that are generated side by side while training.
+N_PARALLEL = 12
+
+
+class Target:
+    """Where the vector goes; checked before the work and written after it."""
+
+    def __init__(self, name: str, out: Path | None, overwrite: bool, library: Any) -> None:
+        from ..vector import check_name
+
+        self.name, self.out, self.overwrite, self.library = check_name(name), out, overwrite, library
+
+    def check(self, engine: Engine | None) -> None:
+        """Raises VectorError if the vector is there already and may not be replaced, or its folder is missing."""
+        if self.out is not None:
+            if not self.out.parent.is_dir():
+                raise VectorError(f"there is no folder {self.out.parent} to write {self.out.name} to: make it first")
+            if self.out.is_dir():
+                raise VectorError(f"{self.out} is a folder: name a file with --out")
+            if self.out.exists() and not self.overwrite:
+                raise VectorError(f"{self.out} exists: choose another file, or replace it with --overwrite")
+        elif engine is not None and self.library.path(self.name, engine.info.identity).exists() and not self.overwrite:
+            label = engine.info.identity.label
+            raise VectorError(f"the library already has {self.name!r} for {label}: replace it with --overwrite")
+
+    def write(self, vector: SteeringVector, engine: Engine) -> Path:
+        """Write the vector and return its file."""
+        if self.out is None:
+            path: Path = self.library.put(vector, engine.info.identity, overwrite=self.overwrite)
+            return path
+        from ..vectorfile import write_vector
+
+        write_vector(vector, self.out)
+        return self.out
+
+
+def load_source(name: str, pairs: str | None, trait_name: str | None) -> Trait | ContrastData:
+    """What to learn from. Raises DataError if it is not said once, or cannot be used."""
+    from ..extract import load_pairs
+    from ..traits import bundled_traits, load_trait
+
+    if pairs is not None and trait_name is not None:
+        raise click.UsageError("Give --pairs or --trait, not both.")
+    if pairs is not None:
+        return load_pairs(pairs)
+    if trait_name is not None:
+        return load_trait(trait_name)
+    if name not in bundled_traits():
+        known = ", ".join(bundled_traits())
+        raise DataError(f"No trait {name!r} comes with the package ({known} do): give --pairs FILE or --trait FILE.")
+    return load_trait(name)
+
+
+def parse_layers(text: str) -> tuple[int, int]:
+    """``A-B`` or ``A``. Raises SpecError."""
+    match = _LAYERS.fullmatch(text.strip())
+    if match is None:
+        raise SpecError(f"--layers {text!r} is no range of layers: write A-B, such as 10-15")
+    lo = int(match[1])
+    hi = lo if match[2] is None else int(match[2])
+    if hi < lo:
+        raise SpecError(f"--layers {text!r} ends before it starts: write the lower layer first")
+    return lo, hi
+
+
+def run_training(training: Training) -> SteeringVector:
+    """Say what it costs, then train under a progress bar; both on stderr."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    plan = training.plan()
+    err = console(stderr=True)
+    model = training.engine.info.name
+    err.print(
+        f"{training.name}: {len(training.data.pairs)} pairs on {model}; about {_thousands(plan.tokens)} tokens "
+        f"({_thousands(plan.read)} read, {_thousands(plan.generate)} generated, {_thousands(plan.score)} scored), "
+        f"about {duration(plan.seconds)}.",
+        markup=False,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(training.name, total=plan.tokens)
+
+        def report(stage: str, tokens: int) -> None:
+            done = bar.tasks[0].completed + tokens
+            # an estimate: a search that takes longer must not look finished
+            bar.update(task, description=f"{training.name}: {stage}", completed=min(done, 0.99 * plan.tokens))
+
+        return training.run(report)
+
+
+def print_report(vector: SteeringVector, path: Path) -> None:
+    """What was found, for people."""
+    from ..vector import layer_ranges
+
+    out = console()
+    record = vector.calibration
+    if record is None:
+        out.print(
+            f"{vector.name}: layers {layer_ranges(vector.layers)}, scope {vector.default_scope}; not calibrated, so "
+            "strength 1.0 is a guess (0.3 of the residual norm).",
+            markup=False,
+        )
+    else:
+        error = f" ± {record['effect_se']:.2g}" if record["effect_se"] is not None else ""
+        out.print(
+            f"{vector.name}: layers {layer_ranges(vector.layers)}, scope {vector.default_scope}, strength 1.0 is a dose of "
+            f"{record['dose']:.3g} median residual norms.\n"
+            f"From strength -1 to 1 the {record['objective']['name']} moves by {record['effect']:.3g}{error} "
+            f"{record['objective']['unit']} on {record['n_prompts']} held-out prompts.",
+            markup=False,
+        )
+        print_table(("strength", "score", "perplexity", "repeats", "early ends", "words"), _report_rows(record))
+        weak = record["effect"] <= 2 * (record["effect_se"] or 0.0)
+        if weak or not record["monotone"]:
+            what = "hardly more than noise" if weak else "not monotone from -1 to 1"
+            out.print(f"Note: this effect is {what}; clearer examples or --calibrate full may help.", markup=False)
+    out.print(f"Written to {path}", markup=False)
+    if vector.op == "add" and path.suffix == ".safetensors":
+        out.print(f'Try: steer generate --steer {vector.name}:1 "Describe a walk in the forest"', markup=False)
+
+
+def _report_rows(record: dict[str, Any]) -> list[tuple[object, ...]]:
+    """The winner's curve: scores on the search's prompts, the guard's values where they were measured."""
+    rows = []
+    for row in record["rows"]:
+        if row["stage"] == "curve":
+            perplexity = row["perplexity"]
+            cells = (f"{row['strength']:g}", row["score"], perplexity, row["repeats"], row["early_ends"], row["words"])
+            rows.append(tuple(f"{c:.2f}" if isinstance(c, float) else c for c in cells))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _thousands(n: int) -> str:
+    """To two digits: it is an estimate."""
+    if n < 100:
+        return str(n)
+    digits = len(str(n)) - 2
+    return f"{round(n / 10**digits) * 10**digits:,}".replace(",", " ")
