@@ -61,16 +61,22 @@ def digest(path: Path) -> str:
 
 
 every_architecture = pytest.mark.parametrize("arch", tinygguf.ARCHITECTURES)
+# What is written how does not depend on the architecture; these have every kind of tensor.
+several = pytest.mark.parametrize("arch", ["llama", "gpt-oss", "qwen35moe", "gemma", "gemma3", "deepseek2", "deepseek4"])
 
 
 def test_the_promised_architectures() -> None:
-    assert set(tinygguf.ARCHITECTURES) == {"llama", "qwen2", "qwen3", "gemma3", "deepseek2", "deepseek4"}
+    assert set(tinygguf.ARCHITECTURES) == set(
+        "llama llama4 mistral3 mistral4 qwen2 qwen2moe qwen3 qwen3moe qwen3next qwen35 qwen35moe gemma gemma2 gemma3 "
+        "deepseek2 deepseek4 phi3 glm4 gpt-oss granite granitemoe olmo2 smollm3 command-r cohere2 starcoder2 exaone "
+        "exaone4 stablelm".split()
+    )
 
 
 # ---- bytes
 
 
-@every_architecture
+@several
 def test_equal_arguments_give_equal_bytes_and_another_seed_other_weights(arch: str, tmp_path: Path) -> None:
     first, again, other = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "c.gguf"
     tinygguf.write(arch, first, seed=7)
@@ -133,26 +139,147 @@ def llama_like(n_layer: int, q: int, kv: int, extra: dict[str, tuple[int, ...]])
     return {f"blk.{il}.{name}": shape for il in range(n_layer) for name, shape in block.items()}
 
 
-QWEN2 = {"attn_q.bias": (128,), "attn_k.bias": (64,), "attn_v.bias": (64,)}
-QWEN3 = {"attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
-GEMMA3 = {**QWEN3, "post_attention_norm.weight": (128,), "post_ffw_norm.weight": (128,)}
+def experts(n_expert: int, shared: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "ffn_gate_inp.weight": (128, n_expert),
+        "ffn_gate_exps.weight": (128, 64, n_expert),
+        "ffn_up_exps.weight": (128, 64, n_expert),
+        "ffn_down_exps.weight": (64, 128, n_expert),
+    }
+    if shared:
+        shapes |= {f"ffn_{part}_shexp.weight": (128, 64) for part in ("gate", "up")}
+        shapes["ffn_down_shexp.weight"] = (64, 128)
+    return shapes
+
+
+def changed(blocks: dict[str, tuple[int, ...]], without: str, **extra: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """``blocks`` without the tensors whose names hold one of the words, and with others in each block."""
+    layers = {name.split(".")[1] for name in blocks}
+    kept = {name: shape for name, shape in blocks.items() if not any(word in name for word in without.split())}
+    return kept | {f"blk.{il}.{name}": shape for il in layers for name, shape in extra.items()}
+
+
+BIASES: dict[str, tuple[int, ...]] = {"attn_q.bias": (128,), "attn_k.bias": (64,), "attn_v.bias": (64,)}
+HEAD_NORMS: dict[str, tuple[int, ...]] = {"attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
+POST_NORMS: dict[str, tuple[int, ...]] = {"post_attention_norm.weight": (128,), "post_ffw_norm.weight": (128,)}
+SHARED_GATE: dict[str, tuple[int, ...]] = {"ffn_gate_inp_shexp.weight": (128,)}
+DENSE = "ffn_gate ffn_up ffn_down"
+FUSED_FFN: dict[str, tuple[int, ...]] = {"ffn_up.weight": (128, 512), "ffn_down.weight": (256, 128)}
+PLAIN = llama_like(4, 128, 64, {})
+WIDE = llama_like(4, 256, 128, {})
+NORM_BIASES: dict[str, tuple[int, ...]] = {"attn_norm.bias": (128,), "ffn_norm.bias": (128,)}
+GPT_OSS: dict[str, tuple[int, ...]] = {
+    **experts(8, shared=False),
+    "post_attention_norm.weight": (128,),
+    "attn_q.bias": (256,),
+    "attn_k.bias": (128,),
+    "attn_v.bias": (128,),
+    "attn_output.bias": (128,),
+    "attn_sinks.weight": (4,),
+    "ffn_gate_inp.bias": (8,),
+    "ffn_gate_exps.bias": (64, 8),
+    "ffn_up_exps.bias": (64, 8),
+    "ffn_down_exps.bias": (128, 8),
+}
 
 
 @pytest.mark.parametrize(
     ("arch", "blocks"),
     [
-        ("llama", llama_like(4, 128, 64, {})),
-        ("qwen2", llama_like(4, 128, 64, QWEN2)),
-        ("qwen3", llama_like(4, 256, 128, QWEN3)),
-        ("gemma3", llama_like(6, 256, 64, GEMMA3)),
+        ("llama", PLAIN),
+        ("smollm3", PLAIN),
+        ("exaone", PLAIN),
+        ("granite", PLAIN),
+        ("mistral3", PLAIN),
+        ("qwen2", changed(PLAIN, "-", **BIASES)),
+        ("qwen2moe", changed(PLAIN, DENSE, **BIASES, **experts(8, shared=True), **SHARED_GATE)),
+        ("qwen3", changed(WIDE, "-", **HEAD_NORMS)),
+        ("qwen3moe", changed(WIDE, DENSE, **HEAD_NORMS, **experts(8, shared=False))),
+        ("gemma", WIDE),
+        ("gemma2", changed(WIDE, "-", **POST_NORMS)),
+        ("gemma3", llama_like(6, 256, 64, {**HEAD_NORMS, **POST_NORMS})),
+        ("phi3", changed(PLAIN, f"attn_q attn_k attn_v {DENSE}", **{"attn_qkv.weight": (128, 256)}, **FUSED_FFN)),
+        ("glm4", changed(PLAIN, DENSE, **BIASES, **POST_NORMS, **FUSED_FFN)),
+        ("gpt-oss", changed(WIDE, f"ffn_norm {DENSE}", **GPT_OSS)),
+        ("granitemoe", changed(PLAIN, DENSE, **experts(8, shared=True))),
+        (
+            "olmo2",
+            changed(
+                PLAIN,
+                "attn_norm ffn_norm",
+                **POST_NORMS,
+                **{"attn_q_norm.weight": (128,), "attn_k_norm.weight": (64,)},
+            ),
+        ),
+        ("command-r", changed(PLAIN, "ffn_norm")),
+        ("cohere2", changed(PLAIN, "ffn_norm")),
+        (
+            "starcoder2",
+            changed(
+                PLAIN,
+                "ffn_gate",
+                **NORM_BIASES,
+                **BIASES,
+                **{"attn_output.bias": (128,), "ffn_up.bias": (256,), "ffn_down.bias": (128,)},
+            ),
+        ),
+        ("exaone4", changed(PLAIN, "attn_norm ffn_norm", **POST_NORMS, **{name: (32,) for name in HEAD_NORMS})),
+        ("stablelm", changed(PLAIN, "-", **NORM_BIASES, **BIASES)),
     ],
 )
-def test_dense_tensors(model: Callable[..., Model], arch: str, blocks: dict[str, tuple[int, ...]]) -> None:
+def test_block_tensors(model: Callable[..., Model], arch: str, blocks: dict[str, tuple[int, ...]]) -> None:
     loaded = model(arch)
     n_vocab = len(loaded.meta["tokenizer.ggml.tokens"])
-    ends = {"token_embd.weight": (128, n_vocab), "output_norm.weight": (128,), "output.weight": (128, n_vocab)}
+    ends: dict[str, tuple[int, ...]] = {"token_embd.weight": (128, n_vocab), "output_norm.weight": (128,)}
+    if arch not in ("gemma", "gemma2", "command-r", "cohere2"):
+        ends["output.weight"] = (128, n_vocab)
+    if arch in ("starcoder2", "stablelm"):
+        ends["output_norm.bias"] = (128,)
     assert loaded.shapes == {**ends, **blocks}
     assert set(loaded.quants.values()) == {F32}
+    epsilon = "" if arch in ("command-r", "cohere2", "starcoder2", "stablelm") else "_rms"
+    assert f"{arch}.attention.layer_norm{epsilon}_epsilon" in loaded.meta
+
+
+def test_llama4_has_experts_in_every_second_layer(model: Callable[..., Model]) -> None:
+    loaded = model("llama4")
+    assert loaded["interleave_moe_layer_step"] == 2
+    for il in range(4):
+        block = {name.split(".", 2)[2]: s for name, s in loaded.shapes.items() if name.startswith(f"blk.{il}.ffn_")}
+        dense = {"ffn_gate.weight": (128, 256), "ffn_up.weight": (128, 256), "ffn_down.weight": (256, 128)}
+        assert block == {"ffn_norm.weight": (128,), **(experts(8, shared=True) if il % 2 else dense)}
+
+
+@pytest.mark.parametrize("arch", ["qwen3next", "qwen35", "qwen35moe"])
+def test_hybrid_layers(model: Callable[..., Model], arch: str) -> None:
+    """Three recurrent layers, then one with attention and a gate as wide as its queries."""
+    loaded = model(arch)
+    heads, state, conv = loaded["ssm.time_step_rank"], loaded["ssm.state_size"], loaded["ssm.conv_kernel"]
+    width = 2 * loaded["ssm.group_count"] * state + heads * state
+    assert loaded["ssm.inner_size"] == heads * state
+    for il in range(4):
+        block = {name.split(".", 2)[2]: s for name, s in loaded.shapes.items() if name.startswith(f"blk.{il}.")}
+        assert ("ssm_a" in block) == ("attn_q.weight" not in block) == (il < 3)
+        assert ("ffn_gate_exps.weight" in block) == (arch != "qwen35")
+        if il < 3:
+            assert block["ssm_conv1d.weight"] == (conv, width) and block["attn_qkv.weight"] == (128, width)
+            assert (loaded.data[f"blk.{il}.ssm_a"] < 0).all(), "the state must fade"
+            fused = {"ssm_ba.weight": (128, 2 * heads)}
+            parts = {"ssm_beta.weight": (128, heads), "ssm_alpha.weight": (128, heads)}
+            expected = fused if arch == "qwen3next" else parts
+            assert {name: s for name, s in block.items() if name[4:7] in ("ba.", "bet", "alp")} == expected
+        else:
+            assert block["attn_q.weight"] == (128, 2 * 4 * 64) and block["attn_output.weight"] == (4 * 64, 128)
+    if arch != "qwen3next":
+        assert sum(loaded["rope.dimension_sections"]) == loaded["rope.dimension_count"] // 2
+
+
+def test_mistral4_is_deepseek2_with_a_temperature(model: Callable[..., Model]) -> None:
+    mistral, deepseek = model("mistral4"), model("deepseek2")
+    assert mistral.shapes == deepseek.shapes
+    own = {k.split(".", 1)[1] for k in mistral.meta if k.startswith("mistral4.")}
+    other = {k.split(".", 1)[1] for k in deepseek.meta if k.startswith("deepseek2.")}
+    assert own - other == {"attention.temperature_scale", "attention.temperature_length"} and other <= own
 
 
 def test_deepseek2_tensors(model: Callable[..., Model]) -> None:
@@ -256,7 +383,9 @@ def test_weights_are_scaled_to_their_inputs(model: Callable[..., Model], arch: s
     for name, values in loaded.data.items():
         if name.endswith("_norm.weight"):
             assert 0.4 < values.min() and values.max() < 2.5 and values.std() > 0, name
-        elif len(loaded.shapes[name]) > 1 and name.startswith("blk.") and "_ape" not in name and "tid2eid" not in name:
+        elif (
+            len(loaded.shapes[name]) > 1 and name.startswith("blk.") and not any(w in name for w in ("_ape", "tid2eid", ".bias"))
+        ):
             inputs = loaded.shapes[name][1 if "attn_k_b" in name else 0]
             assert 0.8 < values.std() * np.sqrt(inputs) < 2.2, name
 
@@ -271,13 +400,14 @@ def test_header_describes_the_tensors(model: Callable[..., Model], arch: str) ->
 
 
 @pytest.mark.parametrize(("weights", "quant", "file_type"), [("f16", "F16", 1), ("q8_0", "Q8_0", 7)])
-@every_architecture
+@several
 def test_weight_types(model: Callable[..., Model], arch: str, weights: str, quant: str, file_type: int) -> None:
     full, small = model(arch), model(arch, weights=weights)
     assert small.shapes == full.shapes
     assert small.meta["general.file_type"] == file_type
     for name, kind in small.quants.items():
-        exact = len(small.shapes[name]) == 1 or any(part in name for part in ("hc_", "_ape", "gate_inp", "tid2eid"))
+        words = ("hc_", "_ape", "gate_inp", "tid2eid", "conv1d", ".bias")
+        exact = len(small.shapes[name]) == 1 or any(word in name for word in words)
         if exact:
             assert kind == full.quants[name], name
             assert np.array_equal(small.data[name], full.data[name]), name
@@ -290,7 +420,7 @@ def test_weight_types(model: Callable[..., Model], arch: str, weights: str, quan
 # ---- split files
 
 
-@every_architecture
+@several
 def test_split_files_hold_the_same_model(model: Callable[..., Model], arch: str, tmp_path: Path) -> None:
     whole = model(arch)
     files = tinygguf.write(arch, tmp_path / "part.gguf", split=3)
@@ -348,7 +478,7 @@ def encode(word: str, loaded: Model) -> list[int]:
 def test_vocabulary(model: Callable[..., Model], arch: str) -> None:
     loaded = model(arch)
     tokens, types = loaded.meta["tokenizer.ggml.tokens"], loaded.meta["tokenizer.ggml.token_type"]
-    assert len(tokens) == len(set(tokens)) == len(types) == loaded.shapes["output.weight"][1]
+    assert len(tokens) == len(set(tokens)) == len(types) == loaded.shapes["token_embd.weight"][1]
     assert tokens[:256] == byte_alphabet()
     assert loaded.meta["tokenizer.ggml.model"] == "gpt2"
     for merge in loaded.meta["tokenizer.ggml.merges"]:
@@ -369,7 +499,7 @@ def test_vocabulary(model: Callable[..., Model], arch: str) -> None:
 @every_architecture
 def test_control_tokens_and_odd_bytes_are_never_likely(model: Callable[..., Model], arch: str) -> None:
     loaded = model(arch)
-    head = loaded.data["output.weight"]
+    head = loaded.data.get("output.weight", loaded.data["token_embd.weight"])
     size = np.sqrt((head**2).sum(axis=1))
     quiet = {index for index, value in enumerate(size) if value < np.median(size) / 10}
     tokens = loaded.meta["tokenizer.ggml.tokens"]
@@ -435,7 +565,7 @@ def test_chatml_templates(model: Callable[..., Model], arch: str) -> None:
     body = f"{start}<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi\nthere<|im_end|>\n"
     assert render(loaded, ASK, add_generation_prompt=False) == body
     assert render(loaded, ASK, add_generation_prompt=True) == f"{body}<|im_start|>assistant\n"
-    shut = "<think>\n\n</think>\n\n" if arch == "qwen3" else ""
+    shut = "<think>\n\n</think>\n\n" if arch in ("qwen3", "qwen3moe", "qwen3next", "qwen35", "qwen35moe") else ""
     text = render(loaded, ASK, add_generation_prompt=True, enable_thinking=False)
     assert text == f"{body}<|im_start|>assistant\n{shut}"
 
@@ -451,6 +581,7 @@ def test_chatml_templates(model: Callable[..., Model], arch: str) -> None:
         ("llama", {"n_layer": 0}, "0 layers"),
         ("llama", {"n_layer": 65}, "65 layers"),
         ("deepseek4", {"n_layer": 2}, "2 layers"),
+        ("qwen35", {"n_layer": 3}, "3 layers"),
         ("llama", {"n_ctx": 0}, "0 tokens"),
         ("llama", {"split": 0}, "0 files"),
         ("llama", {"split": 1000}, "1000 files"),

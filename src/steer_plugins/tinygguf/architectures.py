@@ -1,197 +1,56 @@
-"""What each tiny architecture consists of: metadata keys, tensors, tokenizer and chat template.
-
-Key and tensor names follow llama.cpp's loaders (``src/models/<architecture>.cpp``). Shapes are in ggml order
-(``ne``, fastest axis first: a matrix is ``(inputs, outputs)``), the reverse of numpy's.
-
-Weights are scaled so that the residual stream stays of order one: matrices have a standard deviation of about
-``1/sqrt(inputs)``, and embeddings are somewhat smaller than what the blocks add, because otherwise the next token
-would hardly depend on the context and greedy text would fall into short loops.
-"""
+"""The tiny architectures by name, and the ones with a structure of their own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..errors import ModelError
 from . import templates
-from .vocab import Vocabulary, vocabulary
-
-KeyValue = bool | int | float | str | Sequence[int]
-
-_EMBEDDING_STD = 0.5
-_QK_GAIN = 2.0  # attention that picks out a few positions instead of averaging over all of them
-_LOGIT_STD = 3.0
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor to generate.
-
-    ``shape`` in ggml order; values are uniform with mean ``mean`` and standard deviation ``std``. ``big`` matrices
-    follow the ``weights`` option of :func:`steer_plugins.tinygguf.write`, everything else is float32. ``choices``
-    > 0 makes it an int32 table instead: each row holds ``shape[0]`` different numbers below ``choices``.
-    ``per_token`` tensors have one row for each token and get small rows for the vocabulary's muted tokens.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    std: float = 0.0
-    mean: float = 0.0
-    big: bool = False
-    choices: int = 0
-    per_token: bool = False
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """A tiny model without its numbers. ``keys`` that start with a dot get the architecture as prefix."""
-
-    architecture: str
-    n_layer: int
-    keys: dict[str, KeyValue]
-    tensors: list[TensorSpec]
-    vocab: Vocabulary
-    pre_tokenizer: str
-    bos: str
-    eos: str
-    add_bos: bool
-    chat_template: str
-    pad: str = ""
-
-
-def _matrix(name: str, inputs: int, outputs: int, *more: int, gain: float = 1.0, big: bool = True) -> TensorSpec:
-    return TensorSpec(f"{name}.weight", (inputs, outputs, *more), std=gain / math.sqrt(inputs), big=big)
-
-
-def _norm(name: str, size: int, mean: float = 1.0) -> TensorSpec:
-    # Not all ones: a norm that is forgotten, or taken from another model, must show.
-    return TensorSpec(f"{name}.weight", (size,), std=0.1 * mean, mean=mean)
-
-
-def _vector(name: str, size: int, std: float, mean: float = 0.0, suffix: str = "weight") -> TensorSpec:
-    return TensorSpec(f"{name}.{suffix}", (size,), std=std, mean=mean)
-
-
-def _embedding(n_embd: int, n_vocab: int, std: float = _EMBEDDING_STD) -> TensorSpec:
-    return TensorSpec("token_embd.weight", (n_embd, n_vocab), std=std, big=True)
-
-
-def _head(n_embd: int, n_vocab: int) -> list[TensorSpec]:
-    # A head of its own: with tied random embeddings the likeliest next token is the current one.
-    output = TensorSpec("output.weight", (n_embd, n_vocab), std=_LOGIT_STD / math.sqrt(n_embd), big=True, per_token=True)
-    return [_norm("output_norm", n_embd), output]
-
-
-def _dense_ffn(block: str, n_embd: int, n_ff: int) -> list[TensorSpec]:
-    return [
-        _matrix(f"{block}.ffn_gate", n_embd, n_ff),
-        _matrix(f"{block}.ffn_up", n_embd, n_ff),
-        _matrix(f"{block}.ffn_down", n_ff, n_embd, gain=1.5),
-    ]
-
-
-def _moe_ffn(block: str, n_embd: int, n_ff: int, n_expert: int) -> list[TensorSpec]:
-    return [
-        _matrix(f"{block}.ffn_gate_inp", n_embd, n_expert, big=False),
-        _matrix(f"{block}.ffn_gate_exps", n_embd, n_ff, n_expert),
-        _matrix(f"{block}.ffn_up_exps", n_embd, n_ff, n_expert),
-        _matrix(f"{block}.ffn_down_exps", n_ff, n_embd, n_expert, gain=1.5),
-        _matrix(f"{block}.ffn_gate_shexp", n_embd, n_ff),
-        _matrix(f"{block}.ffn_up_shexp", n_embd, n_ff),
-        _matrix(f"{block}.ffn_down_shexp", n_ff, n_embd, gain=1.5),
-    ]
-
-
-def _chatml_vocabulary() -> Vocabulary:
-    return vocabulary(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), ("<think>", "</think>"))
-
-
-def _common_keys(n_layer: int, n_ctx: int, n_embd: int, n_head: int, n_head_kv: int) -> dict[str, KeyValue]:
-    return {
-        ".context_length": n_ctx,
-        ".embedding_length": n_embd,
-        ".block_count": n_layer,
-        ".attention.head_count": n_head,
-        ".attention.head_count_kv": n_head_kv,
-        ".attention.layer_norm_rms_epsilon": 1e-6,
-        ".rope.freq_base": 10000.0,
-    }
-
-
-def _llama_like(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
-    """llama, qwen2 (biases on q, k, v) and qwen3 (norms on q and k, heads wider than n_embd / n_head)."""
-    n_embd, n_head, n_head_kv, n_ff = 128, 4, 2, 256
-    head = 64 if architecture == "qwen3" else n_embd // n_head
-    vocab = _chatml_vocabulary()
-
-    def tensors() -> Iterator[TensorSpec]:
-        yield _embedding(n_embd, len(vocab.tokens))
-        yield from _head(n_embd, len(vocab.tokens))
-        for il in range(n_layer):
-            blk = f"blk.{il}"
-            yield _norm(f"{blk}.attn_norm", n_embd)
-            yield _matrix(f"{blk}.attn_q", n_embd, n_head * head, gain=_QK_GAIN)
-            yield _matrix(f"{blk}.attn_k", n_embd, n_head_kv * head)
-            yield _matrix(f"{blk}.attn_v", n_embd, n_head_kv * head)
-            if architecture == "qwen2":
-                for name, heads in (("attn_q", n_head), ("attn_k", n_head_kv), ("attn_v", n_head_kv)):
-                    yield _vector(f"{blk}.{name}", heads * head, std=0.3, suffix="bias")
-            if architecture == "qwen3":
-                yield _norm(f"{blk}.attn_q_norm", head, mean=_QK_GAIN)
-                yield _norm(f"{blk}.attn_k_norm", head)
-            yield _matrix(f"{blk}.attn_output", n_head * head, n_embd, gain=1.5)
-            yield _norm(f"{blk}.ffn_norm", n_embd)
-            yield from _dense_ffn(blk, n_embd, n_ff)
-
-    is_llama = architecture == "llama"
-    keys = _common_keys(n_layer, n_ctx, n_embd, n_head, n_head_kv)
-    keys |= {".feed_forward_length": n_ff, ".rope.dimension_count": head}
-    if architecture == "qwen3":
-        keys |= {".attention.key_length": head, ".attention.value_length": head}
-    return Blueprint(
-        architecture,
-        n_layer,
-        keys,
-        list(tensors()),
-        vocab,
-        pre_tokenizer="smollm" if is_llama else "qwen2",
-        bos="<|endoftext|>",
-        eos="<|im_end|>",
-        add_bos=is_llama,
-        chat_template={
-            "llama": templates.CHATML_BOS,
-            "qwen2": templates.CHATML,
-            "qwen3": templates.CHATML_THINKING,
-        }[architecture],
-    )
+from .ordinary import LAYOUTS, ordinary
+from .parts import (
+    EMBEDDING_STD,
+    QK_GAIN,
+    Blueprint,
+    TensorSpec,
+    chatml_vocabulary,
+    common_keys,
+    dense_ffn,
+    embedding,
+    matrix,
+    moe_ffn,
+    norm,
+    output_head,
+    vector,
+)
+from .vocab import vocabulary
 
 
 def _gemma3(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
     """Gemma 3: scaled embeddings, norms before and after each block, five sliding-window layers then a global one."""
     n_embd, n_head, n_head_kv, n_ff, head = 128, 4, 1, 256, 64
-    vocab = _chatml_vocabulary()
+    vocab = chatml_vocabulary()
 
     def tensors() -> Iterator[TensorSpec]:
         # The graph multiplies embeddings by sqrt(n_embd).
-        yield _embedding(n_embd, len(vocab.tokens), std=_EMBEDDING_STD / math.sqrt(n_embd))
-        yield from _head(n_embd, len(vocab.tokens))
+        yield embedding(n_embd, len(vocab.tokens), std=EMBEDDING_STD / math.sqrt(n_embd))
+        yield from output_head(n_embd, len(vocab.tokens))
         for il in range(n_layer):
             blk = f"blk.{il}"
-            yield _norm(f"{blk}.attn_norm", n_embd)
-            yield _matrix(f"{blk}.attn_q", n_embd, n_head * head)
-            yield _matrix(f"{blk}.attn_k", n_embd, n_head_kv * head)
-            yield _matrix(f"{blk}.attn_v", n_embd, n_head_kv * head)
-            yield _norm(f"{blk}.attn_q_norm", head, mean=_QK_GAIN)
-            yield _norm(f"{blk}.attn_k_norm", head)
-            yield _matrix(f"{blk}.attn_output", n_head * head, n_embd)
-            yield _norm(f"{blk}.post_attention_norm", n_embd, mean=0.6)
-            yield _norm(f"{blk}.ffn_norm", n_embd)
-            yield from _dense_ffn(blk, n_embd, n_ff)
-            yield _norm(f"{blk}.post_ffw_norm", n_embd, mean=0.6)
+            yield norm(f"{blk}.attn_norm", n_embd)
+            yield matrix(f"{blk}.attn_q", n_embd, n_head * head)
+            yield matrix(f"{blk}.attn_k", n_embd, n_head_kv * head)
+            yield matrix(f"{blk}.attn_v", n_embd, n_head_kv * head)
+            yield norm(f"{blk}.attn_q_norm", head, mean=QK_GAIN)
+            yield norm(f"{blk}.attn_k_norm", head)
+            yield matrix(f"{blk}.attn_output", n_head * head, n_embd)
+            yield norm(f"{blk}.post_attention_norm", n_embd, mean=0.6)
+            yield norm(f"{blk}.ffn_norm", n_embd)
+            yield from dense_ffn(blk, n_embd, n_ff)
+            yield norm(f"{blk}.post_ffw_norm", n_embd, mean=0.6)
 
-    keys = _common_keys(n_layer, n_ctx, n_embd, n_head, n_head_kv)
+    keys = common_keys(n_layer, n_ctx, n_embd, n_head, n_head_kv)
     keys |= {
         ".feed_forward_length": n_ff,
         ".attention.key_length": head,
@@ -214,38 +73,38 @@ def _gemma3(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
 
 
 def _deepseek2(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
-    """DeepSeek-V2/V3: latent attention (MLA) in its absorbed form, one dense layer, then experts plus a shared one.
+    """DeepSeek-V2/V3 and Mistral 4: latent attention (MLA) in its absorbed form, one dense layer, then experts plus a shared one.
 
     The cache holds one latent "head" of kv_lora + rope values, which is what key_length and value_length state; the
     ``_mla`` keys are the sizes of the real heads.
     """
     n_embd, n_head, q_lora, kv_lora, rope, nope, v_head = 128, 4, 64, 64, 32, 32, 32
     n_ff, n_expert, n_used, n_ff_expert, n_dense = 256, 8, 2, 64, 1
-    vocab = _chatml_vocabulary()
+    vocab = chatml_vocabulary()
 
     def tensors() -> Iterator[TensorSpec]:
-        yield _embedding(n_embd, len(vocab.tokens))
-        yield from _head(n_embd, len(vocab.tokens))
+        yield embedding(n_embd, len(vocab.tokens))
+        yield from output_head(n_embd, len(vocab.tokens))
         for il in range(n_layer):
             blk = f"blk.{il}"
-            yield _norm(f"{blk}.attn_norm", n_embd)
-            yield _matrix(f"{blk}.attn_q_a", n_embd, q_lora)
-            yield _norm(f"{blk}.attn_q_a_norm", q_lora, mean=_QK_GAIN)
-            yield _matrix(f"{blk}.attn_q_b", q_lora, n_head * (nope + rope))
-            yield _matrix(f"{blk}.attn_kv_a_mqa", n_embd, kv_lora + rope)
-            yield _norm(f"{blk}.attn_kv_a_norm", kv_lora)
+            yield norm(f"{blk}.attn_norm", n_embd)
+            yield matrix(f"{blk}.attn_q_a", n_embd, q_lora)
+            yield norm(f"{blk}.attn_q_a_norm", q_lora, mean=QK_GAIN)
+            yield matrix(f"{blk}.attn_q_b", q_lora, n_head * (nope + rope))
+            yield matrix(f"{blk}.attn_kv_a_mqa", n_embd, kv_lora + rope)
+            yield norm(f"{blk}.attn_kv_a_norm", kv_lora)
             # Stored transposed (it is folded into the query), so the latent width counts as its inputs here.
             yield TensorSpec(f"{blk}.attn_k_b.weight", (nope, kv_lora, n_head), std=1 / math.sqrt(kv_lora), big=True)
-            yield _matrix(f"{blk}.attn_v_b", kv_lora, v_head, n_head)
-            yield _matrix(f"{blk}.attn_output", n_head * v_head, n_embd, gain=1.5)
-            yield _norm(f"{blk}.ffn_norm", n_embd)
+            yield matrix(f"{blk}.attn_v_b", kv_lora, v_head, n_head)
+            yield matrix(f"{blk}.attn_output", n_head * v_head, n_embd, gain=1.5)
+            yield norm(f"{blk}.ffn_norm", n_embd)
             if il < n_dense:
-                yield from _dense_ffn(blk, n_embd, n_ff)
+                yield from dense_ffn(blk, n_embd, n_ff)
             else:
-                yield from _moe_ffn(blk, n_embd, n_ff_expert, n_expert)
-                yield _vector(f"{blk}.exp_probs_b", n_expert, std=0.1, suffix="bias")
+                yield from moe_ffn(blk, n_embd, n_ff_expert, n_expert)
+                yield vector(f"{blk}.exp_probs_b", n_expert, std=0.1, suffix="bias")
 
-    keys = _common_keys(n_layer, n_ctx, n_embd, n_head, 1)
+    keys = common_keys(n_layer, n_ctx, n_embd, n_head, 1)
     keys |= {
         ".feed_forward_length": n_ff,
         ".leading_dense_block_count": n_dense,
@@ -264,6 +123,8 @@ def _deepseek2(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
         ".expert_weights_norm": True,
         ".expert_gating_func": 2,  # sigmoid
     }
+    if architecture == "mistral4":
+        keys |= {".attention.temperature_scale": 0.1, ".attention.temperature_length": 64}
     return Blueprint(
         architecture,
         n_layer,
@@ -301,51 +162,51 @@ def _deepseek4(architecture: str, n_layer: int, n_ctx: int) -> Blueprint:
     def hyper_connection(name: str) -> Iterator[TensorSpec]:
         # fn's output is scaled and shifted into 4 read gains, 4 write gains and a 4x4 mixing matrix. The spread of
         # the shifts is what makes the streams differ, and large enough that they stay different.
-        yield _matrix(f"{name}_fn", n_hc * n_embd, n_mix, big=False)
-        yield _vector(f"{name}_base", n_mix, std=1.0)
-        yield _vector(f"{name}_scale", 3, std=0.05, mean=0.5)
+        yield matrix(f"{name}_fn", n_hc * n_embd, n_mix, big=False)
+        yield vector(f"{name}_base", n_mix, std=1.0)
+        yield vector(f"{name}_scale", 3, std=0.05, mean=0.5)
 
     def compressor(name: str, width: int, out: int, ratio: int) -> Iterator[TensorSpec]:
-        yield _matrix(f"{name}_kv", n_embd, width)
-        yield _matrix(f"{name}_gate", n_embd, width)
+        yield matrix(f"{name}_kv", n_embd, width)
+        yield matrix(f"{name}_gate", n_embd, width)
         yield TensorSpec(f"{name}_ape.weight", (width, ratio), std=0.5)
-        yield _norm(f"{name}_norm", out)
+        yield norm(f"{name}_norm", out)
 
     def tensors() -> Iterator[TensorSpec]:
-        yield _embedding(n_embd, n_vocab)
-        yield from _head(n_embd, n_vocab)
-        yield _matrix("output_hc_fn", n_hc * n_embd, n_hc, big=False)
-        yield _vector("output_hc_base", n_hc, std=0.5)
-        yield _vector("output_hc_scale", 1, std=0.05, mean=0.5)
+        yield embedding(n_embd, n_vocab)
+        yield from output_head(n_embd, n_vocab)
+        yield matrix("output_hc_fn", n_hc * n_embd, n_hc, big=False)
+        yield vector("output_hc_base", n_hc, std=0.5)
+        yield vector("output_hc_scale", 1, std=0.05, mean=0.5)
         for il, ratio in enumerate(ratios):
             blk = f"blk.{il}"
-            yield _norm(f"{blk}.attn_norm", n_embd)
-            yield _vector(f"{blk}.attn_sinks", n_head, std=0.5)
-            yield _matrix(f"{blk}.attn_q_a", n_embd, q_lora)
-            yield _norm(f"{blk}.attn_q_a_norm", q_lora)
-            yield _matrix(f"{blk}.attn_q_b", q_lora, n_head * head)
-            yield _matrix(f"{blk}.attn_kv", n_embd, head)
+            yield norm(f"{blk}.attn_norm", n_embd)
+            yield vector(f"{blk}.attn_sinks", n_head, std=0.5)
+            yield matrix(f"{blk}.attn_q_a", n_embd, q_lora)
+            yield norm(f"{blk}.attn_q_a_norm", q_lora)
+            yield matrix(f"{blk}.attn_q_b", q_lora, n_head * head)
+            yield matrix(f"{blk}.attn_kv", n_embd, head)
             # Queries are normalised without a weight, so the keys (which are the values too) carry the gain.
-            yield _norm(f"{blk}.attn_kv_a_norm", head, mean=_QK_GAIN)
-            yield _matrix(f"{blk}.attn_output_a", n_head * head // groups, o_lora * groups)
-            yield _matrix(f"{blk}.attn_output_b", groups * o_lora, n_embd)
+            yield norm(f"{blk}.attn_kv_a_norm", head, mean=QK_GAIN)
+            yield matrix(f"{blk}.attn_output_a", n_head * head // groups, o_lora * groups)
+            yield matrix(f"{blk}.attn_output_b", groups * o_lora, n_embd)
             yield from hyper_connection(f"{blk}.hc_attn")
             yield from hyper_connection(f"{blk}.hc_ffn")
-            yield _norm(f"{blk}.ffn_norm", n_embd)
-            yield from _moe_ffn(blk, n_embd, n_ff, n_expert)
+            yield norm(f"{blk}.ffn_norm", n_embd)
+            yield from moe_ffn(blk, n_embd, n_ff, n_expert)
             if il < n_hash:
                 yield TensorSpec(f"{blk}.ffn_gate_tid2eid.weight", (n_used, n_vocab), choices=n_expert)
             else:
-                yield _vector(f"{blk}.exp_probs_b", n_expert, std=0.1, suffix="bias")
+                yield vector(f"{blk}.exp_probs_b", n_expert, std=0.1, suffix="bias")
             if ratio:
                 overlap = 2 if ratio == 4 else 1
                 yield from compressor(f"{blk}.attn_compressor", overlap * head, head, ratio)
             if ratio == 4:
-                yield _matrix(f"{blk}.indexer.proj", n_embd, ix_head)
-                yield _matrix(f"{blk}.indexer.attn_q_b", q_lora, ix_head * ix_dim)
+                yield matrix(f"{blk}.indexer.proj", n_embd, ix_head)
+                yield matrix(f"{blk}.indexer.attn_q_b", q_lora, ix_head * ix_dim)
                 yield from compressor(f"{blk}.indexer_compressor", 2 * ix_dim, ix_dim, ratio)
 
-    keys = _common_keys(n_layer, n_ctx, n_embd, n_head, 1)
+    keys = common_keys(n_layer, n_ctx, n_embd, n_head, 1)
     keys |= {
         ".embedding_length_out": n_hc * n_embd,
         ".rope.dimension_count": rope,
@@ -396,11 +257,10 @@ class _Recipe:
 
 
 _RECIPES = {
-    "llama": _Recipe(_llama_like, 4),
-    "qwen2": _Recipe(_llama_like, 4),
-    "qwen3": _Recipe(_llama_like, 4),
+    **{name: _Recipe(ordinary, 4, min_layers=4 if layout.hybrid else 1) for name, layout in LAYOUTS.items()},
     "gemma3": _Recipe(_gemma3, 6),
     "deepseek2": _Recipe(_deepseek2, 4),
+    "mistral4": _Recipe(_deepseek2, 4),
     "deepseek4": _Recipe(_deepseek4, 6, min_layers=3),  # llama.cpp divides by zero without a layer of ratio 4
 }
 

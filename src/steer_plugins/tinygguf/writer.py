@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
-from .architectures import Blueprint, KeyValue, TensorSpec, blueprint
+from .architectures import blueprint
+from .parts import Blueprint, KeyValue, TensorSpec
 
 WEIGHTS: tuple[str, ...] = ("f32", "f16", "q8_0")
 """Types the big matrices can have. Norms, biases, routers and hyper-connection tensors are always float32."""
