@@ -74,7 +74,7 @@ def run_groups(
     steered = bool(steering)
     for start in range(0, len(order), n_slots):
         group = order[start : start + n_slots]
-        shared = 0 if steered else common_prefix([texts[i].tokens for i in group])
+        shared = 0 if steered or len(group) == 1 else common_prefix([texts[i].tokens for i in group])
         shared = min(shared, min(len(texts[i].tokens) for i in group) - 1)
         first_scored = min((p for i in group for p in texts[i].scored), default=shared)
         shared = min(shared, first_scored)  # logits belong to one text, so what is scored is computed for each
@@ -93,7 +93,7 @@ def run_groups(
             owners.update({(slot, p): i for p in text.scored})
             if steered:
                 plan = SequenceSteering(session, steering, text.tokens[: text.n_prompt])
-                session.set_ranges(slot, 0, plan.configs(len(text.tokens)))
+                session.set_ranges(slot, 0, plan.configs(text.tokens))
             wanted = {p for p in text.wanted if p >= shared}
             _want(session, slot, sorted(wanted))
             needed = set(text.scored) | (wanted if outputs_for_reading else set())

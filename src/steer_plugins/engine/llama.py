@@ -117,7 +117,7 @@ class SteeredLlama(_Llama):
         prompt = past + [int(t) for t in tokens]
         self._live.clear()
         plan = SequenceSteering(self._tables, wish, prompt)
-        configs = plan.configs(len(prompt))
+        configs = plan.configs(prompt)
         if reset:
             self._drop_stale(prompt, [self._tables.edit_id(c) for c in configs])
         self._tables.clear_ranges(0)

@@ -75,7 +75,7 @@ class LocalEngine(Engine):
             from steer_plugins.models import default_model_path
 
             model = default_model_path()
-        self._model = LoadedModel(llama_cpp, Path(model), n_gpu_layers=n_gpu_layers)
+        self._open: LoadedModel | None = LoadedModel(llama_cpp, Path(model), n_gpu_layers=n_gpu_layers)
         self._c = llama_cpp
         n_ctx_model = self._model.n_ctx_train or DEFAULT_CTX
         cores = os.cpu_count() or 4
@@ -103,10 +103,17 @@ class LocalEngine(Engine):
             name=self._model.identity.name or self._model.path.stem,
         )
 
+    @property
+    def _model(self) -> LoadedModel:
+        if self._open is None:
+            raise EngineError("The engine is closed: make a new one.")
+        return self._open
+
     # ---- contexts ----
 
     def _session(self, kind: str, n_ctx: int = 0) -> Session:
         """The context for a kind of work, made anew when it is too small."""
+        model = self._model
         session = self._sessions.get(kind)
         need = max(n_ctx, min(512, self._n_ctx))
         if kind == "one":
@@ -125,8 +132,14 @@ class LocalEngine(Engine):
             n_threads=self._n_threads,
             n_threads_batch=self._n_threads_batch,
         )
-        self._sessions[kind] = session = Session(self._model, limits)
+        self._sessions[kind] = session = Session(model, limits)
         return session
+
+    def _check_site(self, site: str) -> None:
+        if site not in self.info.sites:
+            raise SpecError(
+                f"Site '{site}' is not available in {self.info.architecture}: use {', '.join(self.info.sites)}."
+            )
 
     # ---- text ----
 
@@ -200,10 +213,7 @@ class LocalEngine(Engine):
         if bad or not chosen:
             what = f"Layer {bad[0]} does not exist" if bad else "No layer was named"
             raise SpecError(f"{what}: this model has layers 0 to {self.info.n_layer - 1}.")
-        if site not in self.info.sites:
-            raise SpecError(
-                f"Site '{site}' is not available in {self.info.architecture}: use {', '.join(self.info.sites)}."
-            )
+        self._check_site(site)
         if stream not in ("mean", "all"):
             raise SpecError(f"Unknown stream '{stream}': read the mean, or all.")
         texts, average = [], False
@@ -338,10 +348,13 @@ class LocalEngine(Engine):
             session.steer.set_taps([], [])
             self._read_callback = None
             return
+        self._check_site(site)
         top = self.info.n_layer - (1 if self.info.last_layer_outputs_only else 0)
         chosen = list(range(top)) if layers is None else sorted({int(il) for il in layers})
-        if chosen and chosen[-1] >= top:
-            raise SpecError(f"Layer {chosen[-1]} cannot be watched: this model allows 0 to {top - 1}.")
+        bad = [il for il in chosen if not 0 <= il < top]
+        if bad or not chosen:
+            what = f"Layer {bad[0]} cannot be watched" if bad else "No layer was named"
+            raise SpecError(f"{what}: this model allows 0 to {top - 1}.")
         session.steer.set_taps(chosen, [native.SITES[site]] * len(chosen), keep=False)
         session.steer.on_read(callback)
         self._read_callback = (callback, chosen, site)
@@ -361,6 +374,7 @@ class LocalEngine(Engine):
             session.edits_unknown = False
             session.unpin()
             return
+        session.unpin()
         columns = session.pin(vectors)
 
         def spread(tokens: native.AddTokens) -> None:
@@ -387,7 +401,9 @@ class LocalEngine(Engine):
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
-        self._model.close()
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
 
 class _Reply:
@@ -408,12 +424,12 @@ class _Reply:
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._n_max = min(request.max_tokens, n_ctx - len(prompt))
         self.steering = SequenceSteering(session, as_steering(request.steering), prompt)
-        self._sampler = Sampler(session.c, request)
+        self._sampler = Sampler(session.c, request, session.model.n_vocab)
 
     def start(self) -> list[Entry]:
         """Set the ranges of the prompt and return what has to be computed of it."""
         session, n = self.session, len(self.prompt)
-        configs = self.steering.configs(n)
+        configs = self.steering.configs(self.prompt)
         session.clear_ranges(self.sequence)
         session.set_ranges(self.sequence, 0, configs, open_end=True)
         wanted = [(t, session.edit_id(c)) for t, c in zip(self.prompt, configs, strict=True)]
@@ -467,6 +483,7 @@ class _Reply:
 
     def close(self) -> None:
         self._sampler.close()
+        self.steering.release()
 
 
 def _prefill(session: Session, replies: list[_Reply]) -> None:

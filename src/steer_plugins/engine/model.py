@@ -124,17 +124,24 @@ class LoadedModel:
             text = self.template.render(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
             tokens = self._tokenize(text, add_special=not (self.bos and text.startswith(self.bos)))
         else:
-            tokens = [int(t) for t in prompt]  # type: ignore[arg-type]
-            for t in tokens:
-                if not 0 <= t < self.n_vocab:
-                    raise DataError(f"Token id {t} is outside the vocabulary of {self.n_vocab}.")
+            tokens = self._checked(prompt)  # type: ignore[arg-type]
         if not tokens:
             raise DataError("The prompt is empty.")
         return tokens
 
     def continuation(self, text: str | Sequence[int]) -> list[int]:
-        """Token ids of text that follows a prompt: no BOS, special tokens parsed."""
-        return self._tokenize(text, add_special=False) if isinstance(text, str) else [int(t) for t in text]
+        """Token ids of text that follows a prompt: no BOS, special tokens parsed.
+
+        Raises:
+            DataError: a token id outside the vocabulary.
+        """
+        return self._tokenize(text, add_special=False) if isinstance(text, str) else self._checked(text)
+
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        for t in tokens:
+            if not 0 <= int(t) < self.n_vocab:
+                raise DataError(f"Token id {t} is outside the vocabulary of {self.n_vocab}.")
+        return [int(t) for t in tokens]
 
     def piece(self, token: int) -> bytes:
         """Bytes that a token prints; empty for special tokens."""

@@ -11,14 +11,14 @@ from steer_plugins.errors import SpecError
 class Sampler:
     """Greedy at temperature 0, else penalties, top-k, top-p, min-p, temperature and a seeded draw, in that order."""
 
-    def __init__(self, llama_cpp: Any, request: GenerateRequest) -> None:
+    def __init__(self, llama_cpp: Any, request: GenerateRequest, n_vocab: int) -> None:
         if not request.temperature >= 0.0:
             raise SpecError(f"temperature {request.temperature} is out of range: 0 is greedy, 1 is the model's own spread.")
         c = llama_cpp
         self._c = c
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         if request.repeat_penalty != 1.0:
-            c.llama_sampler_chain_add(self._chain, c.llama_sampler_init_penalties(64, request.repeat_penalty, 0.0, 0.0))
+            c.llama_sampler_chain_add(self._chain, c.llama_sampler_init_penalties(n_vocab, 64, request.repeat_penalty, 0.0, 0.0))
         if request.temperature == 0.0:
             c.llama_sampler_chain_add(self._chain, c.llama_sampler_init_greedy())
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
@@ -47,6 +48,7 @@ class SteeringTables:
         self._pinned: set[int] = set()  # columns that a callback uses
         self._unproved: dict[int, set[tuple[int, int]]] = {}  # config -> places that have not been seen to fire yet
         self._ranges: dict[int, set[int]] = {}  # sequence -> configs that its ranges name
+        self._plans: weakref.WeakSet[SequenceSteering] = weakref.WeakSet()  # whose vectors and configs are in use
         self.edits_unknown = False
 
     # ---- vectors and configs ----
@@ -64,6 +66,8 @@ class SteeringTables:
         check_fits(vector, self.facts)
         if len(self._columns) >= MAX_COLUMNS:
             self._evict()
+        if len(self._columns) >= MAX_COLUMNS:
+            raise SpecError(f"More than {MAX_COLUMNS} different vectors are in use at once.")
         used = set(self._columns.values())
         column = next(i for i in range(MAX_COLUMNS) if i not in used)
         places = list(vector.directions)
@@ -78,17 +82,17 @@ class SteeringTables:
         return column
 
     def _evict(self) -> None:
-        """Forget configs that no range uses, then the columns that nothing uses any more."""
+        """Forget configs that neither a range nor a live plan uses, then the columns that nothing uses any more."""
         live = {config for s in self._ranges.values() for config in s}
+        live |= {config for plan in self._plans for config in plan.held.values()}
         for terms, config in list(self._configs.items()):
             if config not in live:
                 self.steer.clear_config(config)
                 del self._configs[terms]
                 self._unproved.pop(config, None)
         needed = {t.column for terms in self._configs for t in terms} | self._pinned
-        free = [key for key, column in self._columns.items() if column not in needed]
-        if not free and len(self._columns) >= MAX_COLUMNS:
-            raise SpecError(f"More than {MAX_COLUMNS} different vectors are in use at once.")
+        held = {term.vector.content_hash for plan in self._plans for term in plan.steering}
+        free = [key for key, column in self._columns.items() if column not in needed and key not in held]
         for key in free[: max(1, len(free) // 2)]:
             self.steer.clear_column(self._columns.pop(key))
 
@@ -102,7 +106,6 @@ class SteeringTables:
             return self._configs[natives]
         if len(self._configs) >= MAX_CONFIGS:
             self._evict()
-            natives = tuple(self._native(t) for t in terms if not t.is_zero)
         config, self._next_config = self._next_config, self._next_config + 1
         self.steer.set_config(config, natives)
         self._configs[natives] = config
@@ -194,32 +197,43 @@ class SteeringTables:
 
 
 class SequenceSteering:
-    """The steering of one sequence, position by position, as configs of a context."""
+    """The steering of one sequence, position by position, as configs of a context. What it names is kept while it lives."""
 
     def __init__(self, tables: SteeringTables, steering: Steering, prompt: Sequence[int]) -> None:
-        self._tables = tables
         self.steering = steering
+        self.held: dict[tuple[int, ...], int] = {}  # set of active terms -> config
+        self._tables = tables
         facts = tables.facts
+        self._n_prompt = len(prompt)
         self._map = ScopeMap(steering, len(prompt), has_thinking=facts.think_open is not None)
         self._phases = Phases(prompt, facts.think_open, facts.think_close)
-        self._cache: dict[tuple[int, ...], int] = {}
         for term in steering.terms:
             check_fits(term.vector, facts)
+        tables._plans.add(self)
 
     def config_at(self, position: int) -> int:
         """Config for a position in the current phase."""
         active = self._map.active(position, self._phases.thinking)
-        if active not in self._cache:
-            self._cache[active] = self._tables.config([self.steering.terms[i] for i in active])
-        return self._cache[active]
+        if active not in self.held:
+            self.held[active] = self._tables.config([self.steering.terms[i] for i in active])
+        return self.held[active]
 
-    def configs(self, n: int) -> list[int]:
-        """Configs of positions 0 … n - 1."""
-        return [self.config_at(p) for p in range(n)]
+    def configs(self, tokens: Sequence[int]) -> list[int]:
+        """Configs of all tokens: the prompt, and what follows it, which is taken note of on the way."""
+        result = []
+        for position, token in enumerate(tokens):
+            if position >= self._n_prompt:
+                self.feed(token)
+            result.append(self.config_at(position))
+        return result
 
     def feed(self, token: int) -> None:
-        """Take note of a sampled token."""
+        """Take note of a sampled or given response token."""
         self._phases.feed(token)
+
+    def release(self) -> None:
+        """Let go of what the plan holds, without waiting for its last reference to go."""
+        self._tables._plans.discard(self)
 
 
 def check_fits(vector: SteeringVector, model: ModelFacts) -> None:
