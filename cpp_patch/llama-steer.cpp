@@ -178,6 +178,11 @@ int32_t llama_steer_column_set(llama_context * ctx, int32_t column_id, int32_t n
                     }
                 }
             }
+            auto columns = st.columns;
+            columns[column_id] = col;
+            for (const auto & [_, c] : st.configs) {
+                check_finite(columns, c.terms);
+            }
         }
 
         auto places = places_of(st);
@@ -261,11 +266,6 @@ int32_t llama_steer_config_set(llama_context * ctx, int32_t config_id, int32_t n
                 if (here && t.stream >= 0 && at.second != LLAMA_STEER_RESID_POST) {
                     throw steer_error(LLAMA_STEER_ERR_ARG, format("a stream cannot be named at %s", site_name(at.second)));
                 }
-                double c, g;
-                term_coefficients(t, d, c, g);
-                if (!std::isfinite((float) c) || !std::isfinite((float) g)) {
-                    throw steer_error(LLAMA_STEER_ERR_ARG, format("strength %g of column %d is too large", t.strength, t.column));
-                }
             }
             if (!covers) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, format("the layer window %d-%d holds none of the layers of column %d", t.il_first, t.il_last, t.column));
@@ -274,6 +274,9 @@ int32_t llama_steer_config_set(llama_context * ctx, int32_t config_id, int32_t n
                 promote.push_back(t.column);
             }
         }
+
+        const std::vector<llama_steer_term> wanted(terms, terms + n_terms);
+        check_finite(st.columns, wanted);
 
         if (!promote.empty()) {
             st.not_in_callback("A column's first project or clamp");
@@ -327,7 +330,7 @@ int32_t llama_steer_config_set(llama_context * ctx, int32_t config_id, int32_t n
         }
 
         auto & c = st.configs[config_id];
-        c.terms.assign(terms, terms + n_terms);
+        c.terms = wanted;
         c.id = config_hash(st, c.terms);
         forget_rows_of(st, config_id);
     });
@@ -467,7 +470,7 @@ int32_t llama_steer_tap_set(llama_context * ctx, int32_t n, const int32_t * laye
                 st.tap_rows   = old_rows;
                 st.tap_stream = old_stream;
                 st.generation++;
-                llama_steer_access::reserve_later(st.ctx);
+                llama_steer_access::reserve_again(st.ctx);
                 throw steer_error(LLAMA_STEER_ERR_MEMORY, "not enough memory to compute with these taps: read fewer layers, or use a smaller n_ubatch");
             }
         }
@@ -507,10 +510,13 @@ int32_t llama_steer_tap_index(const llama_context * ctx, llama_seq_id * seq, lla
 int32_t llama_steer_tap_get(const llama_context * ctx, int32_t il, int32_t site, float * out, size_t n_floats) {
     return guarded(const_cast<llama_context *>(ctx), [&]() {
         const auto * st = state_of(ctx);
-        if (st && out) {
+        if (!out) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, "the result is NULL");
+        }
+        if (st) {
             for (const auto & tp : st->taps) {
                 if (tp.at == place(il, site)) {
-                    if (n_floats < tp.kept.size()) {
+                    if (n_floats != tp.kept.size()) { // fewer streams, or more, than were read
                         throw steer_error(LLAMA_STEER_ERR_ARG, format("%zu floats were read at layer %d, there is room for %zu", tp.kept.size(), il, n_floats));
                     }
                     std::copy(tp.kept.begin(), tp.kept.end(), out);
