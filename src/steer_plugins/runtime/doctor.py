@@ -11,7 +11,8 @@ from typing import Any
 
 from .. import __version__
 from ..errors import BuildError, ModelError, RuntimeMissing
-from ..models import default_model_path, inspect_gguf
+from ..identity import identity_of_gguf, shards_of
+from ..models import default_model_path
 from . import tools
 from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, ggml_files
 from .build import probe
@@ -191,20 +192,22 @@ def _devices(report: Report, runtime: Runtime | None) -> None:
 def _model(report: Report, model: Path | None) -> None:
     report.facts["model"] = None
     try:
-        summary = inspect_gguf(model if model is not None else default_model_path())
+        path = model if model is not None else default_model_path()
+        identity = identity_of_gguf(path)
+        files = shards_of(path)
     except ModelError as error:
         report.add("model", "missing", str(error), "give a GGUF with --model, or fetch the demo model: ./scripts/demo")
         return
     report.facts["model"] = {
-        "path": str(summary.path),
-        "architecture": summary.architecture,
-        "name": summary.name,
-        "n_layer": summary.n_layer,
-        "n_embd": summary.n_embd,
-        "files": len(summary.files),
+        "path": str(path),
+        "architecture": identity.architecture,
+        "name": identity.name,
+        "n_layer": identity.n_layer,
+        "n_embd": identity.n_embd,
+        "files": len(files),
     }
-    parts = f", {len(summary.files)} files" if len(summary.files) > 1 else ""
-    text = f"{summary.path} ({summary.architecture}, {summary.n_layer} layers of {summary.n_embd}{parts})"
+    parts = f", {len(files)} files" if len(files) > 1 else ""
+    text = f"{path} ({identity.architecture}, {identity.n_layer} layers of {identity.n_embd}{parts})"
     report.add("model", "ok", text)
 
 
