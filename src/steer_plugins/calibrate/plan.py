@@ -50,13 +50,13 @@ class Level:
 
 QUICK = Level(
     name="quick",
-    windows=((0.43, 0.2), (0.55, 0.2), (0.45, 0.4)),
+    windows=((0.5, 0.2), (0.57, 0.2), (0.42, 0.2)),
     ratio=1.35,
     n_search=6,
     n_confirm=10,
     tokens=(48, 96),
     curve=(-1.0, -0.5, 0.0, 0.5, 1.0),
-    scopes=("all",),
+    scopes=("response",),
     n_random=0,
 )
 
@@ -68,12 +68,12 @@ FULL = Level(
     n_confirm=20,
     tokens=(64, 160),
     curve=(-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0),
-    scopes=("all", "response"),
+    scopes=("response", "all"),
     n_random=3,
 )
 
-UNCALIBRATED = (0.45, 0.4)
-"""The window of a vector that is not calibrated."""
+UNCALIBRATED = (0.5, 0.2)
+"""The window of a vector that is not calibrated, at FIRST_DOSE."""
 
 
 def level_of(name: str) -> Level | None:

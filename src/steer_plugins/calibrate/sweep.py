@@ -245,23 +245,24 @@ class Sweep:
         scores, passed = self.measure(vector, (-1.0, 1.0), n, stage=stage, where=(window, scope, dose))
         return Trial(window, scope, rung, dose, passed, scores)
 
-    def largest_passing(self, window: tuple[int, int], scope: str, start: int, best: Trial | None) -> Trial | None:
-        """The largest dose that passes, climbing or descending from ``start``; None if there is none worth finding.
+    def largest_passing(self, window: tuple[int, int], scope: str, best: Trial | None) -> Trial | None:
+        """The largest dose that passes, climbing or descending from the first; None if there is none worth finding.
 
-        A dose that fails and yet moves the score no further than ``best`` ends the search: smaller ones move it less.
+        Effects grow with the dose, hardly faster than it. So a dose that fails and moves the score no further than
+        ``best`` ends the search, and one that passes is climbed from only while ``best`` is in reach of two rungs.
         """
-        n = self.level.n_search
-        rungs = self.level.rungs
-        trial = self.trial(window, scope, start, n)
+        n, rungs, ratio = self.level.n_search, self.level.rungs, self.level.ratio
+        beaten = best.effect if best is not None else -np.inf
+        trial = self.trial(window, scope, 0, n)
         if trial.passed:
-            while trial.rung + 1 in rungs:
+            while trial.rung + 1 in rungs and (trial.effect >= beaten or trial.effect * ratio**2 > beaten):
                 higher = self.trial(window, scope, trial.rung + 1, n)
                 if not higher.passed:
                     break
                 trial = higher
             return trial
         while not trial.passed:
-            if (best is not None and trial.effect <= best.effect) or trial.rung - 1 not in rungs:
+            if trial.effect <= beaten or trial.rung - 1 not in rungs:
                 return None
             trial = self.trial(window, scope, trial.rung - 1, n)
         return trial
@@ -274,7 +275,7 @@ class Sweep:
         best: Trial | None = None
         for scope in scopes or level.scopes:
             for window in windows:
-                trial = self.largest_passing(window, scope, best.rung if best else 0, best)
+                trial = self.largest_passing(window, scope, best)
                 if trial is not None:
                     found.append(trial)
                     best = max(found, key=lambda t: t.effect)

@@ -1,0 +1,174 @@
+"""``steer demo``: the same small model answering the same questions, steered from -1 to 1 along two traits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..plugins import hookimpl
+from .common import EngineOptions, cell_text, console, engine_options, json_option, print_json
+from .train import N_PARALLEL, duration, run_training
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..engine.base import Engine, Generation
+    from ..library import Library
+    from ..vector import SteeringVector
+
+VECTORS = ("mood", "succinctness")
+PROMPTS = ("Describe a rainy day in a small town.", "What is a garden?")
+STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+MAX_TOKENS = 96
+"""Enough for an answer of the demo model to come to its end; longer ones are cut, and so are their lengths."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer. ``score``: the trait's metric of the text; ``perplexity``: of the text under the unsteered model."""
+
+    vector: str
+    prompt: str
+    strength: float
+    text: str
+    score: float
+    words: int
+    perplexity: float | None
+
+
+@hookimpl
+def register_commands(cli: click.Group) -> None:
+    """Add ``steer demo``."""
+    cli.add_command(demo)
+
+
+@click.command()
+@engine_options
+@json_option
+def demo(engine: EngineOptions, as_json: bool) -> None:
+    """Let a small model answer two questions in several moods and lengths.
+
+    Takes the demo model and the vectors mood and succinctness from the library; the first time they are fitted, which
+    takes a minute or two.
+    """
+    from ..library import Library
+
+    err = console(stderr=True)
+    library = Library()
+    with engine.open(n_parallel=N_PARALLEL) as opened:
+        _announce(err, opened, library)
+        vectors = [_vector(opened, library, name) for name in VECTORS]
+        with err.status("answering ..."):
+            rows, identical = answers(opened, vectors)
+        if as_json:
+            result: dict[str, Any] = {"model": opened.info.path, "strength_zero_identical": identical}
+            print_json({**result, "rows": [asdict(row) for row in rows]})
+        else:
+            _show(rows, vectors, identical)
+    if not identical:
+        raise SystemExit(1)
+
+
+def answers(engine: Engine, vectors: Sequence[SteeringVector]) -> tuple[list[Row], bool]:
+    """All rows, and whether each answer at strength 0 has the very tokens of one that was made without any steering."""
+    from ..calibrate import perplexity
+    from ..engine.base import GenerateRequest
+    from ..metrics import word_count
+    from ..plugins import manager
+    from ..steering import Term
+    from ..traits import load_trait
+    from .generate import make_prompt
+
+    prompts = [make_prompt(engine, prompt, system=None, raw=False) for prompt in PROMPTS]
+    plain = engine.generate_many([GenerateRequest(p, max_tokens=MAX_TOKENS) for p in prompts])
+    wanted = [(v, i, s) for v in vectors for i in range(len(PROMPTS)) for s in STRENGTHS]
+    requests = [GenerateRequest(prompts[i], steering=Term(v, s), max_tokens=MAX_TOKENS) for v, i, s in wanted]
+    replies = engine.generate_many(requests)
+    known = _logprobs(engine, prompts, wanted, replies)
+    identical = all(r.tokens == plain[i].tokens for (_, i, s), r in zip(wanted, replies, strict=True) if s == 0.0)
+    metrics = {v.name: manager().find("metrics", load_trait(v.name).metric or v.name) for v in vectors}
+    rows = [
+        Row(
+            vector=vector.name,
+            prompt=PROMPTS[i],
+            strength=strength,
+            text=reply.text,
+            score=float(metrics[vector.name](reply.text)),
+            words=word_count(reply.text),
+            perplexity=perplexity(logprobs),
+        )
+        for (vector, i, strength), reply, logprobs in zip(wanted, replies, known, strict=True)
+    ]
+    return rows, identical
+
+
+def _logprobs(engine: Engine, prompts: Sequence[Any], wanted: Sequence[Any], replies: Sequence[Generation]) -> list[Any]:
+    """Log probabilities of all replies under the unsteered model; an empty array for an empty reply."""
+    import numpy as np
+
+    there = [k for k, reply in enumerate(replies) if reply.tokens]
+    found = engine.logprobs([(prompts[wanted[k][1]], replies[k].tokens) for k in there]) if there else []
+    by_index = dict(zip(there, found, strict=True))
+    return [by_index.get(k, np.zeros(0)) for k in range(len(replies))]
+
+
+def _vector(engine: Engine, library: Library, name: str) -> SteeringVector:
+    """The library's vector, fitted now if it is missing."""
+    from ..training import Training
+    from ..traits import load_trait
+
+    identity = engine.info.identity
+    if library.path(name, identity).is_file():
+        return library.get(name, identity)
+    vector = run_training(Training(engine, name, load_trait(name)))
+    # another process may have been quicker; both made the same
+    library.put(vector, identity, overwrite=True)
+    return vector
+
+
+def _announce(err: Console, engine: Engine, library: Library) -> None:
+    missing = [name for name in VECTORS if not library.path(name, engine.info.identity).is_file()]
+    per_vector, per_demo = 50.0, 15.0  # seconds on two cores; the training says its own estimate, measured
+    first = f"first fits {' and '.join(missing)}, then " if missing else ""
+    err.print(
+        f"The demo {first}answers {len(PROMPTS)} questions at {len(STRENGTHS)} strengths of each of {len(VECTORS)} vectors "
+        f"with {engine.info.name}: about {duration(per_vector * len(missing) + per_demo)} on two cores.",
+        markup=False,
+    )
+
+
+def _show(rows: Sequence[Row], vectors: Sequence[SteeringVector], identical: bool) -> None:
+    """Rows for people: a heading for each vector and prompt, a block for each strength."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from ..traits import load_trait
+
+    out = console()
+    width = min(out.width, 88)
+    seen: tuple[str, str] | None = None
+    for row in rows:
+        if (row.vector, row.prompt) != seen:
+            seen = (row.vector, row.prompt)
+            poles = load_trait(row.vector).poles
+            heading = f"{row.vector} (-1 {poles['negative']}, 1 {poles['positive']}): {row.prompt}"
+            out.print()
+            out.print(Text(heading, style="bold"), width=width, soft_wrap=False)
+        perplexity = "-" if row.perplexity is None else f"{row.perplexity:.1f}"
+        facts = f"{row.strength:+.1f}   score {row.score:+.2f}   {row.words} words   perplexity {perplexity}"
+        style = "blue" if row.strength < 0 else "red" if row.strength > 0 else "default"
+        out.print(Text(facts.replace("+0.0 ", " 0.0 ", 1), style=style))
+        text = " ".join(cell_text(row.text).split()) or "(nothing)"
+        out.print(Padding(Text(text), (0, 0, 0, 6)), width=width, soft_wrap=False)
+    out.print()
+    same = "the same tokens as" if identical else "NOT the same tokens as, which is a bug:"
+    out.print(f"Strength 0 gave {same} the plain model.", markup=False)
+    for vector in vectors:
+        record = vector.calibration
+        if record is not None:
+            window = f"layers {record['window'][0]}-{record['window'][1]}"
+            out.print(f"{vector.name}: {window}, dose {record['dose']:.2g}, scope {record['scope']}", markup=False)
+    out.print('Now yours: steer generate --steer mood:0.8 "Describe a walk in the forest"', markup=False)
