@@ -263,7 +263,7 @@ def test_nothing_infinite_gets_in_through_a_callback(raw: MakeRaw) -> None:
     r.forget()
     r.steer.on_add(lambda t: t.c.__setitem__((0, 0), 1e30))
     assert r.try_decode(toks) == -3
-    assert "too large" in r.steer.error() or "not finite" in r.steer.error()
+    assert "more than float32 can hold" in r.steer.error()
     r.steer.on_add(None)
     r.forget()
     assert np.array_equal(r.decode(toks), plain)

@@ -14,6 +14,7 @@ from tests.engine.harness import ADD, ALL, CLAMP, MEAN, PROJECT, RESID, NativeTe
 
 MakeRaw = Callable[..., Raw]
 BOTH = ("llama", "deepseek4")
+MORE = (*BOTH, "qwen3next")  # recurrent layers: batches are cut into sequences of equal length
 
 
 def streams(r: Raw) -> int:
@@ -22,7 +23,7 @@ def streams(r: Raw) -> int:
 
 @pytest.mark.parametrize("kv_unified", [False, True])
 @pytest.mark.parametrize("n_ubatch", [1, 3, 4, 5, 512])
-@pytest.mark.parametrize("arch", BOTH)
+@pytest.mark.parametrize("arch", MORE)
 def test_two_sequences_in_one_batch(raw: MakeRaw, arch: str, n_ubatch: int, kv_unified: bool) -> None:
     """Interleaved tokens of two sequences, steered differently: each gets its own formula, and nothing of the other's."""
     r = raw(arch, n_ubatch=n_ubatch, kv_unified=kv_unified)
@@ -44,7 +45,7 @@ def test_two_sequences_in_one_batch(raw: MakeRaw, arch: str, n_ubatch: int, kv_u
             H.close(got[rows], want, H.tolerance(plain, columns, [t for ts in mine.values() for t in ts]))
 
 
-@pytest.mark.parametrize("arch", BOTH)
+@pytest.mark.parametrize("arch", MORE)
 def test_sequences_of_unequal_length(raw: MakeRaw, arch: str) -> None:
     """The batch is split into ubatches of equal sequences: rows come back in another order than they went in."""
     r = raw(arch, n_ubatch=8)
@@ -387,9 +388,9 @@ def test_projecting_places_are_handed_on(raw: MakeRaw) -> None:
     r.steer.set_config(1, [NativeTerm(66, PROJECT, 1.0)])
 
 
-def test_unwanted_sequences_of_a_batch_stay_plain(raw: MakeRaw) -> None:
+def test_unsteered_sequences_of_a_batch_stay_plain(raw: MakeRaw) -> None:
     """Four sequences, one of them steered: the logits of the others are those of a batch with no steering."""
-    for arch in BOTH:
+    for arch in MORE:
         r = raw(arch)
         toks = [Tok(t.token, t.pos, seq, t.output) for seq in range(4) for t in H.prompt(5, seed=seq)]
         plain = r.decode(toks)
