@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import SpecError, VectorError
-from .steering import Steering, Term
+from .steering import Steering, Term, parse_term
 from .vector import OPS, SCOPES, SteeringVector, scope_range
 
 MAX_TERMS = 64
@@ -79,6 +79,31 @@ def parse(text: str) -> list[TermSpec]:
         if parser.done:
             return terms
         sign = parser.operator()
+
+
+def parse_options(texts: Iterable[str]) -> list[TermSpec]:
+    """The terms of ``--steer`` options: each a text of the grammar, or an unquoted file with an optional ``:strength``.
+
+    Raises:
+        SpecError: as :func:`parse`.
+    """
+    terms: list[TermSpec] = []
+    for text in texts:
+        if not text.strip():
+            raise SpecError("an empty --steer names no vector: write NAME:STRENGTH, such as mood:0.8")
+        name, strength = _as_file(text)
+        terms += parse(text) if name is None else [TermSpec(name, strength)]
+    return terms
+
+
+def _as_file(text: str) -> tuple[str | None, float]:
+    """A file and its strength, where the text is one: it has a file's suffix or a separator, and no quotes."""
+    if text.lstrip()[:1] in ('"', "!", "-", ""):
+        return None, 1.0
+    head = re.sub(r":[^:/\\]*$", "", text)
+    if re.search(r"[/\\]", head) or head.endswith((".safetensors", ".gguf")):
+        return parse_term(text)
+    return None, 1.0
 
 
 def format_terms(terms: Iterable[TermSpec]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,12 +142,6 @@ def parse_term(text: str) -> tuple[str, float]:
     if not math.isfinite(strength):
         raise SpecError(f"{tail!r} is no finite number ({_at(len(head) + 1, text)})")
     return head, strength
-
-
-def parse_steering(texts: Iterable[str], resolve: Callable[[str], SteeringVector]) -> Steering:
-    """The steering written as ``NAME_OR_FILE:STRENGTH`` texts; ``resolve`` finds a vector (``Library.resolve``)."""
-    parsed = [parse_term(text) for text in texts]  # all spelling errors come before any file is read
-    return Steering(Term(resolve(spec), strength) for spec, strength in parsed)
 
 
 def _at(index: int, text: str) -> str:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_plugins.errors import SpecError
-from steer_plugins.grammar import TermSpec, format_terms, from_json, parse, steering_of
+from steer_plugins.grammar import TermSpec, format_terms, from_json, parse, parse_options, steering_of
 from steer_plugins.vector import SteeringVector
 
 
@@ -167,3 +167,24 @@ def test_names_become_vectors() -> None:
     assert [(t.strength, t.layers, t.effective_op) for t in steering] == [(0.5, (6, 8), "add"), (1.0, (4, 4), "project")]
     with pytest.raises(SpecError, match="hold none"):
         steering_of("mood@20-", {"mood": v}.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("text", "term"),
+    [
+        ("mood:0.5", TermSpec("mood", 0.5)),
+        ("v.safetensors", TermSpec("v.safetensors")),
+        ("my vectors/calm.safetensors:-0.5", TermSpec("my vectors/calm.safetensors", -0.5)),
+        (r"C:\v\x.safetensors:2", TermSpec(r"C:\v\x.safetensors", 2.0)),
+        (r"C:\v\x.safetensors", TermSpec(r"C:\v\x.safetensors")),
+        ('"a/b.safetensors":0.5@3', TermSpec("a/b.safetensors", 0.5, (3, 3))),
+    ],
+)
+def test_options_take_files_without_quotes(text: str, term: TermSpec) -> None:
+    assert parse_options([text, "x"]) == [term, TermSpec("x")]
+
+
+@pytest.mark.parametrize("text", ["", "mood:loud", "a/b.safetensors:loud", "mood:"])
+def test_options_are_checked(text: str) -> None:
+    with pytest.raises(SpecError):
+        parse_options(["mood", text])

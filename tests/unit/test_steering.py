@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_plugins import formula
-from steer_plugins.errors import SpecError, VectorError
-from steer_plugins.steering import Steering, Term, parse_steering, parse_term
+from steer_plugins.errors import SpecError
+from steer_plugins.steering import Steering, Term, parse_term
 from steer_plugins.vector import SteeringVector
 
 N = 12
@@ -145,27 +145,6 @@ def test_any_text_is_a_term_or_a_spec_error(text):
     except SpecError:
         return
     assert name and text.startswith(name) and np.isfinite(strength)
-
-
-def test_parse_steering_checks_spelling_before_it_looks_anything_up():
-    asked = []
-
-    def resolve(spec):
-        asked.append(spec)
-        if spec == "missing":
-            raise VectorError("missing")
-        return make(name=spec)
-
-    assert [(t.vector.name, t.strength) for t in parse_steering(["mood:0.5", "terse"], resolve)] == [
-        ("mood", 0.5),
-        ("terse", 1.0),
-    ]
-    asked.clear()
-    with pytest.raises(SpecError):
-        parse_steering(["mood", "terse:x"], resolve)
-    assert asked == []
-    with pytest.raises(VectorError):
-        parse_steering(["missing"], resolve)
 
 
 # --- formula

@@ -28,8 +28,9 @@ def register_commands(cli: click.Group) -> None:
     "--steer",
     "steer",
     multiple=True,
-    metavar="NAME:STRENGTH",
-    help="A vector of the library or a file, and how strongly; may be given several times.",
+    metavar="TERMS",
+    help='Vectors of the library or files, and how strongly: mood:0.8, "mood:0.6 + !hedging@10-20?response", FILE:-0.5. '
+    "May be given several times.",
 )
 @engine_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
@@ -95,10 +96,9 @@ def generate(
 
 def check_spelling(steer: tuple[str, ...]) -> None:
     """Raise SpecError for a ``--steer`` that cannot be read, before a model is loaded for it."""
-    from ..steering import parse_term
+    from ..grammar import parse_options
 
-    for text in steer:
-        parse_term(text)
+    parse_options(steer)
 
 
 def read_prompt(prompt: str) -> str:
@@ -123,8 +123,8 @@ def make_prompt(engine: Engine, text: str, *, system: str | None, raw: bool) -> 
 
 def find_steering(engine: Engine, steer: tuple[str, ...], *, force: bool = False) -> Steering:
     """The steering of ``--steer`` options: names from the library for the engine's model, or files."""
+    from ..grammar import parse_options, steering_of
     from ..library import Library
-    from ..steering import parse_steering
 
     library, identity = Library(), engine.info.identity
-    return parse_steering(steer, lambda spec: library.resolve(spec, identity, force=force))
+    return steering_of(parse_options(steer), lambda spec: library.resolve(spec, identity, force=force))

@@ -40,7 +40,7 @@ def register_commands(cli: click.Group) -> None:
 )
 @click.option("--stream", type=click.Choice(["mean", "all"]), default="mean", show_default=True, help="For models with several.")
 @click.option("-n", "--max-tokens", type=click.IntRange(min=0), default=0, show_default=True, help="Read a reply, too.")
-@click.option("-s", "--steer", multiple=True, metavar="NAME:STRENGTH", help="Steer while reading; may be repeated.")
+@click.option("-s", "--steer", multiple=True, metavar="TERMS", help="Steer while reading; may be repeated.")
 @click.option("--system", metavar="TEXT", help="A system prompt.")
 @click.option("--raw", is_flag=True, help="Take PROMPT as it is, without the model's chat template.")
 @click.option("--thinking/--no-thinking", default=None, help="The chat template's switch for thinking.")
