@@ -8,7 +8,6 @@ named in a :class:`PluginWarning` and left out; everything else goes on.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 import threading
@@ -68,8 +67,7 @@ class Manager:
         """Import built-in plugin modules that are not loaded yet. An error in one is a bug and is raised."""
         with self._lock:
             for module in modules:
-                # find_spec: some commands are still being written. To be made strict when all are there.
-                if not self.pm.has_plugin(module) and importlib.util.find_spec(module) is not None:
+                if not self.pm.has_plugin(module):
                     self.pm.register(importlib.import_module(module), name=module)
                     self._sources[module] = "built-in"
 
