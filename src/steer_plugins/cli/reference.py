@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,9 +43,10 @@ def _commands() -> Iterator[tuple[str, click.Command]]:
 
 def _help(path: str, command: click.Command) -> str:
     parent: click.Context | None = None
+    settings: dict[str, Any] = {"terminal_width": 100, "max_content_width": 100, **cli.context_settings}
     for word in path.split()[:-1]:
-        parent = click.Context(click.Group(word), info_name=word, parent=parent, terminal_width=100, max_content_width=100)
-    context = click.Context(command, info_name=path.split()[-1], parent=parent, terminal_width=100, max_content_width=100)
+        parent = click.Context(click.Group(word), info_name=word, parent=parent, **settings)
+    context = click.Context(command, info_name=path.split()[-1], parent=parent, **settings)
     lines = command.get_help(context).splitlines()
     return "\n".join(line.rstrip() for line in lines)
 

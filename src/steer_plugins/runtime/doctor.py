@@ -11,8 +11,6 @@ from typing import Any
 
 from .. import __version__
 from ..errors import BuildError, ModelError, RuntimeMissing
-from ..identity import identity_of_gguf, shards_of
-from ..models import default_model_path
 from . import tools
 from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, ggml_files
 from .build import probe
@@ -190,6 +188,9 @@ def _devices(report: Report, runtime: Runtime | None) -> None:
 
 
 def _model(report: Report, model: Path | None) -> None:
+    from ..identity import identity_of_gguf, shards_of  # numpy: not for `steer --help`
+    from ..models import default_model_path
+
     report.facts["model"] = None
     try:
         path = model if model is not None else default_model_path()
