@@ -10,7 +10,7 @@ import pytest
 
 from steer_plugins.errors import EngineError
 from tests.engine import harness as H
-from tests.engine.harness import ADD, ALL, CLAMP, MEAN, PROJECT, RESID, NativeTerm, Raw, Tok
+from tests.engine.harness import ADD, ALL, ATTN, CLAMP, FFN, MEAN, PROJECT, RESID, NativeTerm, Raw, Tok
 
 MakeRaw = Callable[..., Raw]
 BOTH = ("llama", "deepseek4")
@@ -202,6 +202,14 @@ def test_edit_ids(raw: MakeRaw) -> None:
         base,
     ]
     assert len(set(others)) == len(others) and 0 not in others
+    # the same directions at other places
+    v, w = H.directions(2, r.n_embd)
+    for k, places in enumerate(
+        ([(1, RESID)], [(2, RESID)], [(1, ATTN)], [(1, FFN)], [(1, RESID), (2, RESID)], [(2, RESID), (1, RESID)])
+    ):
+        H.Column({at: ((v, w)[i], 1.0) for i, at in enumerate(places)}).put(s, 30 + k)
+    at_places = [identity(NativeTerm(30 + k, op, 0.5)) for k in range(6) for op in (ADD, PROJECT)]
+    assert len({*at_places, *others}) == len(at_places) + len(others)
     # another scale is another edit, and replacing a column changes the ids of the configs that use it
     s.set_config(1, one)
     H.column(r.n_embd, places, seed=1, scale=2.6).put(s, 0)
@@ -256,6 +264,12 @@ def test_more_distinct_configs_than_rows(raw: MakeRaw, arch: str) -> None:
         return [NativeTerm(p % 3, (ADD, CLAMP, PROJECT)[p % 2], 0.1 * (p + 1))]
 
     r.clear()
+    r.steer.set_config(1, terms_of(0))
+    r.steer.set_range(0, 0, -1, 1)
+    r.steer.set_taps([layer], [RESID], stream=streams(r))
+    r.steer.want(0, 0, -1)
+    r.decode(toks)  # leaves a graph of this very shape, from before there were more rows
+    before = r.steer.stats().n_row_uploads
     for p in range(n):
         r.steer.set_config(1 + p, terms_of(p))
         r.steer.set_range(0, p, p + 1, 1 + p)
@@ -263,12 +277,13 @@ def test_more_distinct_configs_than_rows(raw: MakeRaw, arch: str) -> None:
     for _ in range(3):
         r.forget()
         r.steer.clear_rows()
-        got = r.read(toks, [layer], RESID, streams(r))[layer]
+        r.decode(toks)
+        got = r.rows_of(toks, [layer], RESID, streams(r))[layer]
         for p in range(n):
             want = H.edited(plain[p : p + 1], (layer, RESID), columns, terms_of(p))
             H.close(got[p : p + 1], want, H.tolerance(plain, columns, [NativeTerm(0, CLAMP, 2.0)]))
         assert r.steer.stats().n_rows_capacity >= n
-        uploads.append(r.steer.stats().n_row_uploads)
+        uploads.append(r.steer.stats().n_row_uploads - before)
     assert uploads == [n, n, n], "what is resident is not written again"
 
 
