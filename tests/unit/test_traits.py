@@ -45,7 +45,7 @@ def refusal(path: str | Path) -> str:
     return message
 
 
-# files -----------------------------------------------------------------------------------------------------------------
+# files ------------------------------------------------------------------------------------------------------
 
 
 def test_a_trait_file_is_read(tmp_path: Path) -> None:
@@ -80,9 +80,10 @@ def test_to_dict_is_the_file_again(tmp_path: Path) -> None:
         assert load_trait(write(tmp_path, trait.to_dict())) == trait
     bare = {key: value for key, value in example().items() if key != "metric"}
     assert Trait.from_dict(bare).to_dict() == bare
-    copied = load_trait("mood").to_dict()
-    copied["poles"]["positive"] = copied["train_prompts"][0] = "changed"
-    assert load_trait("mood").to_dict() != copied
+    trait = load_trait("mood")
+    copied = trait.to_dict()
+    copied["poles"]["positive"] = copied["train_prompts"][0] = copied["system"]["positive"][0] = "changed"
+    assert trait == load_trait("mood")
 
 
 def test_a_byte_order_mark_and_non_ascii_text_are_read(tmp_path: Path) -> None:
@@ -100,12 +101,12 @@ def test_a_bundled_name_wins_over_a_file_of_that_name(tmp_path: Path, monkeypatc
     assert load_trait(Path("mood")).name == "formality"
 
 
-# refusals --------------------------------------------------------------------------------------------------------------
+# refusals ---------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_name_lists_the_bundled_ones() -> None:
     message = refusal("no-such-trait")
-    assert "no-such-trait" in message and "mood, succinctness" in message
+    assert '"no-such-trait"' in message and "mood, succinctness" in message
 
 
 def test_names_do_not_reach_out_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +118,17 @@ def test_names_do_not_reach_out_of_the_package(tmp_path: Path, monkeypatch: pyte
 def test_a_folder_and_a_path_with_a_nul_are_refused(tmp_path: Path) -> None:
     assert "not a file" in refusal(tmp_path)
     refusal("mood\0.json")
+    refusal("x" * 5000)
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, example())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert "cannot be read (Permission denied)" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +223,7 @@ def test_wrong_fields_are_refused(tmp_path: Path, change: Callable[[dict[str, An
     assert "trait.json" in message
 
 
-# the bundled traits ----------------------------------------------------------------------------------------------------
+# the bundled traits -----------------------------------------------------------------------------------------
 
 
 def test_the_bundled_traits_are_these() -> None:

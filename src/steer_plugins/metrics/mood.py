@@ -22,10 +22,10 @@ def score_mood(text: str) -> float:
     """The mood of ``text``, -1 (sombre) to 1 (cheerful); 0.0 for empty text or text without a word of the lexicon.
 
     ``(P - N) / (P + N + 1 + words / 40)``, where P and N are the summed weights of cheerful and sombre words. Forms of
-    a word are found through its endings; a word that follows a negation in the same clause (up to three words on, articles and
-    auxiliaries aside) counts, a little weaker, for the other pole; "very" raises and "slightly" lowers a weight; a repetition within 30 words adds
-    nothing. The last two terms of the divisor keep a single word from deciding, and make the score depend on how
-    dense the words are and hardly on how long the text is.
+    a word are found through its endings; a word that follows a negation in the same clause (at most three words on,
+    auxiliaries not counted) counts, a little weaker, for the other pole; "very" raises and "slightly" lowers a
+    weight; a repetition within 30 words adds nothing. The last two terms of the divisor keep a single word from
+    deciding, and make the score depend on how dense the words are and hardly on how long the text is.
 
     The method is that of lexicon sentiment scorers (Taboada et al., "Lexicon-based methods for sentiment analysis",
     2011: negation shift, intensifiers); words and weights are our own.
@@ -99,8 +99,6 @@ def _forms(word: str) -> Iterator[str]:
                 yield stem[:-1]  # sobbing
         if stem.endswith("i"):
             yield stem[:-1] + "y"  # happier, cries
-            if suffix == "ness" or suffix == "ly":
-                yield from _forms(stem[:-1] + "y")
 
 
 def _context(tokens: list[str], at: int) -> float:

@@ -14,32 +14,33 @@ _CHEERFUL = {
         overjoyed radiant rapture rejoice thrilled upbeat
         """,
     1.0: """
-        admire adorable cherish lovable loveable adore adventure affection amazing amazed amuse amused amusing applause appreciate awe awesome
-        beautiful beauty beloved best bless blessing blissfully bloom blossom bounty bravo breathtaking breezy
-        bright brighten brilliance brilliant bubbly buoyant carefree celebrate celebration charm charming cheers chirp
-        chirpy chuckle cosy cozy cuddle cuddly dazzle delicious eager effervescent elegant embrace enchant enchanted
-        enchanting encourage encouraging energetic enjoy enjoyable enjoyment enthusiasm enthusiastic excellent excite
-        excited excitement exciting exquisite fabulous fantastic favorite favourite feast festive festivity flourish
-        fond fortunate fragrant friendly frolic fun funny genial giggle glad gladden gleam glisten glitter glorious
-        glory glow gorgeous graceful grateful gratitude great grin harmonious harmony heartfelt heartwarming heaven
-        heavenly hearty hilarious hooray hug hurrah hurray idyllic incredible infectious inspiration inspire inspiring
-        inviting jest joke jovial keen kindness kiss laugh laughter lively love loveliness lovely loving luckily lucky
-        luminous lush magic magical magnificent majestic marvel marvellous marvelous miracle miraculous mirth optimism
-        optimistic outstanding paradise passionate peaceful perfect perfection picturesque playful pleasant pleased
-        pleasing pleasure positive positivity praise precious pride promising proud rainbow refreshed refreshing
-        reward rewarding romantic rosy satisfied satisfying satisfaction scrumptious serene serenity shimmer shine
-        shiny smile smitten soothe sparkle sparkly spirited splendid splendor splendour success successful sunbeam
-        sunlit sunny sunrise sunshine superb sweet tasty terrific thankful thrill thrive treasure triumph
-        triumphant twinkle uplift vibrancy vibrant victory vivacious warmth welcoming whimsical wonderful
-        wondrous yay yummy zest
+        admire adorable adore adventure affection amazed amazing amuse amused amusing applause appreciate awe awesome
+        beautiful beauty beloved best bless blessing blissfully bloom blossom bounty bravo breathtaking breezy bright
+        brighten brilliance brilliant bubbly buoyant carefree celebrate celebration charm charming cheers cherish
+        chirp chirpy chuckle cosy cozy cuddle cuddly dazzle delicious eager effervescent elegant embrace enchant
+        enchanted enchanting encourage encouraging energetic enjoy enjoyable enjoyment enthusiasm enthusiastic
+        excellent excite excited excitement exciting exquisite fabulous fantastic favorite favourite feast festive
+        festivity flourish fond fortunate fragrant friendly frolic fun funny genial giggle glad gladden gleam glisten
+        glitter glorious glory glow gorgeous graceful grateful gratitude great grin harmonious harmony heartfelt
+        heartwarming hearty heaven heavenly hilarious hooray hug hurrah hurray idyllic incredible infectious
+        inspiration inspire inspiring inviting jest joke jovial keen kindness kiss laugh laughter lively lovable love
+        loveable loveliness lovely loving luckily lucky luminous lush magic magical magnificent majestic marvel
+        marvellous marvelous miracle miraculous mirth optimism optimistic outstanding paradise passionate peaceful
+        perfect perfection picturesque playful pleasant pleased pleasing pleasure positive positivity praise precious
+        pride promising proud rainbow refreshed refreshing reward rewarding romantic rosy satisfaction satisfied
+        satisfying scrumptious serene serenity shimmer shine shiny smile smitten soothe sparkle sparkly spirited
+        splendid splendor splendour success successful sunbeam sunlit sunny sunrise sunshine superb sweet tasty
+        terrific thankful thrill thrive treasure triumph triumphant twinkle uplift vibrancy vibrant victory vivacious
+        warmth welcoming whimsical wonderful wondrous yay yummy zest
         """,
     0.5: """
-        abundance adventurous anticipation beam birdsong fascinate quaint solace special treat wonder aglow alive aroma balance balmy better breeze butterfly calm candy care caring cheerleader colorful
-        colourful comfort comfortable confidence confident congratulate congratulation courage creative cute dance
-        delightedly easy effortless enrich flower flutter freedom fresh friendship gentle gift golden good goodness
-        heal healthy help helpful holiday hope hopeful ideal impress impressive improve kite lullaby melody music neat
-        nice opportunity party peace picnic play prosper prosperity purr relax relief safe sing song strong support
-        supportive surprise talented thank together treasured unforgettable unity vivid warm welcome win wow
+        abundance adventurous aglow alive anticipation aroma balance balmy beam better birdsong breeze butterfly calm
+        candy care caring colorful colourful comfort comfortable confidence confident congratulate
+        congratulation courage creative cute dance delightedly easy effortless enrich fascinate flower flutter freedom
+        fresh friendship gentle gift golden good goodness heal healthy help helpful holiday hope hopeful ideal impress
+        impressive improve lullaby melody music neat nice opportunity party peace picnic play prosper prosperity
+        purr quaint relax relief safe sing solace song special strong support supportive surprise talented thank
+        together treasured treat unforgettable unity vivid warm welcome win wonder wow
         """,
 }
 
@@ -53,30 +54,31 @@ _SOMBRE = {
         """,
     1.0: """
         abandon abandonment abyss ache afraid agony aimless alas alienated alone ash awful barren bereft betray
-        betrayal bitter bitterness burden cemetery coffin collapse corpse crumble crush cruel cruelty cry curse dark
+        betrayal bitter bitterness burden cemetery coffin collapse corpse cruel cruelty crumble crush cry curse dark
         darken darkness dead deadly death decay defeat demise deserted desperate desperation destroy destruction
-        devastate devastating die disappoint disappointed disappointing disappointment disaster discourage
-        dishearten disillusioned distraught distress doom downhearted drab drained dread dreadful drear dull eerie
-        emptiness empty estranged exhaust exhausted exhaustion exile fail failure fatal fear fearful feeble foreboding
-        forgotten forsaken frail friendless frightened fruitless funeral futile futility ghostly grave graveyard gray
-        grey grim groan guilt guilty harsh haunt heaviness helpless helplessness hollow homesick horrible horror hurt
-        hurtful isolated isolation lifeless loneliness lonely lone lonesome lose loss lost loveless meaningless moan
+        devastate devastating die disappoint disappointed disappointing disappointment disaster discourage dishearten
+        disillusioned distraught distress doom downhearted drab drained dread dreadful drear dull eerie emptiness
+        empty estranged exhaust exhausted exhaustion exile fail failure fatal fear fearful feeble foreboding forgotten
+        forsaken frail friendless frightened fruitless funeral futile futility ghostly grave graveyard gray grey grim
+        groan guilt guilty harsh haunt heaviness helpless helplessness hollow homesick horrible horror hurt hurtful
+        isolated isolation lifeless lone loneliness lonely lonesome lose loss lost loveless meaningless moan
         monotonous monotony murky nightmare numb oblivion ominous oppressive orphan overwhelmed pain painful pessimism
         pessimistic pitiful pity plight pointless powerless purposeless regret regretful relentless remorse ruin scar
         scream shadow shadowy shatter shiver shroud sigh sob solemn solitary solitude stark starve stifle strife
-        struggle suffer suffocate sunless tears terrible terror thankless tired tomb torment torn tragedy tragic unrelenting
-        trapped trauma troubled trudge unbearable unloved unforgiving unwanted uneasy vain vanish void wail weariness
-        weary widow widowed wilt wither worse worsen worst worthless wound worry worried
+        struggle suffer suffocate sunless tears terrible terror thankless tired tomb torment torn tragedy tragic
+        trapped trauma troubled trudge unbearable uneasy unforgiving unloved unrelenting unwanted vain vanish void
+        wail weariness weary widow widowed wilt wither worried worry worse worsen worst worthless wound
         """,
     0.5: """
-        absence arduous chaos damp extinguish fleeting ghost longing sorry treacherous twisted anger angry anxious anxiety awkward bad bare blame bleed bored boredom boring broken cold complain
-        complaint confused cramped creak danger dangerous dim difficult difficulty dirty discomfort dusk dusty endless
-        error fade fatigue fog foggy frown frustrated frustrating frustration gaunt grumble hardship hate heavy howl
-        hunger hungry idle ill illness impossible indifferent lack leaden linger loom lurk mess mildew mist mundane
-        neglect nowhere ordeal pale poor poverty problem quiver rain rainy reluctant rot rotten rust rusty scold
-        scared severe sick silence silent sinister slump smother spent stale stern storm stormy stuck tense tension
-        threaten toil toll tough trouble ugly unable uncertain uncertainty unfamiliar unfortunate unpleasant upset
-        vacant war weak weakness whimper worn wrong yearn
+        absence anger angry anxiety anxious arduous awkward bad bare blame bleed bored boredom boring broken chaos
+        cold complain complaint confused cramped creak damp danger dangerous difficult difficulty dim dirty discomfort
+        dusk dusty endless error extinguish fade fatigue fleeting fog foggy frown frustrated frustrating frustration
+        gaunt ghost grumble hardship hate heavy howl hunger hungry idle ill illness impossible indifferent lack leaden
+        linger longing loom lurk mess mildew mist mundane neglect nowhere ordeal pale poor poverty problem quiver rain
+        rainy reluctant rot rotten rust rusty scared scold severe sick silence silent sinister slump smother sorry
+        spent stale stern storm stormy stuck tense tension threaten toil toll tough treacherous trouble twisted ugly
+        unable uncertain uncertainty unfamiliar unfortunate unpleasant upset vacant war weak weakness whimper worn
+        wrong yearn
         """,
 }
 
@@ -95,29 +97,34 @@ WEIGHTS: dict[str, float] = {
 
 _PHRASES = {
     1.5: """
-        cried with laughter / cry with laughter / in high spirits / light hearted / made my day / makes my day /
-        on cloud nine / on top of the world / over the moon / tears of happiness / tears of joy / warm hearted
+        cried with laughter / cry with laughter / in high spirits / light hearted / made my day / makes my day / on
+        cloud nine / on top of the world / over the moon / tears of happiness / tears of joy / warm hearted
         """,
     1.0: """
-        can't wait / cannot wait / full of life / heart warming / light heart / spring in my step / thumbs up /
-        worth living
+        can't wait / cannot wait / full of life / heart warming / light heart / spring in my step / thumbs up / worth
+        living
         """,
-    0.5: "good old / look forward / looked forward / looking forward / with love",
+    0.5: """
+        good old / look forward / looked forward / looking forward / with love
+        """,
     0.0: """
-        a good deal / a great deal / as good as / as well as / at best / best regards / dead end / for good /
-        good morning / lost in / great aunt / great britain / great uncle / great wall / hope this email finds you well /
-        hope this finds you well / hope this letter finds you well / hope this message finds you well / no doubt /
-        no matter / no wonder / i wonder / i wondered / nothing but / thank you for / warm regards
+        a good deal / a great deal / as good as / as well as / at best / best regards / dead end / for good / good
+        morning / great aunt / great britain / great uncle / great wall / hope this email finds you well / hope this
+        finds you well / hope this letter finds you well / hope this message finds you well / i wonder / i wondered /
+        lost in / no doubt / no matter / no wonder / nothing but / thank you for / warm regards
         """,
-    -0.5: "are gone / is gone / was gone / were gone / miss her / miss him / miss them / miss you / no reason to / used to be",
+    -0.5: """
+        are gone / is gone / miss her / miss him / miss them / miss you / no reason to / used to be / was gone / were
+        gone
+        """,
     -1.0: """
         fallen apart / falling apart / feel blue / feel down / feeling blue / feeling down / fell apart / gave up /
-        given up / heart sank / heart sinks / in vain / no one left / no point / nothing left / passed away /
-        too late / weighs on me / what is the use / what's the use / worn out
+        given up / heart sank / heart sinks / in vain / no one left / no point / nothing left / passed away / too late
+        / weighs on me / what is the use / what's the use / worn out
         """,
     -1.5: """
-        broken heart / broken hearted / down in the dumps / grief stricken / heart is heavy / heart was heavy /
-        heavy heart / heavy hearted / no one cares / nobody cares
+        broken heart / broken hearted / down in the dumps / grief stricken / heart is heavy / heart was heavy / heavy
+        heart / heavy hearted / no one cares / nobody cares
         """,
 }
 
@@ -135,7 +142,12 @@ IRREGULAR = dict(
 )
 """Forms that taking off an ending does not lead back."""
 
-NO_STEM = frozenset("goods graves songster helper dearly hardly lately nearly vainly helping".split())
+NO_STEM = frozenset(
+    """
+    barely career dancer goods helper helping hopper mister number player severed singer sober supporter wares
+    wines
+    """.split()
+)
 """Words that look like a form of a word of the lexicon and are none."""
 
 NEGATIONS = frozenset(

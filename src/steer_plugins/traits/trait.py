@@ -82,23 +82,22 @@ def load_trait(path_or_name: str | Path) -> Trait:
     Raises DataError, in one sentence, for a missing, oversized (above 5 MB), non-UTF-8 or non-JSON file and for any
     field that is missing, unknown, of the wrong type, empty or duplicated.
     """
-    if isinstance(path_or_name, str) and path_or_name in bundled_traits():
-        raw = (resources.files(__package__) / "data" / f"{path_or_name}.json").read_bytes()
-        return Trait.from_dict(_parse(raw, path_or_name), path_or_name)
-    path = Path(path_or_name)
-    source = str(path_or_name)
+    if path_or_name in bundled_traits():
+        name = str(path_or_name)
+        return Trait.from_dict(_parse((resources.files(__package__) / "data" / f"{name}.json").read_bytes(), name), name)
+    path, source = Path(path_or_name), str(path_or_name)
     try:
         if not path.is_file():
             if path.exists():
-                raise DataError(f"{source} is not a file: give the path of a trait file (JSON).")
-            raise DataError(
-                f"There is no trait {source}: name one of {_listed(bundled_traits())}, or give the path of a trait file."
-            )
+                raise DataError(f"{_shown(source)} is not a file: give the path of a trait file (JSON).")
+            names = _listed(bundled_traits())
+            raise DataError(f"There is no trait {_shown(source)}: name one of {names}, or give the path of a trait file.")
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"The trait file {source!r} cannot be read ({reason}): check its path.") from None
+    except OSError as error:
+        raise DataError(
+            f"The trait file {_shown(source)} cannot be read ({error.strerror}): check its path and its permissions."
+        ) from None
     return Trait.from_dict(_parse(raw, source), source)
 
 
