@@ -28,11 +28,17 @@ from .plugins import manager
 from .traits import Trait
 from .vector import SCOPES, SteeringVector, check_name
 
+SCORING = 1.5
+"""Scoring a token takes so many times as long as reading one: its logits are computed as well."""
+
 Report = Callable[[str, int], None]
 """Called with (what is being done, tokens that went through the model since the last call)."""
 
-TRIALS_PER_WINDOW = 2.5
+TRIALS_PER_WINDOW = 2
 """What a search took on average; for the estimate before it."""
+
+MEASURED_TOKENS = 8
+"""Tokens of each reply that are timed for the estimate."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Training:
         engine, level = self.engine, self.level
         sides = [side for pair in self.data.pairs[:4] for side in (pair.positive, pair.negative)]
         prompts = [engine.tokenize(side.prompt, thinking=self.options.thinking) for side in sides]
-        engine.read(prompts[:1], layers=self.fit_options.layers[:1])  # the first call makes the context
+        engine.read(prompts[:1], layers=self.fit_options.layers)  # the first call makes the context
         start = time.perf_counter()
         engine.read(prompts, layers=self.fit_options.layers)
         per_read = (time.perf_counter() - start) / sum(len(p) for p in prompts)
@@ -138,12 +144,13 @@ class Training:
             generate += int(trials * tokens)
             score = int(trials * tokens)
         if generate:
-            requests = [GenerateRequest(p, max_tokens=8) for p in prompts]
-            engine.generate_many(requests[:1])
-            start = time.perf_counter()
-            replies = engine.generate_many(requests)
-            per_generated = (time.perf_counter() - start) / max(1, sum(len(r.tokens) for r in replies))
-        seconds = (self.reading.read + 1.5 * score) * per_read + generate * per_generated
+            spent = []
+            for n in (1, 1 + MEASURED_TOKENS):  # the prompts cost the same in both
+                start = time.perf_counter()
+                engine.generate_many([GenerateRequest(p, max_tokens=n) for p in prompts])
+                spent.append(time.perf_counter() - start)
+            per_generated = max(0.0, spent[1] - spent[0]) / (MEASURED_TOKENS * len(prompts))
+        seconds = (self.reading.read + SCORING * score) * per_read + generate * per_generated
         return TrainPlan(self.reading.read, generate, score, seconds)
 
     def run(self, report: Report | None = None) -> SteeringVector:

@@ -27,14 +27,15 @@ class Objective(ABC):
     kind: str
     name: str
     unit: str
+    of: str
     prompts: list[EnginePrompt]
 
     @abstractmethod
-    def scores(self, engine: Engine, steering: Any, replies: Sequence[Generation]) -> list[float]:
-        """Scores of one strength. ``replies``: what was generated under ``steering`` for the first prompts."""
+    def scores(self, engine: Engine, steering: Any, replies: Sequence[Generation], n: int) -> list[float]:
+        """Up to ``n`` scores of one strength. ``replies``: what ``steering`` made of up to ``n`` of the first prompts."""
 
     def tokens(self, n: int) -> int:
-        """Tokens that :meth:`scores` sends through the model for ``n`` prompts."""
+        """Tokens that :meth:`scores` sends through the model."""
         return 0
 
 
@@ -43,13 +44,14 @@ class TextObjective(Objective):
 
     kind = "metric"
     unit = "score"
+    of = "prompts"
 
     def __init__(self, name: str, metric: Callable[[str], float], prompts: Iterable[EnginePrompt]) -> None:
         self.name = name
         self.prompts = list(prompts)
         self._metric = metric
 
-    def scores(self, engine: Engine, steering: Any, replies: Sequence[Generation]) -> list[float]:
+    def scores(self, engine: Engine, steering: Any, replies: Sequence[Generation], n: int) -> list[float]:
         """The metric of each reply."""
         return [float(self._metric(reply.text)) for reply in replies]
 
@@ -66,6 +68,7 @@ class ContrastObjective(Objective):
     kind = "logprob-contrast"
     name = "logprob-contrast"
     unit = "nats per token"
+    of = "pairs"
 
     def __init__(self, engine: Engine, pairs: Sequence[Pair], *, thinking: bool | None = False) -> None:
         """Raises DataError when the pairs hold nothing that could be scored."""
@@ -85,9 +88,9 @@ class ContrastObjective(Objective):
         if not self._items:
             raise DataError("None of the held-out pairs has answers that could be scored: give longer texts or answers.")
 
-    def scores(self, engine: Engine, steering: Any, replies: Sequence[Generation]) -> list[float]:
-        """Contrasts of as many held-out pairs as there are replies; the replies themselves are not looked at."""
-        items = [scored for pair in self._items[: len(replies)] for scored in pair]
+    def scores(self, engine: Engine, steering: Any, replies: Sequence[Generation], n: int) -> list[float]:
+        """Contrasts of the first ``n`` held-out pairs; the replies are not looked at."""
+        items = [scored for pair in self._items[:n] for scored in pair]
         means = [float(one.mean()) for one in engine.logprobs(items, steering=steering, thinking=self._thinking)]
         return [positive - negative for positive, negative in zip(means[::2], means[1::2], strict=True)]
 

@@ -57,7 +57,7 @@ class Fitted:
 
 @dataclass
 class Row:
-    """One strength of one trial, as it is stored. ``score``: mean over the prompts, with its standard error."""
+    """One strength of one trial, as it is stored. ``score``: mean over ``n`` prompts or pairs, with its standard error."""
 
     window: tuple[int, int]
     scope: str
@@ -72,16 +72,16 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, rounded to what they are worth."""
-        values = {**self.fluency.to_dict(), "dose": self.dose, "score": self.score, "score_se": self.score_se}
-        rounded = {key: round(v, 4) if isinstance(v, float) else v for key, v in values.items()}
+        texts = self.fluency.to_dict()
+        values = {"dose": self.dose, "score": self.score, "score_se": self.score_se, "n_texts": texts.pop("n"), **texts}
         return {
             "stage": self.stage,
             "window": list(self.window),
             "scope": self.scope,
             "strength": self.strength,
-            "passed": self.passed,
-            **rounded,
             "n": self.n,
+            **_rounded(values),
+            "passed": self.passed,
         }
 
 
@@ -219,23 +219,25 @@ class Sweep:
 
         The perplexity, which costs a run through the model, is left out once the cheap part of the guard has failed.
         """
-        n = min(n, len(self._tokenized))
-        replies = self.replies(vector, strengths, n)
-        plain = self.plain(n)
+        n_texts = min(n, len(self._tokenized))
+        replies = self.replies(vector, strengths, n_texts)
+        plain = self.plain(n_texts)
         cheap = {s: measure_fluency(replies[s]).cheap_passes(plain, self.guard) for s in strengths}
         scores: dict[float, list[float]] = {}
         passed = True
         for s in strengths:
-            known = len(self._logprobs.get(self._key(vector, s), ())) >= n
-            logprobs = self.logprobs(vector, s, n) if known or (guarded and all(cheap.values())) else None
+            known = len(self._logprobs.get(self._key(vector, s), ())) >= n_texts
+            logprobs = self.logprobs(vector, s, n_texts) if known or (guarded and all(cheap.values())) else None
             fluency = measure_fluency(replies[s], logprobs)
-            scores[s] = self.objective.scores(self.engine, Term(vector, s) if s else None, replies[s])
+            scores[s] = self.objective.scores(self.engine, Term(vector, s) if s else None, replies[s], n)
             self._advance(self.objective.tokens(n))
             ok = s == 0.0 or fluency.passes(plain, self.guard)
             passed = passed and ok
             shown = None if fluency.perplexity is None and cheap[s] else ok  # the other sign failed first
             error = float(np.std(scores[s], ddof=1) / np.sqrt(len(scores[s]))) if len(scores[s]) > 1 else 0.0
-            self.rows.append(Row(where[0], where[1], where[2], s, n, float(np.mean(scores[s])), error, fluency, shown, stage))
+            self.rows.append(
+                Row(where[0], where[1], where[2], s, len(scores[s]), float(np.mean(scores[s])), error, fluency, shown, stage)
+            )
         return scores, passed
 
     def trial(self, window: tuple[int, int], scope: str, rung: int, n: int, stage: str = "search") -> Trial:
@@ -312,7 +314,12 @@ class Sweep:
         record: dict[str, Any] = {
             "method": "sweep-v1",
             "level": level.name,
-            "objective": {"kind": self.objective.kind, "name": self.objective.name, "unit": self.objective.unit},
+            "objective": {
+                "kind": self.objective.kind,
+                "name": self.objective.name,
+                "unit": self.objective.unit,
+                "of": self.objective.of,
+            },
             "window": list(trial.window),
             "scope": trial.scope,
             "dose": round(trial.dose, 6),
@@ -328,7 +335,7 @@ class Sweep:
             },
             "plain": _rounded(self.plain(n).to_dict()),
             "max_tokens": self.max_tokens,
-            "n_prompts": n,
+            "n": n,
             "curve": [{"strength": s, "score": round(m, 4)} for s, m in zip(level.curve, means, strict=True)],
             "samples": self._samples(vector),
             "rows": [row.to_dict() for row in self.rows],

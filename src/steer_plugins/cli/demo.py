@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from ..vector import SteeringVector
 
 VECTORS = ("mood", "succinctness")
-PROMPTS = ("Describe a rainy day in a small town.", "What is a garden?")
+PROMPTS = ("What is a friend?", "What is rain?")
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-MAX_TOKENS = 96
-"""Enough for an answer of the demo model to come to its end; longer ones are cut, and so are their lengths."""
+MAX_TOKENS = 128
+"""Plain answers of the demo model come to their end before it; longer ones are cut, and so are their lengths."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def demo(engine: EngineOptions, as_json: bool) -> None:
         else:
             _show(rows, vectors, identical)
     if not identical:
-        raise SystemExit(1)
+        click.get_current_context().exit(1)
 
 
 def answers(engine: Engine, vectors: Sequence[SteeringVector]) -> tuple[list[Row], bool]:
@@ -135,7 +136,7 @@ def _announce(err: Console, engine: Engine, library: Library) -> None:
     first = f"first fits {' and '.join(missing)}, then " if missing else ""
     err.print(
         f"The demo {first}answers {len(PROMPTS)} questions at {len(STRENGTHS)} strengths of each of {len(VECTORS)} vectors "
-        f"with {engine.info.name}: about {duration(per_vector * len(missing) + per_demo)} on two cores.",
+        f"with {Path(engine.info.path).name}: about {duration(per_vector * len(missing) + per_demo)} on two cores.",
         markup=False,
     )
 
@@ -148,7 +149,7 @@ def _show(rows: Sequence[Row], vectors: Sequence[SteeringVector], identical: boo
     from ..traits import load_trait
 
     out = console()
-    width = min(out.width, 88)
+    width = min(out.width, 80)
     seen: tuple[str, str] | None = None
     for row in rows:
         if (row.vector, row.prompt) != seen:

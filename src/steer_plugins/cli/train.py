@@ -180,7 +180,7 @@ def run_training(training: Training) -> SteeringVector:
 
     plan = training.plan()
     err = console(stderr=True)
-    model = training.engine.info.name
+    model = Path(training.engine.info.path).name
     err.print(
         f"{training.name}: {len(training.data.pairs)} pairs on {model}; about {_thousands(plan.tokens)} tokens "
         f"({_thousands(plan.read)} read, {_thousands(plan.generate)} generated, {_thousands(plan.score)} scored), "
@@ -188,11 +188,11 @@ def run_training(training: Training) -> SteeringVector:
         markup=False,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(training.name, total=plan.tokens)
 
         def report(stage: str, tokens: int) -> None:
-            done = bar.tasks[0].completed + tokens
+            done = bar.tasks[task].completed + tokens
             # an estimate: a search that takes longer must not look finished
             bar.update(task, description=f"{training.name}: {stage}", completed=min(done, 0.99 * plan.tokens))
 
@@ -217,7 +217,7 @@ def print_report(vector: SteeringVector, path: Path) -> None:
             f"{vector.name}: layers {layer_ranges(vector.layers)}, scope {vector.default_scope}, strength 1.0 is a dose of "
             f"{record['dose']:.3g} median residual norms.\n"
             f"From strength -1 to 1 the {record['objective']['name']} moves by {record['effect']:.3g}{error} "
-            f"{record['objective']['unit']} on {record['n_prompts']} held-out prompts.",
+            f"{record['objective']['unit']} on {record['n']} held-out {record['objective']['of']}.",
             markup=False,
         )
         print_table(("strength", "score", "perplexity", "repeats", "early ends", "words"), _report_rows(record))

@@ -1,0 +1,347 @@
+"""The sweep, on an engine in which the largest fluent dose and the best window can be worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from steer_plugins.calibrate import (
+    FULL,
+    QUICK,
+    ContrastObjective,
+    Fitted,
+    Fluency,
+    Guard,
+    Sweep,
+    TextObjective,
+    level_of,
+    measure_fluency,
+    perplexity,
+    window_of,
+    windows_of,
+)
+from steer_plugins.engine.base import Generation
+from steer_plugins.errors import DataError
+from steer_plugins.extract import Pair, Side, chat
+from steer_plugins.steering import Term
+from tests.unit.fakes import N_LAYER, FakeEngine
+
+# Perplexity is exp(0.7 + harm * dose), so the largest dose that the guard allows is log(1.5) / harm.
+LIMIT = float(np.log(1.5))
+LAYERS = range(N_LAYER - 1)
+ONE_WINDOW = replace(QUICK, windows=((0.5, 0.2),))
+
+
+def fitted(sign=1.0):
+    """The first axis at each layer; norms grow with the layer as the fake engine's do."""
+    return Fitted("up", {il: np.float32([sign, 0, 0, 0]) for il in LAYERS}, {il: il + 1.0 for il in LAYERS})
+
+
+def objective(n=12):
+    return TextObjective("pull", float, [chat(f"prompt {i}") for i in range(n)])
+
+
+def sweep(engine=None, level=QUICK, **more):
+    return Sweep(engine or FakeEngine(), fitted(), more.pop("objective", objective()), level, **more)
+
+
+def doses(found, stage):
+    return [row.dose for row in found.rows if row.stage == stage and row.strength == 1.0]
+
+
+# ---- the plan ----
+
+
+def test_windows_are_parts_of_the_depth():
+    layers = list(range(29))
+    assert window_of(0.5, 0.2, layers) == (12, 17)
+    assert window_of(0.5, 0.4, layers) == (9, 20)
+    assert window_of(0.0, 0.2, layers) == (0, 5)
+    assert window_of(1.0, 0.2, layers) == (23, 28)
+    assert window_of(0.5, 0.2, [0]) == (0, 0)
+
+
+@pytest.mark.parametrize("n", range(1, 70))
+@pytest.mark.parametrize("level", [QUICK, FULL])
+def test_every_model_has_windows(level, n):
+    layers = list(range(n))
+    found = windows_of(level, layers)
+    assert found and len(set(found)) == len(found)
+    assert all(0 <= lo <= hi < n for lo, hi in found)
+
+
+def test_doses_are_a_ladder():
+    rungs = QUICK.rungs
+    assert QUICK.dose(0) == 0.3
+    assert QUICK.dose(rungs[0]) <= 0.03 and QUICK.dose(rungs[-1]) >= 3.0
+    assert QUICK.dose(3) == pytest.approx(QUICK.dose(2) * QUICK.ratio)
+
+
+def test_levels_have_names():
+    assert (level_of("none"), level_of("quick"), level_of("full")) == (None, QUICK, FULL)
+
+
+def test_a_dose_is_spread_over_the_window():
+    vector = fitted().vector((2, 5), 0.8, "response")
+    assert vector.layers == [2, 3, 4, 5] and vector.default_scope == "response"
+    assert [vector.scales[il, "resid_post"] for il in vector.layers] == pytest.approx([0.2 * (il + 1) for il in range(2, 6)])
+
+
+def test_random_directions_are_as_long():
+    control = fitted().random(1)
+    assert all(np.linalg.norm(d) == pytest.approx(1) for d in control.directions.values())
+    assert control.vector((2, 5), 0.8, "all").scales == fitted().vector((2, 5), 0.8, "all").scales
+    assert not np.array_equal(control.directions[2], fitted().random(2).directions[2])
+
+
+# ---- the guard ----
+
+PLAIN = Fluency(10, 4.0, 0.05, 0.1, 40.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "passes"),
+    [
+        ({}, True),
+        ({"perplexity": 6.0}, True),
+        ({"perplexity": 6.01}, False),
+        ({"perplexity": 1.0}, True),
+        ({"perplexity": None}, False),
+        ({"repeats": 0.15}, True),
+        ({"repeats": 0.16}, False),
+        ({"early_ends": 0.2}, True),
+        ({"early_ends": 0.21}, False),
+        ({"words": 3.0}, True),
+    ],
+)
+def test_the_guard(change, passes):
+    assert replace(PLAIN, **change).passes(PLAIN, Guard()) is passes
+
+
+def test_fluency_of_replies():
+    replies = [
+        Generation("one two", [1, 2, 1, 2, 1, 2, 1, 2], [0], "length"),
+        Generation("", [], [0], "stop"),
+        Generation("one", [1], [0], "stop"),
+    ]
+    found = measure_fluency(replies, [np.log([0.5, 0.125]), np.zeros(0), np.log([0.1])])
+    assert found.n == 3
+    assert found.perplexity == pytest.approx((4 + 10) / 2)  # the empty text has none
+    assert found.repeats == pytest.approx((3 / 5) / 3)
+    assert found.early_ends == pytest.approx(2 / 3)
+    assert found.words == 1.0
+    assert measure_fluency(replies).perplexity is None
+    assert perplexity(np.zeros(0)) is None
+
+
+# ---- the search ----
+
+
+@pytest.mark.parametrize("harm", [0.2, 0.5, 1.0, 1.3, 2.0, 4.0, 9.0])
+def test_strength_1_is_the_largest_dose_that_passes(harm):
+    result = sweep(FakeEngine(harm=harm), ONE_WINDOW).run()
+    dose = result.record["dose"]
+    assert dose <= LIMIT / harm < dose * QUICK.ratio
+    assert sum(result.vector.scales[k] / (k[0] + 1) for k in result.vector.scales) == pytest.approx(dose, rel=1e-5)
+    assert result.record["effect"] == pytest.approx(2 * dose, abs=3e-4)
+
+
+def test_a_vector_that_harms_nothing_gets_the_end_of_the_ladder():
+    assert sweep(FakeEngine(harm=0.0), ONE_WINDOW).run().record["dose"] == pytest.approx(QUICK.dose(QUICK.rungs[-1]))
+
+
+def test_both_signs_have_to_pass():
+    engine = FakeEngine(harm=0.0)
+    # from some negative pull on the text is one word again and again, which costs nothing in perplexity
+    engine.reply = lambda prompt, pull, dose, n: (f"{pull:+.4f}{' ' * 60 if pull < -0.5 else ''}", "length")
+    found = sweep(engine, ONE_WINDOW).run()
+    assert found.record["dose"] <= 0.5 < found.record["dose"] * QUICK.ratio
+
+
+def test_early_ends_count():
+    engine = FakeEngine(harm=0.0)
+    engine.reply = lambda prompt, pull, dose, n: (f"{pull:.3f}" if pull > 0.5 else f"{pull:.9f}", "stop")
+    found = sweep(engine, ONE_WINDOW).run()
+    assert found.record["dose"] <= 0.5 < found.record["dose"] * QUICK.ratio
+
+
+def test_the_window_with_the_largest_effect_wins():
+    for best in range(3):
+        windows = windows_of(QUICK, list(LAYERS))
+        gains = [1.0 + 5.0 * (windows[best][0] <= il <= windows[best][1]) for il in range(N_LAYER)]
+        # windows overlap: make the others worse where they differ
+        for other in windows:
+            for il in range(other[0], other[1] + 1):
+                if not windows[best][0] <= il <= windows[best][1]:
+                    gains[il] = 0.1
+        assert sweep(FakeEngine(gains=gains)).run().record["window"] == list(windows[best])
+
+
+def test_the_scope_with_the_larger_effect_wins():
+    class Scoped(FakeEngine):
+        def _pull(self, steering):
+            pull, dose = super()._pull(steering)
+            scopes = [term.effective_scope for term in ([steering] if steering else [])]
+            return (2 * pull if "all" in scopes else pull), dose
+
+    level = replace(ONE_WINDOW, scopes=("response", "all"))
+    found = sweep(Scoped(), level).run()
+    assert found.vector.default_scope == found.record["scope"] == "all"
+    assert sweep(Scoped(), level).run(scopes=["response"]).vector.default_scope == "response"
+
+
+def test_a_window_that_cannot_win_costs_one_trial():
+    windows = windows_of(QUICK, list(LAYERS))
+    only = (set(range(windows[0][0], windows[0][1] + 1)) - set(range(windows[2][0], windows[2][1] + 1))).pop()
+    gains = [float(il == only) for il in range(N_LAYER)]
+    for harm in (0.5, 3.0):
+        found = sweep(FakeEngine(gains=gains, harm=harm))
+        found.run()
+        trials = [row for row in found.rows if row.stage == "search" and row.strength == 1.0]
+        assert sum(row.window == windows[2] for row in trials) == 1
+
+
+def test_no_text_is_generated_twice():
+    engine = FakeEngine(harm=1.0)
+    sweep(engine).run()
+    made = []
+    for request in engine.generated:
+        vector = request.steering.vector.content_hash if isinstance(request.steering, Term) else None
+        made.append((tuple(request.prompt), vector, request.steering and request.steering.strength, request.max_tokens))
+    assert len(made) == len(set(made))
+
+
+def test_given_layers_are_the_window():
+    assert sweep().run(windows=[(1, 3)]).vector.layers == [1, 2, 3]
+
+
+def test_the_winner_has_to_pass_on_more_prompts_too():
+    engine = FakeEngine(harm=0.0)
+
+    def reply(prompt, pull, dose, n):
+        bad = dose > 1.0 and any(f"prompt {i}" in prompt for i in range(QUICK.n_search, QUICK.n_confirm))
+        return f"{pull:+.4f}{' ' * 60 if bad else ''}", "length"
+
+    engine.reply = reply
+    found = sweep(engine, ONE_WINDOW)
+    result = found.run()
+    assert max(doses(found, "search")) > 1.0
+    assert 1.0 / QUICK.ratio < result.record["dose"] <= 1.0
+    assert result.record["n"] == QUICK.n_confirm
+
+
+def test_nothing_passes():
+    with pytest.raises(DataError, match="No dose of 'up' .* --calibrate none"):
+        sweep(FakeEngine(harm=100.0)).run()
+
+
+def test_a_direction_of_the_wrong_sign_shows_a_negative_effect():
+    found = Sweep(FakeEngine(), fitted(-1.0), objective(), ONE_WINDOW).run()
+    assert found.record["effect"] < 0 and not found.record["monotone"]
+
+
+def test_the_record_holds_the_whole_sweep():
+    found = sweep(level=replace(ONE_WINDOW, n_random=2))
+    record = found.run().record
+    assert len(record["rows"]) == len(found.rows)
+    assert {row["stage"] for row in record["rows"]} == {"search", "confirm", "curve", "random"}
+    assert [point["strength"] for point in record["curve"]] == list(QUICK.curve)
+    scores = [point["score"] for point in record["curve"]]
+    assert scores == sorted(scores) and scores[2] == 0.0 and record["monotone"]
+    assert [sample["strength"] for sample in record["samples"]] == [-1.0, 0.0, 1.0]
+    assert len(record["random_effects"]) == 2
+    assert all(abs(value) < record["effect"] for value in record["random_effects"])
+    confirmed = [row for row in record["rows"] if row["stage"] == "confirm"]
+    assert all(row["passed"] and row["perplexity"] <= 1.5 * record["plain"]["perplexity"] for row in confirmed)
+
+
+def test_the_search_does_not_see_the_confirming_prompts():
+    engine = FakeEngine()
+    found = sweep(engine, ONE_WINDOW)
+    engine.generated.clear()
+    found.largest_passing((4, 5), "response", None)
+    texts = {engine.detokenize(request.prompt) for request in engine.generated}
+    assert texts == {engine.detokenize(engine.tokenize(chat(f"prompt {i}"))) for i in range(QUICK.n_search)}
+
+
+def test_few_prompts_are_enough():
+    assert sweep(objective=objective(1)).run().record["effect_se"] is None
+
+
+# ---- how long texts are ----
+
+
+def test_texts_are_short_unless_replies_end_by_themselves():
+    for ends, length in ((0, QUICK.tokens[0]), (1, QUICK.tokens[0]), (2, QUICK.tokens[1])):
+        engine = FakeEngine()
+
+        def reply(prompt, pull, dose, n, ends=ends):
+            short = any(f"prompt {i}" in prompt for i in range(ends))
+            return ("0." + "0123456789" * 20)[: 60 if short and n > 60 else n], "stop" if short and n > 60 else "length"
+
+        engine.reply = reply
+        found = sweep(engine)
+        assert found.max_tokens == length
+        plain = found._replies["plain", "", 0.0]
+        assert {len(r.tokens) for r in plain} <= {length, 60}
+        assert all(r.text == engine.detokenize(r.tokens) for r in plain)
+
+
+# ---- log-probability contrast ----
+
+PAIR = Pair(Side(chat("hm", "be nice"), "joy"), Side(chat("hm", "be bad"), "woe"))
+
+
+def test_given_answers_are_scored_without_system_prompts():
+    engine = FakeEngine()
+    found = ContrastObjective(engine, [PAIR])
+    vector = fitted().vector((4, 5), 0.5, "all")
+    scores = {s: found.scores(engine, Term(vector, s), [], 1)[0] for s in (-1.0, 0.0, 1.0)}
+    assert scores == pytest.approx({-1.0: -1.0, 0.0: 0.0, 1.0: 1.0})
+    asked = engine.detokenize(engine.tokenize(chat("hm")))
+    assert engine.scored[:2] == [(asked, "joy"), (asked, "woe")]
+    assert [engine.detokenize(prompt) for prompt in found.prompts] == [asked]
+
+
+def test_missing_answers_are_generated_under_the_system_prompts():
+    engine = FakeEngine()
+    engine.reply = lambda prompt, pull, dose, n: ("joy" if "nice" in prompt else "woe", "stop")
+    bare = Pair(Side(PAIR.positive.prompt), Side(PAIR.negative.prompt))
+    found = ContrastObjective(engine, [bare])
+    assert found.scores(engine, Term(fitted().vector((4, 5), 0.5, "all")), [], 1) == pytest.approx([1.0])
+
+
+def test_texts_are_scored_from_where_they_part():
+    engine = FakeEngine()
+    found = ContrastObjective(engine, [Pair(Side("so much joy here"), Side("so much woe here"))])
+    found.scores(engine, None, [], 1)
+    # the fake engine's BOS is ^, and its tokenizer is not asked to tokenize ids again
+    assert [text for _, text in engine.scored] == ["joy here", "woe here"]
+    assert all(prompt.endswith("so much ") for prompt, _ in engine.scored)
+    assert [engine.detokenize(prompt) for prompt in found.prompts] == ["^so m"]
+
+
+def test_at_most_n_pairs_are_scored():
+    engine = FakeEngine()
+    found = ContrastObjective(engine, [PAIR, PAIR, PAIR])
+    assert len(found.scores(engine, None, [], 2)) == 2
+    assert len(found.scores(engine, None, [], 9)) == 3
+    assert found.tokens(2) * 3 == found.tokens(3) * 2
+
+
+def test_pairs_without_answers_are_refused():
+    engine = FakeEngine()
+    engine.reply = lambda prompt, pull, dose, n: ("", "stop")
+    with pytest.raises(DataError, match="None of the held-out pairs"):
+        ContrastObjective(engine, [Pair(Side(PAIR.positive.prompt), Side(PAIR.negative.prompt))])
+
+
+def test_a_sweep_by_log_probability():
+    objective = ContrastObjective(
+        FakeEngine(), [PAIR] * 3 + [Pair(Side(chat("what", "x"), "joy"), Side(chat("what", "y"), "woe"))]
+    )
+    record = sweep(level=ONE_WINDOW, objective=objective).run().record
+    assert record["objective"]["kind"] == "logprob-contrast"
+    assert record["effect"] == pytest.approx(4 * record["dose"], rel=1e-3)
