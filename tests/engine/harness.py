@@ -17,6 +17,9 @@ import numpy as np
 from steer_plugins import native
 from steer_plugins.native import NativeTerm
 
+CORE = ("llama", "qwen2", "qwen3", "gemma3", "deepseek2", "deepseek4")
+"""Architectures for the tests with many cases; test_architectures.py runs its shorter list over all of them."""
+
 llama_cpp: Any = None  # set by the fixture in conftest.py, after a runtime was activated
 
 RESID, ATTN, FFN = 0, 1, 2

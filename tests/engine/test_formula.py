@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from steer_plugins.tinygguf import ARCHITECTURES
 from tests.engine import harness as H
 from tests.engine.harness import ADD, ALL, ATTN, CLAMP, FFN, MEAN, PROJECT, RESID, Column, NativeTerm, Raw, Tok
 
@@ -17,8 +16,8 @@ MakeRaw = Callable[..., Raw]
 # Token counts around the number of streams: an edit that takes the stream axis for the token axis passes at 4 only.
 COUNTS = (1, 3, 4, 5)
 PLACES = [("llama", RESID), ("deepseek4", RESID), ("deepseek4", ATTN), ("deepseek4", FFN)]
-ARCHS = ARCHITECTURES
-OTHERS = [arch for arch in ARCHITECTURES if arch not in ("llama", "deepseek4")]
+ARCHS = H.CORE
+OTHERS = [arch for arch in ARCHS if arch not in ("llama", "deepseek4")]
 
 
 def read_layer(raw: Raw, toks: Sequence[Tok] | Sequence[Sequence[Tok]], layer: int, site: int) -> np.ndarray:

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from steer_plugins.errors import EngineError
-from steer_plugins.tinygguf import ARCHITECTURES
 from tests.engine import harness as H
 from tests.engine.harness import ADD, ALL, ATTN, CLAMP, FFN, MEAN, RESID, NativeTerm, Raw, Tok
 
 MakeRaw = Callable[..., Raw]
-ARCHS = ARCHITECTURES
+ARCHS = H.CORE
 # llama.cpp gathers their output rows after the last block.
 WHOLE_LAST_LAYER = ("deepseek4", "gpt-oss", "qwen3next", "qwen35", "qwen35moe")
 

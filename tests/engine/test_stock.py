@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_plugins.tinygguf import ARCHITECTURES
 from tests.engine import harness as H
 from tests.engine.harness import ADD, CLAMP, RESID, Column, NativeTerm, Raw, Tok
 from tests.engine.stock_runner import run_steps
 
 MakeRaw = Callable[..., Raw]
 Stock = Callable[..., list[np.ndarray]]
-ARCHS = ARCHITECTURES
+ARCHS = H.CORE
 PREFILL, DECODE = 21, 8
 
 
