@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from steer_plugins.errors import EngineError
 from tests.engine import harness as H
 from tests.engine.harness import ADD, ALL, CLAMP, RESID, NativeTerm, Raw
 
@@ -85,6 +87,91 @@ def test_free_and_again(fresh: MakeRaw) -> None:
         assert r.steer.edit_id(0, 3) == 0 and r.steer.fired(1, RESID) == 0 and len(r.steer.kept()[0]) == 0
         r.forget()
         assert np.array_equal(r.decode(toks), plain)
+
+
+def test_contexts_on_threads(fresh: MakeRaw) -> None:
+    """Two contexts of one model decode at the same time: each gets its own steering, rows and errors."""
+    one = fresh("llama", n_ubatch=8)
+    two = one.second_context()
+    toks = H.prompt(60)
+    wants = []
+    for k, r in enumerate((one, two)):
+        r.steer_with({0: H.column(r.n_embd, [(1, RESID), (2, RESID)], seed=k)}, [NativeTerm(0, CLAMP, 1.0)])
+        wants.append((r.decode(toks), r.read([H.Tok(50, 60)], [1])[1]))
+    problems: list[str] = []
+
+    def work(k: int, r: Raw) -> None:
+        for i in range(30):
+            r.forget()
+            r.steer.clear_rows()
+            r.steer.set_config(1, [NativeTerm(0, CLAMP, 1.0)])
+            if not np.array_equal(r.decode(toks), wants[k][0]):
+                problems.append(f"logits of {k} at {i}")
+            if not np.array_equal(r.read([H.Tok(50, 60)], [1])[1], wants[k][1]):
+                problems.append(f"rows of {k} at {i}")
+            try:
+                r.steer.clear_config(70 + k)
+            except EngineError as error:
+                if f"onfig {70 + k} is not set" not in str(error):
+                    problems.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(k, r)) for k, r in enumerate((one, two))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    two.close()
+    assert not problems
+
+
+@pytest.mark.parametrize("arch", ["llama", "deepseek4"])
+def test_an_aborted_decode(fresh: MakeRaw, arch: str) -> None:
+    """llama.cpp's abort callback stops a steered decode half-way; the next one is right."""
+    r = fresh(arch, n_ubatch=4)
+    toks = H.prompt(12)
+    r.steer_with({0: H.column(r.n_embd, [(1, RESID), (2, RESID)])}, [NativeTerm(0, CLAMP, 1.0)])
+    r.steer.set_taps([1], [RESID])
+    r.steer.want(0, 0, -1)
+    want = r.decode(toks)
+    c = H.llama_cpp.llama_cpp
+    calls = 0
+
+    @c.ggml_abort_callback
+    def abort(_: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 60
+
+    never = c.ggml_abort_callback(lambda _: False)
+    for _ in range(2):
+        calls = 0
+        r.forget()
+        r.steer.clear_rows()
+        H.llama_cpp.llama_set_abort_callback(r.ctx, abort, None)
+        assert r.try_decode(toks) == 2
+        H.llama_cpp.llama_set_abort_callback(r.ctx, never, None)
+        assert r.steer.rows(1, RESID).shape[0] == len(r.steer.kept()[0]) < 12
+        r.forget()
+        r.steer.clear_rows()
+        assert np.array_equal(r.decode(toks), want)
+        assert len(r.steer.kept()[0]) == 12
+
+
+def test_a_full_cache(fresh: MakeRaw) -> None:
+    """No room for a batch (code 1): ranges and taps stay as they are, and the same batch is right when there is room."""
+    r = fresh("llama", n_ctx=256, n_seq_max=1)
+    toks = H.prompt(256)
+    r.steer_with({0: H.column(r.n_embd, [(1, RESID)])}, [NativeTerm(0)], first=200)
+    r.steer.set_taps([1], [RESID])
+    r.steer.want(0, 250, -1)
+    r.decode(toks)
+    rows = r.steer.rows(1, RESID)
+    assert r.try_decode([H.Tok(50, 256), H.Tok(51, 257)]) == 1
+    assert np.array_equal(r.steer.rows(1, RESID), rows)
+    r.forget()
+    r.steer.clear_rows()
+    r.decode(toks)
+    assert np.array_equal(r.steer.rows(1, RESID), rows)
 
 
 def resident_kb() -> int:
@@ -194,6 +281,7 @@ calls = {
 for name, call in calls.items():
     for n in range(1000):
         ids = [r.steer.edit_id(0, 3), r.steer.config_id(9)]
+        held = r.steer.stats().n_device_bytes
         fail_at.value = n
         try:
             call()
@@ -203,6 +291,7 @@ for name, call in calls.items():
         finally:
             fail_at.value = -1
         assert ids == [r.steer.edit_id(0, 3), r.steer.config_id(9)]
+        assert name == "rows" or held == r.steer.stats().n_device_bytes, (name, n)
         check((name, n))
     print(name, "failed at", n, "places")
     assert n >= (1 if name == "rows" else 3), (name, n)

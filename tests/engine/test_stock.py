@@ -127,6 +127,26 @@ def test_control_vector(raw: MakeRaw, stock: Stock, tiny: Callable[..., Path], a
             assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("weights", ["q8_0", "f16"])
+def test_quantised_weights(llama_cpp: Any, stock: Stock, tiny: Callable[..., Path], weights: str) -> None:
+    """The same two promises on weights that are not float32."""
+    path = tiny("llama", weights=weights)
+    r = Raw(path)
+    data = [float(x) for il in (1, 2, 3) for x in np.float32(1.5 * H.directions(4, r.n_embd)[il])]
+    run = [as_step(H.prompt(PREFILL)), *(as_step([t]) for t in H.prompt(3, start=PREFILL))]
+    want = stock(path, [*run, {"clear": True}, {"cvec": data, "first": 1, "last": 3}, *run])
+    r.steer_with({0: Column({(il, RESID): (H.directions(4, r.n_embd)[il], 1.5) for il in (1, 2, 3)})}, [NativeTerm(0)])
+    r.steer.set_range(0, 0, -1, 0)
+    got = run_steps(r, run)
+    r.clear()
+    r.steer.set_range(0, 0, -1, 1)
+    got += run_steps(r, run)
+    r.close()
+    for a, b in zip(got, want, strict=True):
+        assert np.array_equal(a, b)
+    assert not np.array_equal(got[0], got[len(run)])
+
+
 def test_on_top_of_a_control_vector(raw: MakeRaw) -> None:
     """Both at once add up, in either order of setting them; each can go without the other."""
     r = raw("llama")
