@@ -30,7 +30,7 @@ def make(llama_cpp: Any, tiny: Any) -> Iterator[Any]:
     made: list[Any] = []
 
     def build(**kwargs: Any) -> Any:
-        made.append(SteeredLlama(str(tiny("llama")), n_ctx=256, n_threads=1, verbose=False, **kwargs))
+        made.append(SteeredLlama(str(tiny("llama")), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False, **kwargs))
         return made[-1]
 
     yield build
