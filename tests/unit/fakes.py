@@ -1,9 +1,9 @@
 """An engine without a model: hidden states, replies and log probabilities follow simple rules that tests can compute.
 
 Tokens are code points. The hidden state of a token is the same at each layer but for a factor: ``layer + 1`` times
-(mood, 1, position / 1024, 0), where mood is +1 in texts with "joy", -1 in texts with "woe", else 0. Position 0 is a sink, 1000 times as
-long. The reply under a steering is the number ``pull``: what the steering adds along the first axis, weighted by layer; its
-log probability falls with the pull.
+(mood, 1, position / 1024, 0), where mood is +1 in texts with "joy", -1 in texts with "woe", else 0. Position 0 is a sink,
+1000 times as long. The reply under a steering is the number ``pull``: what the steering adds along the first axis, weighted
+by layer; its log probability falls with the dose.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class FakeEngine(Engine):
         )
         self.gains = list(gains) if gains is not None else [1.0] * N_LAYER
         self.harm = harm
+        self.harm_down: float | None = None  # where the pull is negative, if it differs there
         self.reply: Any = None
         self.generated: list[GenerateRequest] = []
         self.scored: list[tuple[str, str]] = []
@@ -125,7 +126,8 @@ class FakeEngine(Engine):
                 text, reason = self.reply(self.detokenize(prompt), pull, dose, request.max_tokens)
             else:
                 text, reason = f"{pull:+.4f}", "length"  # no digit four times in a row when it is 0
-            self._nll[text] = 0.7 + self.harm * dose
+            harm = self.harm_down if self.harm_down is not None and pull < 0 else self.harm
+            self._nll[text] = 0.7 + harm * dose
             replies.append(Generation(text, [ord(c) for c in text], prompt, reason))
         return replies
 

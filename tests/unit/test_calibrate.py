@@ -125,12 +125,13 @@ def test_fluency_of_replies():
         Generation("one two", [1, 2, 1, 2, 1, 2, 1, 2], [0], "length"),
         Generation("", [], [0], "stop"),
         Generation("one", [1], [0], "stop"),
+        Generation("one", [1] * 3, [0], "length"),
     ]
-    found = measure_fluency(replies, [np.log([0.5, 0.125]), np.zeros(0), np.log([0.1])])
-    assert found.n == 3
-    assert found.perplexity == pytest.approx((4 + 10) / 2)  # the empty text has none
-    assert found.repeats == pytest.approx((3 / 5) / 3)
-    assert found.early_ends == pytest.approx(2 / 3)
+    found = measure_fluency(replies, [np.log([0.5, 0.125]), np.zeros(0), np.log([0.1]), np.log([0.01] * 3)])
+    assert found.n == 4
+    assert found.perplexity == pytest.approx(10)  # the median of 4, 10 and 100: the empty text has none
+    assert found.repeats == pytest.approx((3 / 5) / 4)
+    assert found.early_ends == pytest.approx(2 / 4)
     assert found.words == 1.0
     assert measure_fluency(replies).perplexity is None
     assert perplexity(np.zeros(0)) is None
@@ -158,6 +159,14 @@ def test_both_signs_have_to_pass():
     engine.reply = lambda prompt, pull, dose, n: (f"{pull:+.4f}{' ' * 60 if pull < -0.5 else ''}", "length")
     found = sweep(engine, ONE_WINDOW).run()
     assert found.record["dose"] <= 0.5 < found.record["dose"] * QUICK.ratio
+
+
+@pytest.mark.parametrize("harmful", [-1, 1])
+def test_the_perplexity_of_both_signs_counts(harmful):
+    engine = FakeEngine(harm=1.0 if harmful > 0 else 0.0)
+    engine.harm_down = 1.0 if harmful < 0 else 0.0
+    dose = sweep(engine, ONE_WINDOW).run().record["dose"]
+    assert dose <= LIMIT < dose * QUICK.ratio
 
 
 def test_early_ends_count():
@@ -192,15 +201,20 @@ def test_the_scope_with_the_larger_effect_wins():
     assert sweep(Scoped(), level).run(scopes=["response"]).vector.default_scope == "response"
 
 
-def test_a_window_that_cannot_win_costs_one_trial():
+def trials_of_the_third_window(gains, harm):
     windows = windows_of(QUICK, list(LAYERS))
-    only = (set(range(windows[0][0], windows[0][1] + 1)) - set(range(windows[2][0], windows[2][1] + 1))).pop()
-    gains = [float(il == only) for il in range(N_LAYER)]
-    for harm in (0.5, 3.0):
-        found = sweep(FakeEngine(gains=gains, harm=harm))
-        found.run()
-        trials = [row for row in found.rows if row.stage == "search" and row.strength == 1.0]
-        assert sum(row.window == windows[2] for row in trials) == 1
+    assert windows == [(4, 5), (5, 6), (3, 4)]
+    found = sweep(FakeEngine(gains=[gains.get(il, 0.0) for il in range(N_LAYER)], harm=harm))
+    found.run()
+    return sum(row.stage == "search" and row.strength == 1.0 and row.window == windows[2] for row in found.rows)
+
+
+def test_a_window_that_cannot_win_costs_one_trial():
+    assert trials_of_the_third_window({5: 1}, harm=0.5) == 1
+    assert trials_of_the_third_window({5: 1}, harm=3.0) == 1
+    # nor one that is as good as the second, but half as good as the first
+    assert trials_of_the_third_window({4: 1, 5: 1}, harm=0.5) == 1
+    assert trials_of_the_third_window({3: 1, 4: 1}, harm=0.5) > 1
 
 
 def test_no_text_is_generated_twice():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from steer_plugins.cli.train import duration, parse_layers
 from steer_plugins.errors import DataError, SpecError
 from steer_plugins.library import Library
 from steer_plugins.plugins.manager import reset
+from steer_plugins.steering import Term
 from steer_plugins.training import Training, TrainOptions
 from steer_plugins.traits import load_trait
 from steer_plugins.vector import SteeringVector
@@ -91,6 +93,9 @@ def test_train_on_a_trait_of_the_package(engine, capsys):
     assert vector.provenance["source"]["trait"] == "mood"
     assert vector.calibration["objective"] == {"kind": "metric", "name": "mood", "unit": "score", "of": "prompts"}
     assert "hardly more than noise" in out  # numbers have no mood
+    asked = {str(request.prompt) for request in engine.generated if isinstance(request.steering, Term)}
+    held_out = {str(engine.tokenize([{"role": "user", "content": p}])) for p in load_trait("mood").heldout_prompts}
+    assert asked and asked <= held_out
 
 
 def test_a_trait_without_a_metric_is_scored_by_log_probability(engine, tmp_path, capsys):
@@ -280,8 +285,6 @@ def test_a_model_without_a_template_gets_the_text(engine, capsys):
 
 
 def common_info(engine, **changes):
-    from dataclasses import replace
-
     return replace(engine.info, **changes)
 
 
@@ -354,8 +357,4 @@ def test_demo_notices_a_strength_0_that_is_not_plain(engine, capsys):
 
 
 def _touched(request):
-    from dataclasses import replace
-
-    from steer_plugins.steering import Term
-
     return replace(request, steering=Term(request.steering.vector, 0.25))

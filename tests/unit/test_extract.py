@@ -255,10 +255,14 @@ def test_equal_prompts_cannot_be_read_at_the_last_token():
 
 
 def test_norms_leave_out_position_0():
-    # a text of n tokens: the states at positions 1 to n - 1 are (±1, 1, position / 1024, 0)
-    contrast = read_contrast(FakeEngine(), data(Pair(Side("joy"), Side("woe"))), options())
-    assert contrast.norms[0] == pytest.approx(np.sqrt(2 + 4 / 1024**2))
-    assert contrast.norms[4] == pytest.approx(5 * np.sqrt(2 + 4 / 1024**2))
+    engine = FakeEngine()
+    # lengths by position: 1000, 1, 2, 4 times the layer's factor
+    engine._states = lambda text, n, layer: np.outer([1000, 1, 2, 4], [0.6, 0.8, 0, 0]).astype(np.float32) * (layer + 1)
+    read = engine._read
+    engine._read = lambda tokens, *more: read(tokens[:4], *more)
+    pair = Pair(Side("joy"), Side("woe"))
+    rows = reading._median_norms(engine, [pair.positive, pair.negative], options(), None)
+    assert rows == {0: pytest.approx(2), 4: pytest.approx(10)}
 
 
 def test_norms_are_the_same_whatever_is_held_at_once(monkeypatch):
