@@ -217,6 +217,15 @@ def test_a_window_that_cannot_win_costs_one_trial():
     assert trials_of_the_third_window({3: 1, 4: 1}, harm=0.5) > 1
 
 
+def test_no_perplexity_is_taken_of_what_cannot_win():
+    engine = FakeEngine(gains=[float(il == 5) for il in range(N_LAYER)], harm=0.5)
+    found = sweep(engine)
+    found.run()
+    third = [row for row in found.rows if row.stage == "search" and row.window == (3, 4)]
+    assert [row.fluency.perplexity for row in third] == [None, None]
+    assert [row.passed for row in third] == [None, None]
+
+
 def test_no_text_is_generated_twice():
     engine = FakeEngine(harm=1.0)
     sweep(engine).run()

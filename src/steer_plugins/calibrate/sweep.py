@@ -214,50 +214,61 @@ class Sweep:
         stage: str,
         where: tuple[tuple[int, int], str, float],
         guarded: bool = True,
+        needed: float = -np.inf,
     ) -> tuple[dict[float, list[float]], bool]:
         """Scores by strength, and whether all strengths pass the guard. Rows are added to the record.
 
-        The perplexity, which costs a run through the model, is left out once the cheap part of the guard has failed.
+        The perplexity costs a run through the model. It is left out when it could change nothing: the cheap part of the
+        guard has failed, or the other sign, or the effect is below ``needed``.
         """
         n_texts = min(n, len(self._tokenized))
         replies = self.replies(vector, strengths, n_texts)
         plain = self.plain(n_texts)
         cheap = {s: measure_fluency(replies[s]).cheap_passes(plain, self.guard) for s in strengths}
-        scores: dict[float, list[float]] = {}
-        passed = True
+        scores = {s: self.objective.scores(self.engine, Term(vector, s) if s else None, replies[s], n) for s in strengths}
+        self._advance(self.objective.tokens(n) * len(strengths))
+        passed = all(cheap.values()) and bool(np.mean(scores[strengths[-1]]) - np.mean(scores[strengths[0]]) >= needed)
         for s in strengths:
             known = len(self._logprobs.get(self._key(vector, s), ())) >= n_texts
-            logprobs = self.logprobs(vector, s, n_texts) if known or (guarded and all(cheap.values())) else None
+            logprobs = self.logprobs(vector, s, n_texts) if known or (guarded and passed) else None
             fluency = measure_fluency(replies[s], logprobs)
-            scores[s] = self.objective.scores(self.engine, Term(vector, s) if s else None, replies[s], n)
-            self._advance(self.objective.tokens(n))
             ok = s == 0.0 or fluency.passes(plain, self.guard)
             passed = passed and ok
-            shown = None if fluency.perplexity is None and cheap[s] else ok  # the other sign failed first
+            shown = None if fluency.perplexity is None and cheap[s] else ok
             error = float(np.std(scores[s], ddof=1) / np.sqrt(len(scores[s]))) if len(scores[s]) > 1 else 0.0
             self.rows.append(
                 Row(where[0], where[1], where[2], s, len(scores[s]), float(np.mean(scores[s])), error, fluency, shown, stage)
             )
         return scores, passed
 
-    def trial(self, window: tuple[int, int], scope: str, rung: int, n: int, stage: str = "search") -> Trial:
-        """Both signs of a window at a rung of the ladder."""
+    def trial(
+        self,
+        window: tuple[int, int],
+        scope: str,
+        rung: int,
+        n: int,
+        stage: str = "search",
+        needed: float = -np.inf,
+    ) -> Trial:
+        """Both signs of a window at a rung of the ladder. One whose effect is below ``needed`` does not pass."""
         dose = self.level.dose(rung)
         vector = self.fitted.vector(window, dose, scope)
-        scores, passed = self.measure(vector, (-1.0, 1.0), n, stage=stage, where=(window, scope, dose))
+        scores, passed = self.measure(vector, (-1.0, 1.0), n, stage=stage, where=(window, scope, dose), needed=needed)
         return Trial(window, scope, rung, dose, passed, scores)
 
     def largest_passing(self, window: tuple[int, int], scope: str, best: Trial | None) -> Trial | None:
         """The largest dose that passes, climbing or descending from the first; None if there is none worth finding.
 
         Effects grow with the dose, hardly faster than it. So a dose that fails and moves the score no further than
-        ``best`` ends the search, and one that passes is climbed from only while ``best`` is in reach of two rungs.
+        ``best`` ends the search, and one that passes is of use only while ``best`` is in reach of two rungs.
         """
-        n, rungs, ratio = self.level.n_search, self.level.rungs, self.level.ratio
+        n, rungs = self.level.n_search, self.level.rungs
         beaten = best.effect if best is not None else -np.inf
-        trial = self.trial(window, scope, 0, n)
+        # an effect that is not above 0 has nothing to grow
+        in_reach = beaten / self.level.ratio**2 if beaten > 0 else beaten
+        trial = self.trial(window, scope, 0, n, needed=in_reach)
         if trial.passed:
-            while trial.rung + 1 in rungs and (trial.effect >= beaten or trial.effect * ratio**2 > beaten):
+            while trial.rung + 1 in rungs and trial.effect >= in_reach:
                 higher = self.trial(window, scope, trial.rung + 1, n)
                 if not higher.passed:
                     break
