@@ -10,11 +10,13 @@ from pathlib import Path
 
 from .errors import VectorError
 from .files import write_atomically
-from .formats import read_any
+from .formats import Facts, read_any
 from .vector import ModelIdentity, SteeringVector, check_name
 from .vectorfile import read_vector, write_vector
 
 _SUFFIX = ".safetensors"
+# What ends like this is a file that is missing, and no name to fit a vector under.
+_FILE_SUFFIXES = (_SUFFIX, ".gguf", ".pt", ".pth", ".npz", ".svec", ".f32", ".json")
 
 
 class MissingVector(VectorError):
@@ -132,9 +134,9 @@ class Library:
                 if found:
                     return found[0].read()
         path = Path(text)
-        if not path.is_file() and _is_name(text) and path.suffix not in (_SUFFIX, ".gguf"):
+        if not path.is_file() and _is_name(text) and path.suffix.lower() not in _FILE_SUFFIXES:
             raise MissingVector(missing_sentence(text, identity))
-        vector = read_any(path)
+        vector = read_any(path, Facts(identity=identity))
         return vector if identity is None else _fitted(vector, identity, force)
 
 

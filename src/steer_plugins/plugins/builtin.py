@@ -13,18 +13,21 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_formats(register: Callable[[Format], None]) -> None:
-    """The package's own safetensors file."""
+    """The package's own safetensors file, and the formats of others."""
+    from ..fileformats import builtin_formats
     from ..formats import STEER_VECTOR
 
-    register(STEER_VECTOR)
+    for one in (STEER_VECTOR, *builtin_formats()):
+        register(one)
 
 
 @hookimpl
 def register_methods(register: Callable[[str, object], None]) -> None:
     """The package's own extraction methods."""
-    from ..extract import MeanDifference
+    from ..extract import builtin_methods
 
-    register(MeanDifference.name, MeanDifference())
+    for method in builtin_methods():
+        register(method.name, method)
 
 
 @hookimpl
