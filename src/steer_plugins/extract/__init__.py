@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from .base import POSITIONS, Contrast, ContrastData, FitOptions, FitResult, Method, Pair, Side, layers_to_read
+from .base import (
+    POSITIONS,
+    Contrast,
+    ContrastData,
+    FitOptions,
+    FitResult,
+    Method,
+    Pair,
+    Side,
+    fit_directions,
+    fit_layers,
+    layers_to_read,
+)
+from .classifiers import LogisticProbe, WhitenedDifference
 from .mean_difference import MeanDifference
 from .pairs import chat, hold_out, load_pairs, trait_data
+from .pca import PCACentred, PCADifference
 from .reading import ReadingPlan, plan_reading, read_contrast
 
 __all__ = [
@@ -13,12 +27,19 @@ __all__ = [
     "ContrastData",
     "FitOptions",
     "FitResult",
+    "LogisticProbe",
     "MeanDifference",
     "Method",
+    "PCACentred",
+    "PCADifference",
     "Pair",
     "ReadingPlan",
     "Side",
+    "WhitenedDifference",
+    "builtin_methods",
     "chat",
+    "fit_directions",
+    "fit_layers",
     "hold_out",
     "layers_to_read",
     "load_pairs",
@@ -26,3 +47,8 @@ __all__ = [
     "read_contrast",
     "trait_data",
 ]
+
+
+def builtin_methods() -> list[Method]:
+    """The extraction methods that come with the package."""
+    return [MeanDifference(), PCADifference(), PCACentred(), LogisticProbe(), WhitenedDifference()]

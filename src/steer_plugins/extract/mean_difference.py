@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import DataError
-from .base import Contrast, FitOptions, FitResult
-
-_NEAR_ZERO = 1e-7
-"""A difference shorter than this part of the median norm is rounding, not a direction."""
+from .base import Array, Contrast, FitOptions, FitResult, fit_layers, pole_mean
 
 
 class MeanDifference:
@@ -16,27 +12,32 @@ class MeanDifference:
 
     Also known as DiffMean or contrastive activation addition (Rimsky et al., "Steering Llama 2 via Contrastive
     Activation Addition", 2023; Marks and Tegmark, "The Geometry of Truth", 2023).
+
+    With a baseline, the unit directions from the negative pole to the baseline and from there to the positive pole are
+    added up: the pole that lies farther away does not outweigh the other.
     """
 
     name = "mean_difference"
 
     def fit(self, contrast: Contrast, options: FitOptions) -> FitResult:
         """See :class:`~steer_plugins.extract.base.Method`. Layers at which both means are equal get no direction."""
-        directions, strengths = {}, {}
-        for layer in contrast.layers:
-            positive = contrast.positive[layer].mean(axis=0, dtype=np.float64)
-            negative = contrast.negative[layer].mean(axis=0, dtype=np.float64)
-            difference = positive - negative
-            length = float(np.linalg.norm(difference))
-            if not np.isfinite(length):
-                raise DataError(f"The model's hidden states at layer {layer} are not finite: it cannot be fitted to.")
-            if length <= _NEAR_ZERO * contrast.norms[layer]:
-                continue
-            directions[layer] = (difference / length).astype(np.float32)
-            strengths[layer] = length / contrast.norms[layer]
-        if not directions:
-            raise DataError(
-                "The positive and the negative examples read the same at every layer: give examples that differ "
-                "where they are read, or read elsewhere with --positions."
-            )
-        return FitResult(directions, strengths)
+
+        def one(positive: Array, negative: Array, baseline: Array | None) -> Array | None:
+            up, down = pole_mean(positive), pole_mean(negative)
+            if baseline is None:
+                return _unless_rounding(up - down, positive - negative)
+            middle = pole_mean(baseline)
+            return _unit(up - middle) + _unit(middle - down)
+
+        return fit_layers(contrast, one)
+
+
+def _unless_rounding(mean: Array, differences: Array) -> Array | None:
+    """The mean difference, or None where differences cancel and what is left is rounding."""
+    size = float(np.sqrt((differences**2).sum(axis=1).mean()))
+    return mean if float(np.linalg.norm(mean)) > 1e-12 * size else None
+
+
+def _unit(vector: Array) -> Array:
+    length = float(np.linalg.norm(vector))
+    return vector / length if length > 0.0 else vector
