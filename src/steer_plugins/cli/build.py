@@ -1,4 +1,4 @@
-"""`steer build`: compile the patched llama.cpp into the cache."""
+"""`steer build`: compile the patched llama.cpp into the cache, pack it into a wheel, tidy the cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..plugins import hookimpl
-from ..runtime import BuildOptions, Reporter, build_runtime, check_patch
+from ..runtime import BuildOptions, Reporter, build_runtime, check_patch, prune
 
 
 @click.command()
@@ -21,11 +21,38 @@ from ..runtime import BuildOptions, Reporter, build_runtime, check_patch
 )
 @click.option("--cmake-arg", "cmake_args", multiple=True, metavar="-DX=Y", help="For cmake; may be given again.")
 @click.option("--own-ggml", is_flag=True, help="Build ggml too, even where llama-cpp-python brings one.")
+@click.option(
+    "--on",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Build on the ggml (and GPU back ends) of a llama-server folder, or of a site-packages with llama-cpp-python.",
+)
+@click.option(
+    "--into",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Put the runtime there instead of into the cache (use it with STEER_RUNTIME=DIR).",
+)
 @click.option("--server/--no-server", default=True, help="With or without llama-server (minutes less without).")
 @click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Files compiled at once.")
 @click.option("--keep", is_flag=True, help="Keep the work tree, for quick rebuilds (also: STEER_KEEP_BUILD=1).")
 @click.option("--force", is_flag=True, help="Build even when a finished runtime is there.")
 @click.option("--check", "only_check", is_flag=True, help="Only find out whether the patch fits and compiles.")
+@click.option("--wheel", "as_wheel", is_flag=True, help="Pack the runtime into a wheel, steer-plugins-runtime, for pip.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="With --wheel: where to put it (default: the current folder).",
+)
+@click.option(
+    "--runtime",
+    "packed",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="With --wheel: pack this finished runtime instead of building one.",
+)
+@click.option("--prune", "only_prune", is_flag=True, help="Build nothing; remove runtimes from the cache that are not in use.")
 @click.option("--stock-twin", is_flag=True, hidden=True, help="Also build the unpatched library, for exact tests.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def build(
@@ -33,11 +60,17 @@ def build(
     source: Path | None,
     cmake_args: tuple[str, ...],
     own_ggml: bool,
+    on: Path | None,
+    into: Path | None,
     server: bool,
     jobs: int | None,
     keep: bool,
     force: bool,
     only_check: bool,
+    as_wheel: bool,
+    out: Path | None,
+    packed: Path | None,
+    only_prune: bool,
     stock_twin: bool,
     as_json: bool,
 ) -> None:
@@ -45,7 +78,14 @@ def build(
 
     The sources are those of the installed llama-cpp-python, fetched by pip. Where that package was installed with its
     own library, its ggml (CUDA, Metal, ...) is built upon. CMAKE_ARGS from the environment is heeded.
+
+    With --on, the ggml of another program is built upon; it must be the very version that the sources have. With
+    --wheel, ggml is built too, without instructions that only this processor may have (-DGGML_NATIVE=ON allows them).
     """
+    if (out is not None or packed is not None) and not as_wheel:
+        raise click.UsageError("--out and --runtime go with --wheel")
+    if sum((only_check, as_wheel, only_prune)) > 1 or (as_wheel and into is not None):
+        raise click.UsageError("--check, --wheel and --prune exclude each other, and --wheel excludes --into")
     options = BuildOptions(
         version=version,
         source=source,
@@ -56,8 +96,16 @@ def build(
         keep=keep,
         force=force,
         stock_twin=stock_twin,
+        on=on,
+        into=into,
     )
     reporter = Reporter()
+    if only_prune:
+        _prune(reporter, as_json)
+        return
+    if as_wheel:
+        _wheel(options, packed, out or Path(), reporter, as_json)
+        return
     if only_check:
         answer = check_patch(options, reporter)
         if as_json:
@@ -79,6 +127,35 @@ def build(
         click.echo(f"already built: {result.runtime.path}")
     else:
         click.echo(f"built {result.runtime.path} in {result.seconds:.0f} s")
+
+
+def _wheel(options: BuildOptions, packed: Path | None, out: Path, reporter: Reporter, as_json: bool) -> None:
+    from ..runtime.locate import read_runtime
+    from ..runtime.wheel import build_wheel, is_native, portable_options
+
+    if packed is not None:
+        runtime = read_runtime(packed)
+    else:
+        runtime = build_runtime(portable_options(options), reporter).runtime
+    if is_native(runtime):
+        reporter.say("this runtime was compiled for this machine's processor and may crash on an older one")
+    path = build_wheel(runtime, out)
+    if as_json:
+        click.echo(json.dumps({"wheel": str(path), "runtime": str(runtime.path), "bytes": path.stat().st_size}))
+    else:
+        click.echo(f"packed {path} ({path.stat().st_size / 1e6:.1f} MB); install it with: pip install {path}")
+
+
+def _prune(reporter: Reporter, as_json: bool) -> None:
+    result = prune(reporter)
+    if as_json:
+        click.echo(json.dumps(result.as_json()))
+        return
+    for path, size in result.removed:
+        click.echo(f"removed {path} ({size / 1e6:.1f} MB)")
+    for path, why in result.kept:
+        click.echo(f"kept {path} ({why})")
+    click.echo(f"{result.freed / 1e6:.1f} MB freed")
 
 
 @hookimpl

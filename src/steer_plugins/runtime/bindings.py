@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,15 @@ def library_names(base: str) -> list[str]:
 def find_library(folder: Path, base: str) -> Path | None:
     """The shared library ``base`` in ``folder``, or None."""
     return next((folder / name for name in library_names(base) if (folder / name).is_file()), None)
+
+
+def find_any_library(folder: Path, base: str) -> Path | None:
+    """Like find_library, but a name with a version (libx.so.0, libx.0.dylib) will do; the shortest one wins."""
+    if found := find_library(folder, base):
+        return found
+    pattern = re.compile(rf"lib{re.escape(base)}(\.so(\.\d+)+|(\.\d+)+\.dylib)")
+    names = (path for path in folder.iterdir() if pattern.fullmatch(path.name)) if folder.is_dir() else ()
+    return min(names, key=lambda path: (len(path.name), path.name), default=None)
 
 
 @dataclass(frozen=True)

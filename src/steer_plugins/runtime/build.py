@@ -7,7 +7,8 @@ one. The folder may be moved: libraries find each other through their own place.
 Where a full llama-cpp-python is installed, its ggml is built upon. The ggml libraries are hard-linked into the runtime
 (copied where the file system cannot link): the runtime then survives an upgrade or removal of llama-cpp-python, and
 takes no second gigabyte for CUDA. Only when such a copy cannot be loaded (libraries repaired to look for their
-dependencies relative to their own place) are they used where they are.
+dependencies relative to their own place) are they used where they are. The ggml of another host (``--on``, host.py)
+is treated alike.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from ..errors import BuildError, RuntimeMissing
 from . import tools
 from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, find_library, ggml_files, is_ggml
 from .cache import CacheLock, cache_dir, digest, file_sha256, make_dir, remove_tree, write_atomic
+from .elf import make_relative, read_dynamic
+from .host import HostGgml, host_ggml, lost_devices, read_host, require_same_ggml, source_ggml, write_cmake_package
 from .locate import RUNTIME_FILE, Runtime, read_runtime
 from .patching import DoesNotFit, PatchedTree, PatchSet, patch_sets
 from .process import Log, Reporter, first_error, run_logged
@@ -63,7 +66,8 @@ _DEFINITIONS = {
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `steer build` was asked for. ``cmake_args`` are added to those of the environment's ``CMAKE_ARGS``."""
+    """What `steer build` was asked for. ``cmake_args`` are added to those of the environment's ``CMAKE_ARGS``;
+    ``on`` is a host whose ggml is built upon (host.py), ``into`` the folder to put the runtime in (None: the cache)."""
 
     version: str | None = None
     source: Path | None = None
@@ -74,6 +78,8 @@ class BuildOptions:
     keep: bool = False
     force: bool = False
     stock_twin: bool = False
+    on: Path | None = None
+    into: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -183,13 +189,18 @@ def _definition(word: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Everything that decides what is built: sources, arguments, and whose ggml (None: our own)."""
+    """Everything that decides what is built: sources, arguments, and whose ggml (None: our own).
+
+    ``host`` is the folder that ``--on`` named, ``into`` where the runtime goes (None: the cache).
+    """
 
     origin: SourceOrigin
     arguments: CMakeArguments
-    shared: Bindings | None
+    shared: Bindings | HostGgml | None
     server: bool
     ggml_id: str
+    host: Path | None = None
+    into: Path | None = None
 
     @property
     def work_key(self) -> str:
@@ -202,6 +213,10 @@ class BuildPlan:
         flags = digest(self._flags(), patch.core_hash, server)[:10]
         return f"{self.origin.version}-{patch.core_hash[:10]}-{flags}" + ("-server" if self.server else "")
 
+    def place(self, cache: Path, key: str) -> Path:
+        """The folder of the finished runtime."""
+        return self.into or cache / "runtime" / key
+
     def _flags(self) -> str:
         machine = f"{sys.platform} {platform.machine()}"
         definitions = sorted(self.arguments.definitions.items())
@@ -212,16 +227,33 @@ class BuildPlan:
 def plan_build(options: BuildOptions) -> BuildPlan:
     """Work out what ``options`` mean on this machine. Raises BuildError."""
     bindings = find_bindings()
+    host = host_ggml(options.on) if options.on is not None else None
+    installed = host if isinstance(host, Bindings) else bindings
     if options.source is not None:
         origin = folder_origin(options.source, options.version)
     else:
-        origin = sdist_origin(options.version or (bindings.version if bindings else PINNED_VERSION))
+        origin = sdist_origin(options.version or (installed.version if installed else PINNED_VERSION))
     arguments = parse_cmake_arguments(options.cmake_args, os.environ.get("CMAKE_ARGS", ""))
+    into = _free_place(options.into) if options.into is not None else None
+    if host is not None:
+        if options.own_ggml or arguments.wants_ggml:
+            raise BuildError(f"the ggml of {options.on} is used as it is; leave out --own-ggml and -DGGML_… (also in CMAKE_ARGS)")
+        if options.stock_twin:
+            raise BuildError("--stock-twin goes with a build of our own ggml; leave out --on")
+        return BuildPlan(origin, arguments, host, options.server, host.ggml_id(), options.on, into)
     shared = None
     own = options.own_ggml or arguments.wants_ggml
     if not own and bindings is not None and bindings.shares_ggml and bindings.version == origin.version:
         shared = bindings
-    return BuildPlan(origin, arguments, shared, options.server, shared.ggml_id() if shared else "own")
+    return BuildPlan(origin, arguments, shared, options.server, shared.ggml_id() if shared else "own", None, into)
+
+
+def _free_place(folder: Path) -> Path:
+    """``folder``, absolute, when a runtime may be put there. Raises BuildError."""
+    folder = folder.expanduser().absolute()
+    if folder.exists() and not (folder / RUNTIME_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BuildError(f"--into {folder} has other things in it; give a new or empty folder")
+    return folder
 
 
 def build_runtime(options: BuildOptions, reporter: Reporter | None = None) -> BuildResult:
@@ -275,10 +307,11 @@ def _finished(plan: BuildPlan, cache: Path) -> Runtime | None:
     """A finished runtime that serves the plan; one with a server also serves a plan without."""
     for patch in patch_sets(plan.origin.version):
         for server in (True,) if plan.server else (False, True):
-            key = BuildPlan(plan.origin, plan.arguments, plan.shared, server, plan.ggml_id).key(patch)
+            key = replace(plan, server=server).key(patch)
             with contextlib.suppress(RuntimeMissing):
-                runtime = read_runtime(cache / "runtime" / key)
-                if runtime.problem() is None:
+                runtime = read_runtime(plan.place(cache, key))
+                # In the cache the folder's name is the key; other folders may hold any runtime.
+                if runtime.problem() is None and (plan.into is None or runtime.meta.get("key") == key):
                     return runtime
     return None
 
@@ -320,6 +353,7 @@ class _Build:
         self.tree = PatchedTree(self.src, self.work / "pristine")
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.log = Log(cache / "logs" / f"{stamp}-{plan.work_key}-{os.getpid()}.log")
+        self.host_facts: dict[str, Any] = {}
         self.environment = dict(os.environ)
         self.environment.pop("CMAKE_ARGS", None)
         self.environment["NINJA_STATUS"] = "[%f/%t] "
@@ -348,6 +382,7 @@ class _Build:
 
     def _run(self, finished: Runtime | None) -> BuildResult:
         self._prepare(tools.build_bytes(not self.build_dir.exists(), self.plan.arguments.definitions))
+        self._look_at_host()
         patch, content = self._fit()
         stock = self.work / "stock"
         if self.options.stock_twin and find_library(stock, "llama") is None:
@@ -367,6 +402,7 @@ class _Build:
 
     def check(self) -> CheckResult:
         self._prepare(tools.NEXT_BUILD_BYTES)
+        self._look_at_host()
         version = self.plan.origin.version
         try:
             patch, content = self.tree.choose(patch_sets(version), self.plan.server)
@@ -403,6 +439,21 @@ class _Build:
             prepare_tree(self.plan.origin, self.src)
         self.toolchain = tools.toolchain(self.cache / "tools", self.plan.arguments.definitions)
 
+    def _look_at_host(self) -> None:
+        """With ``--on``: make sure that the host's ggml is that of the sources, and ready to be linked to."""
+        host = self.plan.shared
+        if self.plan.host is None or host is None:
+            return
+        source = source_ggml(self.src, self.plan.origin)
+        self.host_facts = read_host(host.library_dir, len(source.operations))
+        require_same_ggml(self.plan.host, self.host_facts, source)
+        if isinstance(host, HostGgml):
+            write_cmake_package(self._host_prefix, host, self.src / "ggml" / "include", int(self.host_facts["tensor"]))
+
+    @property
+    def _host_prefix(self) -> Path:
+        return self.work / "host-ggml"
+
     def _fit(self) -> tuple[PatchSet, dict[str, bytes]]:
         try:
             return self.tree.choose(patch_sets(self.plan.origin.version), self.plan.server)
@@ -428,14 +479,18 @@ class _Build:
         origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
         rpath = [origin, f"{origin}/../lib"]
         if self.plan.shared is not None:
-            assert self.plan.shared.ggml_prefix is not None
             definitions["LLAMA_USE_SYSTEM_GGML"] = "ON"
-            definitions["CMAKE_PREFIX_PATH"] = _cmake_path(self.plan.shared.ggml_prefix)
+            definitions["CMAKE_PREFIX_PATH"] = _cmake_path(self.plan.shared.ggml_prefix or self._host_prefix)
             rpath.append(_cmake_path(self.plan.shared.library_dir))
         else:
             # GPU libraries outside the system's folders (CUDA's) are found where the linker found them.
             definitions["CMAKE_INSTALL_RPATH_USE_LINK_PATH"] = "ON"
         definitions["CMAKE_INSTALL_RPATH"] = ";".join(rpath)
+        if sys.platform.startswith("linux"):
+            # As DT_RPATH: a host's LD_LIBRARY_PATH (Ollama sets one) must not put another ggml under our libraries, and
+            # libraries that say nothing themselves look there too.
+            for kind in ("EXE", "SHARED"):
+                definitions[f"CMAKE_{kind}_LINKER_FLAGS"] = "-Wl,--disable-new-dtags"
         if self.toolchain.ninja:
             definitions["CMAKE_MAKE_PROGRAM"] = _cmake_path(self.toolchain.ninja)
         user = dict(self.plan.arguments.definitions)
@@ -523,11 +578,11 @@ class _Build:
 
     def _install(self, patch: PatchSet) -> Runtime:
         key = self.plan.key(patch)
-        final = self.cache / "runtime" / key
-        stage = make_dir(self.cache / "runtime") / f".stage-{key}-{os.getpid()}"
+        final = self.plan.place(self.cache, key)
+        stage = make_dir(final.parent) / f".stage-{key}-{os.getpid()}"
         remove_tree(stage)
         try:
-            meta = self._stage(stage, patch)
+            meta = {**self._stage(stage, patch), "key": key}
             write_atomic(stage / RUNTIME_FILE, (json.dumps(meta, indent=2) + "\n").encode())
             old = final.with_name(f".old-{key}-{os.getpid()}")
             if final.exists():
@@ -553,17 +608,25 @@ class _Build:
         if self.plan.shared is not None:
             mode = "copy"
             link_libraries(self.plan.shared.ggml_files(), lib)
+            if self.plan.host is not None:
+                free_from_place(ggml_files(lib))
         report = probe(lib)
         if self.plan.shared is not None and "error" in report:
             mode = "in-place"
-            for path in ggml_files(lib):
-                path.unlink()
+            for path in self.plan.shared.ggml_files():
+                (lib / path.name).unlink(missing_ok=True)
             report = probe(lib)
+        if self.plan.host is not None and "error" not in report:
+            lost = lost_devices(self.host_facts.get("devices") or (), report.get("devices") or ())
+            if lost or (mode == "in-place" and self.host_facts.get("modules")):
+                what = f"device {lost[0]}" if lost else "back ends"
+                raise BuildError(f"the {what} of {self.plan.host} cannot be used from another place; leave out --on")
         if "error" in report:
             raise BuildError(f"the compiled libraries cannot be loaded ({report['error']}); full log: {self.log.path}")
         if not report.get("steer"):
             raise BuildError(f"the compiled library has no steering in it; the patch is broken (log: {self.log.path})")
-        server = self._stage_server(stage, outputs) if self.plan.server else None
+        modules = bool(report.get("modules"))
+        server = self._stage_server(stage, outputs, modules) if self.plan.server else None
         self._stage_headers(stage / "include")
         source = self.plan.shared.library_dir if self.plan.shared else None
         return {
@@ -580,6 +643,9 @@ class _Build:
             "ggml": {
                 "mode": mode,
                 "source": str(source) if source else None,
+                "host": str(self.plan.host.absolute()) if self.plan.host else None,
+                "version": self.host_facts.get("version"),
+                "modules": modules,
                 "files": {path.name: file_sha256(path) for path in ggml_files(source or lib) if not path.is_symlink()},
             },
             "platform": f"{sys.platform} {platform.machine()}",
@@ -588,11 +654,12 @@ class _Build:
             "seconds": round(time.monotonic() - self.started, 1),
         }
 
-    def _stage_server(self, stage: Path, outputs: Path) -> str:
+    def _stage_server(self, stage: Path, outputs: Path, modules: bool) -> str:
         """Put llama-server in place; its path inside the runtime."""
         windows = sys.platform == "win32"
         name = "llama-server.exe" if windows else "llama-server"
-        folder = "lib" if windows else "bin"  # Windows looks for libraries beside the program and nowhere else of ours
+        # Windows looks for libraries beside the program and nowhere else of ours; ggml does so for its modules.
+        folder = "lib" if windows or modules else "bin"
         make_dir(stage / folder)
         shutil.copy2(outputs / name, stage / folder / name)
         return f"{folder}/{name}"
@@ -607,10 +674,16 @@ class _Build:
             shutil.copyfile(path, include / path.name)
         for path in self.src.glob("LICENSE*"):
             shutil.copyfile(path, include.parent / f"{path.name}.llama.cpp")
+        # Of what it vendors: licenses/LICENSE-jsonhpp, vendor/cpp-httplib/LICENSE -> LICENSE-cpp-httplib
+        for path in self.src.glob("licenses/LICENSE-*"):
+            shutil.copyfile(path, include.parent / path.name)
+        for path in self.src.glob("vendor/**/LICENSE*"):
+            name = "-".join(path.parent.relative_to(self.src / "vendor").parts)
+            shutil.copyfile(path, include.parent / f"LICENSE-{name}")
 
     def _shared_include(self) -> Path:
-        assert self.plan.shared is not None and self.plan.shared.ggml_prefix is not None
-        return self.plan.shared.ggml_prefix / "include"
+        prefix = self.plan.shared.ggml_prefix if self.plan.shared is not None else None
+        return prefix / "include" if prefix else self.src / "ggml" / "include"
 
     def _install_stock(self, runtime: Runtime, stock: Path) -> Path:
         """Put the unpatched library beside the patched one, with links to the same ggml."""
@@ -662,6 +735,22 @@ def link_libraries(files: Iterable[Path], target: Path) -> None:
             os.link(path.resolve(), place)
         except OSError:
             shutil.copy2(path.resolve(), place)
+
+
+def free_from_place(files: Iterable[Path]) -> None:
+    """Let libraries that look for each other in a fixed folder (on Linux) look beside themselves.
+
+    Where that means a change, a link to somebody else's file becomes a copy first.
+    """
+    for path in files:
+        dynamic = None if path.is_symlink() else read_dynamic(path)
+        if dynamic is None or not dynamic.runpath or dynamic.runpath.startswith("$ORIGIN"):
+            continue
+        copy = path.with_name(f".{path.name}.part")
+        shutil.copy2(path, copy)
+        with contextlib.suppress(ValueError):  # no room for it: the old place will do as long as it is there
+            make_relative(copy, {})
+        os.replace(copy, path)
 
 
 def probe(lib_dir: Path) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from . import tools
 from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, ggml_files
 from .build import probe
 from .cache import cache_dir, file_sha256
-from .locate import INSTALL_BINDINGS, Runtime, cached_runtimes, find_runtime, is_current
+from .host import host_of
+from .locate import INSTALL_BINDINGS, WHEEL_NAME, Runtime, cached_runtimes, find_runtime, installed_runtime, is_current
 from .patching import PatchSet, patch_sets
+from .prune import same_host
 from .sources import pip_available
 
 
@@ -120,7 +122,11 @@ def _runtime(report: Report, bindings: Bindings | None, patch: PatchSet | None) 
     try:
         runtime = find_runtime()
     except RuntimeMissing as error:
-        report.add("runtime", "missing", str(error), "unset STEER_RUNTIME, then run `steer build`")
+        if os.environ.get("STEER_RUNTIME"):
+            advice = "unset STEER_RUNTIME, then run `steer build`"
+        else:
+            advice = f"pip uninstall {WHEEL_NAME}, then run `steer build`, or pip install a wheel that fits"
+        report.add("runtime", "missing", str(error), advice)
         return None
     if runtime is None:
         others = cached_runtimes()
@@ -138,12 +144,19 @@ def _runtime(report: Report, bindings: Bindings | None, patch: PatchSet | None) 
         "current_patch": is_current(runtime),
         "ggml": runtime.ggml_mode,
         "server": str(runtime.server) if runtime.server else None,
+        "wheel": runtime.meta.get("wheel"),
+        "host": str(host_of(runtime.meta) or "") or None,
     }
     ggml = {
         "own": "its own ggml",
         "copy": f"the ggml of {DISTRIBUTION}, linked in",
         "in-place": f"the ggml of {DISTRIBUTION}, where that is installed",
     }.get(runtime.ggml_mode, "unknown ggml")
+    host = host_of(runtime.meta)
+    if host is not None:
+        ggml = f"the ggml of {host}"
+    if runtime.meta.get("wheel"):
+        ggml = f"from {WHEEL_NAME} {runtime.meta['wheel']}"
     server = "with llama-server" if runtime.server else "without llama-server"
     report.add("runtime", "ok", f"{runtime.path} ({runtime.version or 'unknown version'}, {ggml}, {server})")
     if not is_current(runtime):
@@ -151,6 +164,8 @@ def _runtime(report: Report, bindings: Bindings | None, patch: PatchSet | None) 
     if bindings is not None and runtime.version[:1].isdigit() and runtime.version != bindings.version:
         text = f"it is for {DISTRIBUTION} {runtime.version}, but {bindings.version} is installed"
         report.add("runtime", "missing", text, "unset STEER_RUNTIME, then run `steer build`")
+    _hosts(report, runtime)
+    _unused_wheel(report, runtime)
     if bindings is not None and bindings.shares_ggml and _other_ggml(runtime, bindings):
         report.add(
             "runtime",
@@ -161,9 +176,36 @@ def _runtime(report: Report, bindings: Bindings | None, patch: PatchSet | None) 
     return runtime
 
 
+def _hosts(report: Report, used: Runtime) -> None:
+    """The runtimes built on the ggml of other programs (`steer build --on`)."""
+    report.facts["hosts"] = []
+    for runtime in {found.path: found for found in (used, *cached_runtimes())}.values():
+        host = host_of(runtime.meta)
+        if host is None or runtime.problem() is not None:
+            continue
+        same = same_host(runtime)
+        facts = {"host": str(host), "path": str(runtime.path), "current_patch": is_current(runtime), "same_ggml": same}
+        report.facts["hosts"].append({**facts, "server": str(runtime.server) if runtime.server else None})
+        text = f"for {host}: {runtime.server or runtime.path} (ggml {runtime.meta['ggml'].get('version')})"
+        if same and is_current(runtime):
+            report.add("host", "ok", text)
+        else:
+            why = "it was built with another patch" if same else "that now brings another ggml, or is gone"
+            report.add("host", "note", f"{text}; {why}", f"steer build --on {host}")
+
+
+def _unused_wheel(report: Report, used: Runtime) -> None:
+    if used.meta.get("wheel") or os.environ.get("STEER_RUNTIME"):
+        return
+    installed = installed_runtime()
+    if installed is not None:
+        text = f"{WHEEL_NAME} {installed.meta.get('wheel')} is for {DISTRIBUTION} {installed.version}, and not used"
+        report.add("runtime", "note", text, f"pip uninstall {WHEEL_NAME}, or pip install one that fits")
+
+
 def _other_ggml(runtime: Runtime, bindings: Bindings) -> bool:
     ggml = runtime.meta.get("ggml")
-    if not isinstance(ggml, dict) or runtime.meta.get("cmake_args"):
+    if not isinstance(ggml, dict) or runtime.meta.get("cmake_args") or runtime.meta.get("wheel") or host_of(runtime.meta):
         return False  # somebody chose their own
     built = ggml.get("files") or {}
     return any(file_sha256(path) != built.get(path.name) for path in ggml_files(bindings.library_dir))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -17,8 +18,12 @@ from ..errors import BuildError, RuntimeMissing
 from .bindings import DISTRIBUTION, PINNED_VERSION, find_bindings, find_library, ggml_files
 from .cache import cache_dir
 from .patching import load_patch_set
+from .probe import load_modules
 
 RUNTIME_FILE = "runtime.json"
+# What `steer build --wheel` makes.
+WHEEL_NAME = "steer-plugins-runtime"
+RUNTIME_PACKAGE = "steer_plugins_runtime"
 
 # pip's own cache is left out of it: a wheel without the library, cached there, would be what the next plain
 # `pip install llama-cpp-python` of any other environment gets.
@@ -127,6 +132,47 @@ def cached_runtimes() -> list[Runtime]:
     return sorted(found, key=lambda runtime: -_number(runtime.meta.get("built_at")))
 
 
+def installed_runtime() -> Runtime | None:
+    """The runtime that pip installed (the wheel of `steer build --wheel`), or None. Nothing is imported.
+
+    Raises RuntimeMissing with one sentence: it is damaged, or speaks another version of the steering API.
+    """
+    try:
+        spec = importlib.util.find_spec(RUNTIME_PACKAGE)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin:
+        return None
+    way_out = f"pip install another, or `pip uninstall {WHEEL_NAME}` and `steer build`"
+    try:
+        runtime = read_runtime(Path(spec.origin).parent)
+        problem = runtime.problem()
+    except RuntimeMissing:
+        problem = f"its {RUNTIME_FILE} cannot be read"
+    if problem:
+        raise RuntimeMissing(f"the installed {WHEEL_NAME} ({Path(spec.origin).parent}) cannot be used: {problem}; {way_out}")
+    from ..native import API_VERSION  # numpy: not for `steer --help`
+
+    spoken, wanted = str(runtime.meta.get("steer_api")), f"llama-steer {API_VERSION}"
+    if spoken != wanted:
+        name = f"{WHEEL_NAME} {runtime.meta.get('wheel') or ''}".rstrip()
+        raise RuntimeMissing(f"the installed {name} speaks '{spoken}', but this package needs '{wanted}'; {way_out}")
+    return runtime
+
+
+def _serves(runtime: Runtime, need_server: bool) -> bool:
+    """Whether an installed runtime is of use here. The API decides, not the exact patch; the server's part has no API
+    version, so that must be the very one."""
+    if need_server:
+        try:
+            wanted = load_patch_set(runtime.patch_set).server_hash
+        except BuildError:
+            return False
+        return runtime.server is not None and (runtime.meta.get("server_patch") or "") == wanted
+    bindings = find_bindings()
+    return bindings is None or not runtime.version[:1].isdigit() or runtime.version == bindings.version
+
+
 def is_current(runtime: Runtime, need_server: bool = False) -> bool:
     """Whether a runtime was built with the patch this package carries."""
     try:
@@ -139,10 +185,10 @@ def is_current(runtime: Runtime, need_server: bool = False) -> bool:
 
 
 def find_runtime(need_server: bool = False) -> Runtime | None:
-    """The runtime to use, or None: ``STEER_RUNTIME``, else the newest in the cache that was built with the current
-    patch and, where llama-cpp-python is installed, for its version.
+    """The runtime to use, or None: ``STEER_RUNTIME``, else the installed wheel, else the newest in the cache that was
+    built with the current patch. Where llama-cpp-python is installed, wheel and cache must be for its version.
 
-    Raises RuntimeMissing when ``STEER_RUNTIME`` is set to something unusable.
+    Raises RuntimeMissing when ``STEER_RUNTIME`` is set to something unusable, or the wheel is (installed_runtime).
     """
     named = os.environ.get("STEER_RUNTIME")
     if named:
@@ -153,6 +199,14 @@ def find_runtime(need_server: bool = False) -> Runtime | None:
         if need_server and runtime.server is None:
             raise RuntimeMissing(f"STEER_RUNTIME={named} has no llama-server; unset it and run `steer build`")
         return runtime
+    installed = installed_runtime()
+    if installed is not None and _serves(installed, need_server):
+        return installed
+    return find_cached_runtime(need_server)
+
+
+def find_cached_runtime(need_server: bool = False) -> Runtime | None:
+    """The runtime in the cache to use, or None."""
     bindings = find_bindings()
     for runtime in cached_runtimes():
         if bindings is not None and runtime.version != bindings.version and not need_server:
@@ -214,6 +268,7 @@ def activate(runtime: Runtime) -> ModuleType:
             f"llama_cpp is already imported with {getattr(loaded, '_name', 'other libraries')}; import steer_plugins "
             f"before llama_cpp, or set LLAMA_CPP_LIB_PATH={runtime.lib_dir}"
         )
+    _load_modules(runtime)
     if not has_steering(loaded):
         raise RuntimeMissing(f"{library} has no steering in it; unset STEER_RUNTIME or run `steer build --force`")
     return module
@@ -222,6 +277,14 @@ def activate(runtime: Runtime) -> ModuleType:
 def has_steering(library: ctypes.CDLL) -> bool:
     """Whether a loaded libllama carries the patch."""
     return hasattr(library, "llama_steer_version")
+
+
+def _load_modules(runtime: Runtime) -> None:
+    """Load back ends that are modules: by itself ggml looks for them beside the program, which is Python."""
+    path = find_library(runtime.lib_dir, "ggml")
+    if path is None or not (isinstance(runtime.meta.get("ggml"), dict) and runtime.meta["ggml"].get("modules")):
+        return
+    load_modules(ctypes.CDLL(str(path)), str(runtime.lib_dir))
 
 
 def _same_file(one: str, other: Path) -> bool:
