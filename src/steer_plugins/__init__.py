@@ -24,6 +24,8 @@ _HOMES = {
     "LocalEngine": "steer_plugins.engine.local",
     "ModelIdentity": "steer_plugins.vector",
     "ReadRows": "steer_plugins.native",
+    "ServerEngine": "steer_plugins.engine.server",
+    "ServerProcess": "steer_plugins.server",
     "SteerError": "steer_plugins.errors",
     "SteeredLlama": "steer_plugins.engine.llama",
     "Steering": "steer_plugins.steering",
@@ -43,6 +45,8 @@ __all__ = [
     "LocalEngine",
     "ModelIdentity",
     "ReadRows",
+    "ServerEngine",
+    "ServerProcess",
     "SteerError",
     "SteeredLlama",
     "Steering",
@@ -56,9 +60,11 @@ if TYPE_CHECKING:
     from steer_plugins.engine.base import Activations, Engine, GenerateRequest, Generation
     from steer_plugins.engine.llama import SteeredLlama
     from steer_plugins.engine.local import LocalEngine
+    from steer_plugins.engine.server import ServerEngine
     from steer_plugins.errors import SteerError
     from steer_plugins.library import Library
     from steer_plugins.native import AddTokens, ReadRows
+    from steer_plugins.server import ServerProcess
     from steer_plugins.steering import Steering, Term
     from steer_plugins.vector import ModelIdentity, SteeringVector
     from steer_plugins.vectorfile import read_vector, write_vector
