@@ -246,6 +246,87 @@ def test_a_pair_with_an_empty_reply_is_left_out():
         read_contrast(engine, data(pairs[0]), options(positions="response"))
 
 
+def test_answer_reads_the_last_token_of_the_given_answer():
+    # one opening under two personas
+    pairs = [Pair(Side(chat("hm", "joy"), "I am"), Side(chat("hm", "woe"), "I am"), line=3)]
+    engine = FakeEngine()
+    found = read_contrast(engine, data(*pairs), options(positions="answer"))
+    n = len(engine.tokenize(pairs[0].positive.prompt))
+    assert found.positive[0][0].tolist() == [1, 1, (n + 3) / 1024, 0] and not engine.generated
+    for pair in (Pair(Side(chat("hm", "joy")), Side(chat("hm", "woe")), line=3), Pair(Side("joy"), Side("woe"), line=3)):
+        with pytest.raises(DataError, match="Line 3 gives no answer"):
+            read_contrast(engine, data(pair), options(positions="answer"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "first", "count"),
+    [
+        ("<think>joy!</think>ok", 7, 4),
+        ("so <think>joy", 10, 3),  # cut in the middle of a thought
+    ],
+)
+def test_thinking_reads_the_mean_over_what_is_thought(answer, first, count):
+    prompt = chat("hm")
+    pair = Pair(Side(prompt, answer), Side(prompt, answer.replace("joy", "woe")))
+    found = read_contrast(FakeEngine(), data(pair), options(positions="thinking"))
+    n = len(FakeEngine().tokenize(prompt)) + first
+    assert found.positive[0][0].tolist() == [1, 1, (n + (count - 1) / 2) / 1024, 0]
+    assert found.negative[0][0, 0] == -1
+
+
+def test_a_template_may_open_the_thought():
+    pair = Pair(Side(chat("hm<think>"), "joy</think>ok"), Side(chat("hm<think>"), "woe</think>ok"))
+    engine = FakeEngine()
+    n = len(engine.tokenize(pair.positive.prompt))
+    assert read_contrast(engine, data(pair), options(positions="thinking")).positive[0][0, 2] == (n + 1) / 1024
+    closed = Pair(Side(chat("<think></think>"), "joy"), Side(chat("<think></think>"), "woe"), line=2)
+    with pytest.raises(DataError, match="Line 2 holds an answer without <think>"):
+        read_contrast(engine, data(closed), options(positions="thinking"))
+
+
+def test_thoughts_are_generated_where_they_are_missing():
+    engine = FakeEngine()
+    engine.reply = lambda prompt, pull, dose, n: ("<think>aha</think>" if "deep" in prompt else "no", "stop")
+    pairs = [Pair(Side(chat(q, "joy")), Side(chat(q, "woe"))) for q in ("deep", "shallow")]
+    found = read_contrast(engine, data(*pairs), options(positions="thinking", thinking=True))
+    assert found.n_pairs == 1 and found.positive[0][0, 0] == 1
+    assert all(request.thinking for request in engine.generated)
+    with pytest.raises(DataError, match="The model thinks in no pair"):
+        read_contrast(engine, data(pairs[1]), options(positions="thinking"))
+    with pytest.raises(DataError, match="plain texts, in which nobody thinks"):
+        read_contrast(engine, numbered(2), options(positions="thinking"))
+
+
+def test_baselines_are_read_as_a_third_side():
+    pairs = [Pair(Side("joy!"), Side("woe"), baseline=Side("hm" * (i + 1))) for i in range(3)]
+    found = read_contrast(FakeEngine(), data(*pairs), options())
+    assert found.baseline[4].tolist() == [[0, 5, (2 * i + 2) * 5 / 1024, 0] for i in range(3)]
+    assert found.positive[0][:, 2].tolist() == [4 / 1024] * 3 and found.negative[0][:, 0].tolist() == [-1] * 3
+    part = found.take(np.array([2, 0]))
+    assert part.baseline[4].tolist() == [found.baseline[4][2].tolist(), found.baseline[4][0].tolist()]
+    assert read_contrast(FakeEngine(), numbered(2), options()).baseline is None
+
+
+def test_baselines_of_files_and_traits(tmp_path):
+    line = '{"positive": "full of joy", "negative": "full of woe", "baseline": "full"}'
+    found = load_pairs(write(tmp_path, f"{line}\n{line}"))
+    assert found.has_baseline and found.pairs[1].baseline == Side("full")
+    for lines in (f"{line}\n{TEXTS}", f"{TEXTS}\n{line}"):
+        with pytest.raises(DataError, match="line 2: differs from the lines before"):
+            load_pairs(write(tmp_path, lines))
+    for bad in (
+        '{"positive": "a", "negative": "b", "baseline": [{"role": "user", "content": "c"}]}',
+        line.replace('"full"', "1"),
+    ):
+        with pytest.raises(DataError, match="line 1: "):
+            load_pairs(write(tmp_path, bad))
+    assert not load_pairs(write(tmp_path, TEXTS)).has_baseline
+    trait = load_trait("mood")
+    three = trait_data(trait, baseline=True)
+    assert three.has_baseline and three.sha256 == trait_data(trait).sha256
+    assert three.pairs[5].baseline == Side(chat(trait.train_prompts[5]))
+
+
 def test_equal_prompts_cannot_be_read_at_the_last_token():
     pair = Pair(Side(chat("hm"), "joy"), Side(chat("hm"), "woe"), line=7)
     assert data(pair).default_positions() == "response"
@@ -257,12 +338,28 @@ def test_equal_prompts_cannot_be_read_at_the_last_token():
 def test_norms_leave_out_position_0():
     engine = FakeEngine()
     # lengths by position: 1000, 1, 2, 4 times the layer's factor
-    engine._states = lambda text, n, layer: np.outer([1000, 1, 2, 4], [0.6, 0.8, 0, 0]).astype(np.float32) * (layer + 1)
-    read = engine._read
-    engine._read = lambda tokens, *more: read(tokens[:4], *more)
-    pair = Pair(Side("joy"), Side("woe"))
-    rows = reading._median_norms(engine, [pair.positive, pair.negative], options(), None)
-    assert rows == {0: pytest.approx(2), 4: pytest.approx(10)}
+    lengths = [1000, 1, 2, 4]
+    engine._states = lambda text, n, layer: np.outer(lengths, [0.6, 0.8, 0, 0]).astype(np.float32) * (layer + 1)
+    assert read_contrast(engine, numbered_of(3), options()).norms == {0: pytest.approx(2), 4: pytest.approx(10)}
+
+
+def numbered_of(length):
+    return data(Pair(Side("a" * length), Side("b" * length)))
+
+
+@pytest.mark.parametrize("positions", ["last", "response"])
+def test_texts_read_whole_give_the_same_rows(positions, monkeypatch):
+    prompt = chat("hm")
+    pairs = [Pair(Side("joy"), Side("woe"))] * 3
+    if positions == "response":
+        pairs = [*pairs, *[Pair(Side(prompt, "joy"), Side(prompt, "woe!!"))] * 3]
+    found = []
+    for count in (2, 12):
+        monkeypatch.setattr(reading, "NORM_TEXTS", count)
+        found.append(read_contrast(FakeEngine(), data(*pairs), options(positions=positions)))
+    for il in (0, 4):
+        assert found[0].positive[il].tobytes() == found[1].positive[il].tobytes()
+        assert found[0].negative[il].tobytes() == found[1].negative[il].tobytes()
 
 
 def test_norms_are_the_same_whatever_is_held_at_once(monkeypatch):
@@ -274,7 +371,7 @@ def test_norms_are_the_same_whatever_is_held_at_once(monkeypatch):
 def test_progress_ends_at_the_total():
     seen = []
     read_contrast(FakeEngine(), numbered(20), options(), progress=lambda done, total: seen.append((done, total)))
-    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] == 40 + reading.NORM_TEXTS
+    assert seen == sorted(seen) and seen[-1] == (40, 40)
 
 
 def test_layers_to_read():

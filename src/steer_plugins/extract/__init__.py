@@ -20,13 +20,16 @@ from .mean_difference import MeanDifference
 from .pairs import chat, hold_out, load_pairs, trait_data
 from .pca import PCACentred, PCADifference
 from .reading import ReadingPlan, plan_reading, read_contrast
+from .report import FitReport, LayerReport, report_fit, suggest_window
 
 __all__ = [
     "POSITIONS",
     "Contrast",
     "ContrastData",
     "FitOptions",
+    "FitReport",
     "FitResult",
+    "LayerReport",
     "LogisticProbe",
     "MeanDifference",
     "Method",
@@ -45,6 +48,8 @@ __all__ = [
     "load_pairs",
     "plan_reading",
     "read_contrast",
+    "report_fit",
+    "suggest_window",
     "trait_data",
 ]
 

@@ -19,13 +19,15 @@ HELDOUT_SHARE = 5
 """One pair in so many is held out for calibration."""
 
 _SIDES = ("positive", "negative")
+_BASELINE = "baseline"
 
 
 def load_pairs(path: str | Path) -> ContrastData:
     """The pairs in a JSONL file: on each line ``{"positive": ..., "negative": ...}``.
 
     A side is a text, or a chat (a list of ``{"role": ..., "content": ...}``). A chat that ends with an assistant message
-    is a prompt and the response to it. Blank lines are skipped.
+    is a prompt and the response to it. A third side, ``"baseline"``, leans to neither pole; all lines have one or none.
+    Blank lines are skipped.
 
     Raises:
         DataError: one sentence with the line number: a missing, oversized or empty file, a line that is not JSON, lacks a
@@ -45,18 +47,24 @@ def load_pairs(path: str | Path) -> ContrastData:
             pairs.append(_pair(text, source, number))
         if len(pairs) > MAX_PAIRS:
             raise DataError(f"{source} holds more than {MAX_PAIRS} pairs: take a part of them.")
+        if text and (pairs[-1].baseline is None) != (pairs[0].baseline is None):
+            _refuse(source, number, 'differs from the lines before, some have a "baseline" and others none: make them alike')
     if not pairs:
         raise DataError(f'{source} holds no pairs: write {{"positive": ..., "negative": ...}} on each line.')
     return ContrastData("pairs", tuple(pairs), hashlib.sha256(raw).hexdigest(), {"file": Path(path).name})
 
 
-def trait_data(trait: Trait) -> ContrastData:
-    """Pairs of a trait: each training prompt under a positive and a negative system prompt, which take turns."""
+def trait_data(trait: Trait, *, baseline: bool = False) -> ContrastData:
+    """Pairs of a trait: each training prompt under a positive and a negative system prompt, which take turns.
+
+    ``baseline``: as a third side, the prompt without a system prompt.
+    """
     systems = trait.system_pairs
     pairs = []
     for i, prompt in enumerate(trait.train_prompts):
         positive, negative = systems[i % len(systems)]
-        pairs.append(Pair(Side(chat(prompt, positive)), Side(chat(prompt, negative))))
+        neutral = Side(chat(prompt)) if baseline else None
+        pairs.append(Pair(Side(chat(prompt, positive)), Side(chat(prompt, negative)), baseline=neutral))
     content = json.dumps(trait.to_dict(), sort_keys=True).encode()
     system = json.dumps(trait.to_dict()["system"], sort_keys=True).encode()
     extra = {"trait": trait.name, "poles": dict(trait.poles), "system_sha256": hashlib.sha256(system).hexdigest()}
@@ -118,16 +126,18 @@ def _pair(text: str, source: str, line: int) -> Pair:
         if key not in data:
             _refuse(source, line, f'lacks the side "{key}": a pair needs both')
     for key in data:
-        if key not in _SIDES:
-            _refuse(source, line, f"has the unknown key {_shown(key)}: a pair has positive and negative only")
+        if key not in (*_SIDES, _BASELINE):
+            _refuse(source, line, f"has the unknown key {_shown(key)}: a pair has positive and negative, or a baseline too")
     positive, negative = (_side(data[key], key, source, line) for key in _SIDES)
-    if isinstance(positive.prompt, str) != isinstance(negative.prompt, str):
+    baseline = _side(data[_BASELINE], _BASELINE, source, line) if _BASELINE in data else None
+    sides = [positive, negative] + ([baseline] if baseline is not None else [])
+    if len({isinstance(side.prompt, str) for side in sides}) > 1:
         _refuse(source, line, "is lopsided, one side is a text and the other a chat: make them alike")
-    if (positive.response is None) != (negative.response is None):
+    if len({side.response is None for side in sides}) > 1:
         _refuse(source, line, "is lopsided, one side has an assistant's answer and the other none: make them alike")
     if positive == negative:
         _refuse(source, line, "has two equal sides: they need to differ")
-    return Pair(positive, negative, line)
+    return Pair(positive, negative, line, baseline)
 
 
 def _side(value: Any, key: str, source: str, line: int) -> Side:

@@ -1,13 +1,16 @@
-"""Reads what a contrast is fitted to: both sides of each pair, and how long hidden states are."""
+"""Reads what a contrast is fitted to: the sides of each pair, and how long hidden states are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
-from ..engine.base import Engine, GenerateRequest, Progress
+from ..engine.base import Activations, Engine, GenerateRequest, Progress
+from ..engine.base import Prompt as EnginePrompt
 from ..errors import DataError
 from .base import POSITIONS, Contrast, ContrastData, FitOptions, Pair, Side
 
@@ -16,6 +19,9 @@ NORM_TEXTS = 16
 
 NORM_BYTES = 64_000_000
 """Hidden states held at once while the norms are taken."""
+
+Rows = dict[int, npt.NDArray[np.float32]]
+"""``{layer: float32 [n_embd]}`` of one side."""
 
 
 @dataclass(frozen=True)
@@ -26,154 +32,254 @@ class ReadingPlan:
     generated: int
 
 
+@dataclass(frozen=True)
+class _Item:
+    """What is computed of a side, and the engine's word for the tokens that are read of it."""
+
+    prompt: EnginePrompt
+    response: str | list[int] | None
+    spot: str
+
+
 def plan_reading(engine: Engine, data: ContrastData, options: FitOptions) -> ReadingPlan:
     """What :func:`read_contrast` will compute, as if no prefix were shared. Raises as :func:`read_contrast`."""
     _check(data, options)
-    sides = [side for pair in data.pairs for side in (pair.positive, pair.negative)]
-    lengths = [len(engine.tokenize(side.prompt, thinking=options.thinking)) for side in sides]
+    sides = [side for pair in data.pairs for side in pair.sides]
+    tokens = sum(len(engine.tokenize(side.prompt, thinking=options.thinking)) for side in sides)
     generated = 0
-    if options.positions == "response":
-        missing = [i for i, side in enumerate(sides) if _generates(side)]
-        generated = len(missing) * options.response_tokens
+    if options.positions != "last":
+        tokens += sum(len(side.response or "") // 3 for side in sides)
         # what was generated is read once more, after its prompt
-        lengths += [options.response_tokens] * len(missing)
-        lengths += [len(s.response or "") // 3 for s in sides if s.response is not None]
-    per_text = sum(lengths) / max(1, len(sides))
-    return ReadingPlan(int(sum(lengths) + per_text * min(NORM_TEXTS, len(sides))), generated)
+        generated = sum(_generates(side, options) for side in sides) * options.response_tokens
+    return ReadingPlan(tokens + generated, generated)
 
 
 def read_contrast(engine: Engine, data: ContrastData, options: FitOptions, *, progress: Progress | None = None) -> Contrast:
-    """Hidden states of both sides of all pairs. ``progress`` counts texts.
+    """Hidden states of both sides of all pairs, and of the baselines where there are any. ``progress`` counts texts.
 
     ``last``: the last prompt token, or the last token of a text. ``response``: the mean over the response tokens. They are
     the given ones, or for chats without an answer a greedy reply; a plain text is all response but its position 0.
-    A pair whose generated reply is empty is left out.
+    ``answer``: the last token of the given answer, which may be cut anywhere and may be the same on both sides (repeng reads
+    so: one opening under two personas). ``thinking``: the mean over the tokens between ``<think>`` and ``</think>``, or to
+    the end of a reply that was cut; given, or generated with thinking on.
+    A pair whose generated reply is empty, or holds no thoughts, is left out.
 
     Raises:
-        DataError: a pair whose sides differ in their answers only and ``last``; no pair with a response is left.
+        DataError: pairs that have nothing to read at these positions; no pair is left.
     """
     _check(data, options)
-    pairs = list(data.pairs)
-    if options.positions == "response":
-        pairs = _answered(engine, pairs, options)
-    sides = [pair.positive for pair in pairs] + [pair.negative for pair in pairs]
-    norm_sides = _spread(sides, len(pairs))
-    total = len(sides) + len(norm_sides)
-
-    def counted(offset: int) -> Progress | None:
-        return None if progress is None else lambda done, _: progress(offset + done, total)
-
-    rows = _read_sides(engine, sides, options, counted(0))
-    norms = _median_norms(engine, norm_sides, options, counted(len(sides)))
+    pairs = _items_of_pairs(engine, data.pairs, options)
     n = len(pairs)
-    return Contrast(
-        positive={il: np.stack([row[il] for row in rows[:n]]) for il in options.layers},
-        negative={il: np.stack([row[il] for row in rows[n:]]) for il in options.layers},
-        norms=norms,
-    )
+    items = [side for column in zip(*pairs, strict=True) for side in column]  # positives, negatives, baselines
+    rows, norms = _read_items(engine, items, _spread(n), options, progress)
+    sides = [
+        {il: np.stack([row[il] for row in rows[start : start + n]]) for il in options.layers} for start in range(0, len(rows), n)
+    ]
+    return Contrast(positive=sides[0], negative=sides[1], norms=norms, baseline=sides[2] if len(sides) > 2 else None)
 
 
 def _check(data: ContrastData, options: FitOptions) -> None:
     if options.positions not in POSITIONS:
-        raise DataError(f"Unknown positions '{options.positions}': use {' or '.join(POSITIONS)}.")
-    if options.positions == "last":
-        for pair in data.pairs:
-            if pair.same_prompt:
-                where = f"Line {pair.line}" if pair.line else "A pair"
-                raise DataError(
-                    f"{where} has the same prompt on both sides, so its last token tells nothing: use --positions response."
-                )
+        raise DataError(f"Unknown positions '{options.positions}': use {', '.join(POSITIONS)}.")
+    for pair in data.pairs:
+        if options.positions == "last" and pair.same_prompt:
+            _refuse(pair, "has the same prompt on both sides, so its last token tells nothing: use --positions response")
+        if options.positions == "answer" and any(side.response is None for side in pair.sides):
+            _refuse(pair, "gives no answer to read inside: end both chats with an assistant's message")
+        if options.positions == "thinking" and any(isinstance(side.prompt, str) for side in pair.sides):
+            _refuse(pair, "is of plain texts, in which nobody thinks: write chats, or use --positions response")
 
 
-def _generates(side: Side) -> bool:
-    return side.response is None and not isinstance(side.prompt, str)
+def _refuse(pair: Pair, what: str) -> NoReturn:
+    raise DataError(f"{f'Line {pair.line}' if pair.line else 'A pair'} {what}.")
 
 
-def _answered(engine: Engine, pairs: Sequence[Pair], options: FitOptions) -> list[Pair]:
-    """Pairs whose chats all have a response; what is missing is generated greedily."""
-    sides = [side for pair in pairs for side in (pair.positive, pair.negative)]
-    missing = [i for i, side in enumerate(sides) if _generates(side)]
+def _generates(side: Side, options: FitOptions) -> bool:
+    """Whether the side's response has to be generated."""
+    return options.positions in ("response", "thinking") and side.response is None and not isinstance(side.prompt, str)
+
+
+# ---- what is read of each side ----
+
+
+def _items_of_pairs(engine: Engine, pairs: Sequence[Pair], options: FitOptions) -> list[list[_Item]]:
+    """The sides of each pair that has something to read on all of them."""
+    sides = [side for pair in pairs for side in pair.sides]
+    missing = [i for i, side in enumerate(sides) if _generates(side, options)]
     requests = [GenerateRequest(sides[i].prompt, max_tokens=options.response_tokens, thinking=options.thinking) for i in missing]
-    for i, reply in zip(missing, engine.generate_many(requests), strict=True):
-        sides[i] = replace(sides[i], response=reply.text)
-    kept = []
-    for k, pair in enumerate(pairs):
-        positive, negative = sides[2 * k], sides[2 * k + 1]
-        if all(side.response is None or side.response.strip() for side in (positive, negative)):
-            kept.append(Pair(positive, negative, pair.line))
+    replies = dict(zip(missing, engine.generate_many(requests) if requests else [], strict=True))
+    thoughts = _Thoughts(engine, options) if options.positions == "thinking" else None
+    kept, start = [], 0
+    for pair in pairs:
+        found: list[_Item | None] = []
+        for i, side in enumerate(pair.sides, start=start):
+            reply = replies.get(i)
+            if thoughts is not None:
+                found.append(thoughts.item(side, None if reply is None else reply.tokens))
+                if found[-1] is None and reply is None:
+                    _refuse(pair, "holds an answer without <think>: give the thoughts too, or use --positions response")
+            else:
+                response = side.response if reply is None else reply.text
+                blank = reply is not None and not reply.text.strip()
+                found.append(None if blank else _item(side, response, options))
+        start += len(found)
+        whole = [item for item in found if item is not None]
+        if len(whole) == len(found):
+            kept.append(whole)
     if not kept:
+        if thoughts is not None:
+            raise DataError("The model thinks in no pair: use a model that thinks, or another --positions.")
         raise DataError("The model answers no pair with any text: give the answers in the pairs, or use --positions last.")
     return kept
 
 
-def _read_sides(
-    engine: Engine, sides: Sequence[Side], options: FitOptions, progress: Progress | None
-) -> list[dict[int, np.ndarray]]:
-    """One row for each side and layer, in the order of ``sides``."""
-    rows: list[dict[int, np.ndarray]] = [{} for _ in sides]
-    answered = [i for i, s in enumerate(sides) if s.response is not None and options.positions == "response"]
-    others = [i for i in range(len(sides)) if i not in set(answered)]
-    if answered:
-        found = engine.read_pairs(
-            [(sides[i].prompt, sides[i].response or "") for i in answered],
-            layers=options.layers,
-            site=options.site,
-            positions="response_mean",
-            thinking=options.thinking,
-            progress=progress,
-        )
-        for i, one in zip(answered, found, strict=True):
-            rows[i] = {il: value[0] for il, value in one.values.items()}
-    if others:
-        found = engine.read(
-            [sides[i].prompt for i in others],
-            layers=options.layers,
-            site=options.site,
-            positions="last" if options.positions == "last" else "mean",
-            thinking=options.thinking,
-            progress=_after(progress, len(answered)),
-        )
-        for i, one in zip(others, found, strict=True):
-            rows[i] = {il: value[0] for il, value in one.values.items()}
-    return rows
+def _item(side: Side, response: str | None, options: FitOptions) -> _Item:
+    if options.positions == "last":
+        return _Item(side.prompt, None, "last")
+    if options.positions == "answer":
+        return _Item(side.prompt, response, "last")
+    return _Item(side.prompt, response, "mean" if response is None else "response_mean")
 
 
-def _spread(sides: Sequence[Side], n_pairs: int) -> list[Side]:
-    """Up to NORM_TEXTS sides, evenly over the pairs, half of them positive."""
+class _Thoughts:
+    """Finds what is thought in token ids; the tags may be one token each, or spelled out."""
+
+    def __init__(self, engine: Engine, options: FitOptions) -> None:
+        self._engine = engine
+        self._thinking = options.thinking
+        # what precedes any text: BOS, where the model wants it
+        self._bos = _common(engine.tokenize("a"), engine.tokenize("b"))
+        self._open, self._close = self._raw("<think>"), self._raw("</think>")
+
+    def item(self, side: Side, reply: list[int] | None) -> _Item | None:
+        """The side with its thoughts as the response, or None if it holds none."""
+        prompt = self._engine.tokenize(side.prompt, thinking=self._thinking)
+        response = reply if reply is not None else self._raw(side.response or "a")
+        opened = _find(response, self._open)
+        if opened >= 0:
+            start = opened + len(self._open)
+        elif _find_last(prompt, self._open) > _find_last(prompt, self._close):
+            start = 0  # the template has opened the thought
+        else:
+            return None
+        thought = response[start:]
+        closed = _find(thought, self._close)
+        thought = thought[:closed] if closed >= 0 else thought
+        return _Item(prompt + response[:start], thought, "response_mean") if thought else None
+
+    def _raw(self, text: str) -> list[int]:
+        return self._engine.tokenize(text)[self._bos :]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def _find(tokens: Sequence[int], wanted: Sequence[int]) -> int:
+    """Where ``wanted`` first stands in ``tokens``, or -1."""
+    size = len(wanted)
+    return next((i for i in range(len(tokens) - size + 1) if list(tokens[i : i + size]) == list(wanted)), -1)
+
+
+def _find_last(tokens: Sequence[int], wanted: Sequence[int]) -> int:
+    found = _find(tokens[::-1], wanted[::-1])
+    return -1 if found < 0 else len(tokens) - found - len(wanted)
+
+
+# ---- reading ----
+
+
+def _spread(n_pairs: int) -> list[int]:
+    """Up to NORM_TEXTS of the first two columns' items, evenly over the pairs, half of them positive."""
     half = min(NORM_TEXTS // 2, n_pairs)
     picks = [i * n_pairs // half for i in range(half)]
-    return [sides[i] for i in picks] + [sides[n_pairs + i] for i in picks]
+    return picks + [n_pairs + i for i in picks]
 
 
-def _median_norms(engine: Engine, sides: Sequence[Side], options: FitOptions, progress: Progress | None) -> dict[int, float]:
-    """Median length of hidden states over all tokens but position 0, in float64."""
-    longest = max(len(engine.tokenize(side.prompt, thinking=options.thinking)) for side in sides)
-    per_text = longest * len(options.layers) * engine.info.n_embd * 4
-    step = max(1, min(len(sides), NORM_BYTES // max(1, per_text)))
+def _read_items(
+    engine: Engine, items: Sequence[_Item], whole: Sequence[int], options: FitOptions, progress: Progress | None
+) -> tuple[list[Rows], dict[int, float]]:
+    """A row for each item and layer, and the median norms over all tokens of the items in ``whole``.
+
+    Those are read at all tokens, which costs no time but memory, so in parts where they are many.
+    """
+    rows: list[Rows] = [{} for _ in items]
     lengths: dict[int, list[np.ndarray]] = {il: [] for il in options.layers}
-    for start in range(0, len(sides), step):
-        for one in _read_whole(engine, sides[start : start + step], options):
-            for il, value in one.items():
-                lengths[il].append(np.linalg.norm(value[1:].astype(np.float64), axis=1))
+    done = 0
+
+    def counted(count: int, total: int) -> None:
         if progress is not None:
-            progress(min(start + step, len(sides)), len(sides))
-    norms = {}
-    for il, parts in lengths.items():
-        joined = np.concatenate(parts)
-        norms[il] = float(np.median(joined)) if joined.size else float("nan")
-        if not np.isfinite(norms[il]) or norms[il] <= 0.0:
-            raise DataError(f"The hidden states at layer {il} have no usable length: the texts are too short to read.")
-    return norms
+            progress(done + count, len(items))
+
+    at_once = _whole_at_once(engine, [items[i] for i in whole], options)
+    rest = [i for i in range(len(items)) if i not in set(whole)]
+    for start in range(0, len(whole), at_once):
+        part = list(whole[start : start + at_once])
+        # the last part goes with all the others: what it shares with them is computed once
+        indices = part + (rest if start + at_once >= len(whole) else [])
+        spots = ["all"] * len(part) + [items[i].spot for i in indices[len(part) :]]
+        for i, spot, one in zip(indices, spots, _read(engine, [items[i] for i in indices], spots, options, counted), strict=True):
+            if spot == "all":
+                for il, values in one.values.items():
+                    lengths[il].append(np.linalg.norm(values[1:].astype(np.float64), axis=1))
+                    rows[i][il] = _reduced(values, items[i].spot, one.n_prompt)
+            else:
+                rows[i] = {il: values[0] for il, values in one.values.items()}
+        done += len(indices)
+    return rows, {il: _median(il, parts) for il, parts in lengths.items()}
 
 
-def _read_whole(engine: Engine, sides: Sequence[Side], options: FitOptions) -> list[dict[int, np.ndarray]]:
-    read: Callable[..., list] = engine.read
-    items: list = [side.prompt for side in sides]
-    if options.positions == "response" and all(side.response is not None for side in sides):
-        read, items = engine.read_pairs, [(side.prompt, side.response) for side in sides]
-    found = read(items, layers=options.layers, site=options.site, positions="all", thinking=options.thinking)
-    return [one.values for one in found]
+def _whole_at_once(engine: Engine, items: Sequence[_Item], options: FitOptions) -> int:
+    longest = 1
+    for item in items:
+        response = item.response or []
+        longest = max(longest, len(engine.tokenize(item.prompt, thinking=options.thinking)) + len(response))
+    return max(1, min(len(items), NORM_BYTES // (longest * len(options.layers) * engine.info.n_embd * 4)))
 
 
-def _after(progress: Progress | None, offset: int) -> Progress | None:
-    return None if progress is None else lambda done, total: progress(offset + done, offset + total)
+def _read(
+    engine: Engine, items: Sequence[_Item], spots: Sequence[str], options: FitOptions, progress: Progress
+) -> list[Activations]:
+    """Activations of each item at its spot: in one call, or one for each kind of item if the engine wants it so."""
+    results: list[Activations | None] = [None] * len(items)
+    kinds: dict[tuple[str, bool], list[int]] = {}
+    for i, (item, spot) in enumerate(zip(items, spots, strict=True)):
+        kinds.setdefault((spot, item.response is not None), []).append(i)
+    done = 0
+    for (spot, answered), indices in kinds.items():
+
+        def counted(count: int, total: int, before: int = done) -> None:
+            progress(before + count, len(items))
+
+        where = {"layers": options.layers, "site": options.site, "thinking": options.thinking, "progress": counted}
+        if answered:
+            pairs = [(items[i].prompt, items[i].response or []) for i in indices]
+            found = engine.read_pairs(pairs, positions=spot, **where)  # type: ignore[arg-type]
+        else:
+            found = engine.read([items[i].prompt for i in indices], positions=spot, **where)  # type: ignore[arg-type]
+        for i, one in zip(indices, found, strict=True):
+            results[i] = one
+        done += len(indices)
+        progress(done, len(items))
+    return [one for one in results if one is not None]
+
+
+def _reduced(values: npt.NDArray[np.float32], spot: str, n_prompt: int) -> npt.NDArray[np.float32]:
+    """What the engine would have returned for ``spot``, of the states of all tokens."""
+    if spot == "last":
+        return values[-1]
+    part = values[n_prompt if spot == "response_mean" else 1 :]
+    mean: npt.NDArray[np.float32] = part.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return mean
+
+
+def _median(il: int, parts: Sequence[np.ndarray]) -> float:
+    """Median length over all tokens but position 0, in float64. Raises DataError."""
+    joined = np.concatenate(parts)
+    norm = float(np.median(joined)) if joined.size else float("nan")
+    if not np.isfinite(norm) or norm <= 0.0:
+        raise DataError(f"The hidden states at layer {il} have no usable length: the texts are too short to read.")
+    return norm
