@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from steer_plugins import models
 from steer_plugins.cli.doctor import doctor as command
+from steer_plugins.native import API_VERSION
 from steer_plugins.runtime import doctor, locate, tools
 from steer_plugins.runtime.bindings import Bindings, library_names
 
@@ -121,3 +122,44 @@ def test_another_ggml_is_noted(machine: Path, monkeypatch: pytest.MonkeyPatch) -
     (lib / library_names("ggml")[0]).write_text("with CUDA now")
     code, answer = ask("--model", str(model))
     assert code == 0 and states(answer)["runtime"] == {"ok", "note"}
+
+
+def test_an_installed_wheel(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings_are(monkeypatch, Bindings("0.3.36", machine / "llama_cpp", None))
+    api = f"llama-steer {API_VERSION}"
+    package = make_runtime(machine / "site" / "steer_plugins_runtime", wheel="0.3.36+p1", steer_api=api)
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(package.parent))
+    cached = make_runtime(machine / "cache" / "runtime" / "a")
+    model = str(write_gguf(machine / "m.gguf"))
+    code, answer = ask("--model", model)
+    assert code == 0 and answer["runtime"]["path"] == str(package) and answer["runtime"]["wheel"] == "0.3.36+p1"
+    meta = json.loads((package / "runtime.json").read_text())
+    (package / "runtime.json").write_text(json.dumps({**meta, "version": "0.3.35"}))
+    code, answer = ask("--model", model)
+    assert code == 0 and answer["runtime"]["path"] == str(cached) and states(answer)["runtime"] == {"ok", "note"}
+    (package / "runtime.json").write_text(json.dumps({**meta, "steer_api": "llama-steer 999"}))
+    code, answer = ask("--model", model)
+    assert code == 1 and any("llama-steer 999" in finding["text"] for finding in answer["findings"])
+    assert any("pip uninstall steer-plugins-runtime" in advice for advice in answer["todo"])
+
+
+def test_runtimes_on_the_ggml_of_other_programs(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings_are(monkeypatch, Bindings("0.3.36", machine / "llama_cpp", None))
+    make_runtime(machine / "cache" / "runtime" / "newest", built_at=9)
+    host = machine / "host"
+    host.mkdir()
+    library = host / library_names("ggml")[0]
+    library.write_text("ggml")
+    files = {library.name: doctor.file_sha256(library)}
+    ggml = {"mode": "copy", "host": str(host), "source": str(host), "version": "0.25.3", "files": files}
+    runtime = make_runtime(machine / "cache" / "runtime" / "a", ggml=ggml)
+    (runtime / "lib" / library.name).write_text("ggml")
+    model = str(write_gguf(machine / "m.gguf"))
+    code, answer = ask("--model", model)
+    expected = {"host": str(host), "path": str(runtime), "current_patch": True, "same_ggml": True, "server": None}
+    assert code == 0 and answer["hosts"] == [expected] and states(answer)["host"] == {"ok"}
+    library.write_text("an upgrade")
+    code, answer = ask("--model", model)
+    assert code == 0 and answer["hosts"][0]["same_ggml"] is False and states(answer)["host"] == {"note"}
+    assert f"steer build --on {host}" in answer["todo"]

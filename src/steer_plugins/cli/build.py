@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..plugins import hookimpl
-from ..runtime import BuildOptions, Reporter, build_runtime, check_patch, prune
+from ..runtime import BuildOptions, Reporter, build_runtime, check_patch, prune_runtimes
 
 
 @click.command()
@@ -147,7 +147,7 @@ def _wheel(options: BuildOptions, packed: Path | None, out: Path, reporter: Repo
 
 
 def _prune(reporter: Reporter, as_json: bool) -> None:
-    result = prune(reporter)
+    result = prune_runtimes(reporter)
     if as_json:
         click.echo(json.dumps(result.as_json()))
         return

@@ -7,7 +7,7 @@ from .build import BuildOptions, BuildResult, CheckResult, build_runtime, check_
 from .cache import cache_dir
 from .locate import Runtime, activate, ensure_runtime, find_runtime
 from .process import Reporter
-from .prune import prune
+from .prune import prune_runtimes
 
 __all__ = [
     "PINNED_VERSION",
@@ -24,5 +24,5 @@ __all__ = [
     "ensure_runtime",
     "find_bindings",
     "find_runtime",
-    "prune",
+    "prune_runtimes",
 ]

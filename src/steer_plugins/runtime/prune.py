@@ -38,7 +38,7 @@ class Pruned:
         }
 
 
-def prune(reporter: Reporter | None = None) -> Pruned:
+def prune_runtimes(reporter: Reporter | None = None) -> Pruned:
     """Remove every runtime in the cache but those that are in use: see _in_use. Waits for a running build.
 
     Raises BuildError when the cache cannot be written.
