@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..errors import ModelError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..engine.local import LocalEngine
+    from ..engine.base import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,20 +34,25 @@ model_option = click.option(
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the user said about the model and how to run it; None leaves it to the engine."""
+    """What the user said about the model and how to run it; None leaves it to the engine. ``server``: where it runs already."""
 
     model: str | None = None
     n_ctx: int | None = None
     n_gpu_layers: int | None = None
     threads: int | None = None
+    server: str | None = None
 
     @property
     def path(self) -> Path:
         """The model file. Raises ModelError if the demo model is meant and is not there."""
         return model_path(self.model)
 
-    def open(self, **more: Any) -> LocalEngine:
-        """A LocalEngine on that model; ``more`` are further arguments of its constructor."""
+    def open(self, **more: Any) -> Engine:
+        """A ServerEngine, or a LocalEngine on that model; ``more`` are further arguments of the latter's constructor."""
+        if self.server is not None:
+            from ..engine.server import ServerEngine
+
+            return ServerEngine(self.server, api_key=os.environ.get("STEER_API_KEY") or None)
         from ..engine.local import LocalEngine
 
         said: dict[str, Any] = {"n_ctx": self.n_ctx, "n_gpu_layers": self.n_gpu_layers, "n_threads": self.threads}
@@ -54,19 +60,46 @@ class EngineOptions:
 
 
 def engine_options(command: F) -> F:
-    """Adds ``--model --n-ctx --n-gpu-layers --threads``; the command gets them as ``engine: EngineOptions``."""
+    """Adds ``--model --n-ctx --n-gpu-layers --threads --server``; the command gets them as ``engine: EngineOptions``."""
 
     @model_option
     @click.option("-c", "--n-ctx", type=click.IntRange(min=1), metavar="N", help="Context length in tokens.")
     @click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), metavar="N", help="Layers on the GPU, -1: all.")
     @click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU.")
+    @click.option(
+        "--server",
+        metavar="URL",
+        envvar="STEER_SERVER",
+        help="Use the model of a running `steer serve`, such as http://127.0.0.1:8080 (or set STEER_SERVER).",
+    )
     @functools.wraps(command)
     def wrapped(
-        *args: Any, model: str | None, n_ctx: int | None, n_gpu_layers: int | None, threads: int | None, **rest: Any
+        *args: Any,
+        model: str | None,
+        n_ctx: int | None,
+        n_gpu_layers: int | None,
+        threads: int | None,
+        server: str | None,
+        **rest: Any,
     ) -> Any:
-        return command(*args, engine=EngineOptions(model, n_ctx, n_gpu_layers, threads), **rest)
+        local = {"--model": model, "--n-ctx": n_ctx, "--n-gpu-layers": n_gpu_layers, "--threads": threads}
+        server = _chosen_server(server, [name for name, value in local.items() if value is not None])
+        return command(*args, engine=EngineOptions(model, n_ctx, n_gpu_layers, threads, server), **rest)
 
     return wrapped  # type: ignore[return-value]
+
+
+def _chosen_server(server: str | None, local: list[str]) -> str | None:
+    """The server to use; ``local`` are the options given that are about a model in this process.
+
+    They contradict ``--server``, but win over the environment.
+    """
+    if not server or not local:
+        return server or None
+    source = click.get_current_context().get_parameter_source("server")
+    if source is click.core.ParameterSource.ENVIRONMENT:
+        return None
+    raise click.UsageError(f"--server uses the model that runs there, so {local[0]} has no meaning: leave one of them out.")
 
 
 def model_path(model: str | None) -> Path:

@@ -114,7 +114,9 @@ def runtime_at(folder: Path) -> Runtime:
         return read_runtime(folder.parent)
     for lib in (folder / "lib", folder):
         if find_library(lib, "llama"):
-            return Runtime(folder, lib, None, "", "", "", "", {})
+            binary = "llama-server.exe" if sys.platform == "win32" else "llama-server"
+            server = next((path for path in (lib / binary, folder / "bin" / binary) if path.is_file()), None)
+            return Runtime(folder, lib, server, "", "", "", "", {})
     raise RuntimeMissing(
         f"STEER_RUNTIME={folder} holds neither a {RUNTIME_FILE} nor the llama libraries; "
         "point it at a folder that `steer build` made, or unset it"

@@ -1,0 +1,275 @@
+"""``steer serve``: runs llama-server with steering, with the user's vectors in it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import EngineError, SpecError, VectorError
+from ..plugins import hookimpl
+from .common import console, json_option, model_path
+
+if TYPE_CHECKING:
+    from ..library import Library
+    from ..server import ServerProcess
+    from ..vector import ModelIdentity, SteeringVector
+
+# with these llama-server finds its model by itself
+_ELSEWHERE = ("-hf", "-hfr", "--hf-repo", "-mu", "--model-url", "-dr", "--docker-repo", "--models-dir", "--models-preset")
+
+
+@hookimpl
+def register_commands(cli: click.Group) -> None:
+    """Add ``steer serve``."""
+    cli.add_command(serve)
+
+
+# no short options: llama-server has -m, -mg, -md, -c, -hf ..., of which click would take the first letter
+@click.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
+    options_metavar="[MODEL] [OPTIONS] [LLAMA-SERVER FLAGS]...",
+)
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen; 0.0.0.0: everywhere.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N", help="0: a free one.")
+@click.option("--steering", metavar="TERMS", help='For requests that bring none: "mood:0.6 + !hedging@10-20?response".')
+@click.option("--library/--no-library", default=True, show_default=True, help="Load this model's vectors from the library.")
+@click.option("--vector", "vectors", multiple=True, metavar="NAME=FILE", help="Load a vector under a name; may be repeated.")
+@click.option("--force", is_flag=True, help="Take vectors of another fine-tune of this model.")
+@click.option("--show-log", is_flag=True, help="Print llama-server's log on standard error.")
+@json_option
+def serve(
+    flags: tuple[str, ...],
+    host: str,
+    port: int,
+    steering: str | None,
+    library: bool,
+    vectors: tuple[str, ...],
+    force: bool,
+    show_log: bool,
+    as_json: bool,
+) -> None:
+    """Run llama-server with steering until Ctrl-C. MODEL is a GGUF file (default: the demo model).
+
+    Whatever is not an option below goes to llama-server as it is: -c 8192 -ngl 99 --parallel 4. Requests name the vectors
+    that act on them in their field "steering"; docs/server.md shows how.
+
+    \b
+    Examples:
+      steer serve
+      steer serve model.gguf -c 8192 -ngl 99 --parallel 4
+      steer serve model.gguf --steering "mood:0.5" --vector calm=./calm.safetensors
+    """
+    from ..library import Library
+    from ..runtime import ensure_runtime
+    from ..server import ServerProcess
+
+    if "-h" in flags:
+        click.echo(click.get_current_context().get_help())
+        return
+    model, rest = split_flags(flags)
+    binary = ensure_runtime(need_server=True).server
+    err = console(stderr=True)
+
+    def log(line: str) -> None:
+        click.echo(line, err=True)
+
+    with (
+        tempfile.TemporaryDirectory(prefix="steer-serve-") as folder,
+        ServerProcess(binary, host=host, port=port or None, on_line=log if show_log else None) as server,
+        _signals_as_exceptions(),
+    ):
+        names: list[str] = []
+        if model is not None:
+            staged = Staged(Path(folder), Library(), model, force=force)
+            if library:
+                for sentence in staged.add_library():
+                    err.print(f"steer: warning: {sentence}", markup=False)
+            for spec in vectors:
+                staged.add(spec)
+            rest = [*staged.flags(steering), *rest]
+            names = staged.names
+        elif steering is not None or vectors:
+            raise SpecError("--steering and --vector need a model file: name one, in place of the flag that fetches a model.")
+        try:
+            server.start(model, rest)
+            _wait_ready(server, model, quiet=as_json)
+            _announce(server, model, names, as_json)
+            code = None
+            while code is None:
+                code = server.wait(0.5)
+        except _Stopped as stopped:
+            server.stop()
+            click.get_current_context().exit(128 + stopped.number)
+        if code != 0:
+            error = EngineError(server.epitaph(code))
+            error.exit_code = code
+            raise error
+
+
+def split_flags(flags: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The model file, and what goes to llama-server. None: the flags say that llama-server fetches a model.
+
+    Raises:
+        ModelError: there is no such file, or the demo model is meant and missing.
+        click.UsageError: a flag without its value, or two models.
+    """
+    rest = list(flags)
+    named: list[str] = []
+    if rest and not rest[0].startswith("-"):
+        named.append(rest.pop(0))
+    for flag in ("-m", "--model"):
+        while flag in rest:
+            at = rest.index(flag)
+            if at + 1 == len(rest):
+                raise click.UsageError(f"{flag} needs a file.")
+            named.append(rest[at + 1])
+            del rest[at : at + 2]
+    if len(named) > 1:
+        raise click.UsageError(f"Name one model, not {' and '.join(named)}.")
+    if not named and any(flag in rest for flag in _ELSEWHERE):
+        return None, rest
+    return model_path(named[0] if named else None), rest
+
+
+class Staged:
+    """Vectors for a server that is about to start, as files of a folder that it loads.
+
+    Args:
+        folder: an empty folder.
+        library: where names are looked up.
+        model: the GGUF file.
+        force: take vectors of another fine-tune.
+    """
+
+    def __init__(self, folder: Path, library: Library, model: Path, *, force: bool = False) -> None:
+        from ..identity import identity_of_gguf
+
+        self._folder, self._library, self._force = folder, library, force
+        self._identity: ModelIdentity = identity_of_gguf(model)
+        self._content: dict[str, str] = {}  # name -> content hash
+        self.names: list[str] = []
+        """Those that a user knows them by."""
+
+    def add_library(self) -> list[str]:
+        """All vectors that the library has for the model; returns what is wrong with those that cannot be read."""
+        wrong = []
+        for entry in self._library.list(self._identity):
+            try:
+                self._write(entry.name, self._library.get(entry.name, self._identity, force=self._force))
+            except VectorError as error:
+                wrong.append(str(error))
+        return wrong
+
+    def add(self, spec: str) -> None:
+        """``NAME=FILE``. Raises SpecError or VectorError."""
+        from ..vector import check_name
+
+        name, equals, file = spec.partition("=")
+        if not equals or not file:
+            raise SpecError(f"--vector {spec!r} is not of the form NAME=FILE, such as calm=./calm.safetensors")
+        self._write(check_name(name), self._library.resolve(file, self._identity, force=self._force))
+
+    def _write(self, name: str, vector: SteeringVector) -> None:
+        from ..vectorfile import write_vector
+
+        write_vector(vector, self._folder / f"{name}.safetensors")
+        self._content[name] = vector.content_hash
+        if name not in self.names:
+            self.names.append(name)
+
+    def flags(self, steering: str | None) -> list[str]:
+        """The flags that make llama-server load the folder, and steer by a text of the grammar unless a request says how."""
+        from ..grammar import format_terms, parse_options
+        from ..vectorfile import write_vector
+
+        terms = []
+        for term in parse_options([steering]) if steering is not None else []:
+            data = term.to_json()
+            if term.vector not in self._content:
+                vector = self._library.resolve(term.vector, self._identity, force=self._force)
+                data["vector"] = f"c-{vector.content_hash[:24]}"
+                write_vector(vector, self._folder / f"{data['vector']}.safetensors")
+                vector_layers = vector.layers
+            else:
+                from ..vectorfile import read_vector
+
+                vector_layers = read_vector(self._folder / f"{term.vector}.safetensors").layers
+            if term.layers is not None and not any(_inside(layer, term.layers) for layer in vector_layers):
+                raise SpecError(f"the layers of {format_terms([term])!r} hold none of its directions")
+            terms.append(data)
+        found = ["--steering-dir", str(self._folder)]
+        return [*found, "--steering", json.dumps(terms)] if terms else found
+
+
+def _inside(layer: int, window: tuple[int, int | None]) -> bool:
+    return layer >= window[0] and (window[1] is None or layer <= window[1])
+
+
+def _wait_ready(server: ServerProcess, model: Path | None, *, quiet: bool) -> None:
+    err = console(stderr=True)
+    what = model.name if model is not None else "the model"
+    if err.is_terminal and not quiet:
+        with err.status(f"loading {what} ...") as status:
+            server.wait_ready(timeout=24 * 3600, on_wait=lambda s: status.update(f"loading {what} ... {s:.0f} s"))
+        return
+    if not quiet:
+        err.print(f"loading {what} ...", markup=False)
+    server.wait_ready(timeout=24 * 3600)
+
+
+def _announce(server: ServerProcess, model: Path | None, names: list[str], as_json: bool) -> None:
+    """Where it is and how to use it, on standard output, at once: scripts wait for it."""
+    if as_json:
+        facts: dict[str, Any] = {"url": server.url, "model": str(model) if model else None, "device": server.device}
+        click.echo(json.dumps({**facts, "vectors": names}))
+    else:
+        what = f"{model.name} on {server.device}" if model is not None else server.device
+        click.echo(f"Serving {what} at {server.url}")
+        click.echo(f"Vectors: {', '.join(names)}" if names else "No vectors for this model yet: fit one with: steer train mood")
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "Describe a walk in the forest"}]}
+        if names:
+            body["steering"] = [{"vector": names[0], "strength": 0.8}]
+        url = f"{server.url}/v1/chat/completions"
+        click.echo(f"Try:\n  curl {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}")
+        click.echo("Ctrl-C ends it.")
+    sys.stdout.flush()
+
+
+class _Stopped(Exception):
+    """A signal that asks us to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """SIGTERM and SIGHUP clean up like Ctrl-C does, unless somebody else has a use for them (nohup)."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    before: dict[int, Any] = {}
+    try:
+        for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    except ValueError:
+        pass  # not the main thread: signals are the business of whoever runs it
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
