@@ -14,6 +14,8 @@ from ..errors import VectorError
 from .common import MAX_BYTES, clip
 
 _MAX_MEMBERS = 10_000
+#: Weights hardly shrink when they are packed: what grows more than this is no array.
+_MAX_RATIO = 30
 #: What zipfile raises for archives that are damaged or lie about themselves.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError, OverflowError)
 _NPY = re.compile(
@@ -36,8 +38,9 @@ class Archive:
             self.sizes = {info.filename: info.file_size for info in infos}
             if len(infos) > _MAX_MEMBERS or len(self.sizes) != len(infos):
                 raise VectorError("its archive has too many members, or two of the same name")
-            if sum(self.sizes.values()) > most:
-                raise VectorError(f"its archive unpacks to {sum(self.sizes.values())} bytes, more than the {most} it may have")
+            total = sum(self.sizes.values())
+            if total > most or total > max(MAX_BYTES, _MAX_RATIO * path.stat().st_size):
+                raise VectorError(f"its archive unpacks to {total} bytes, more than a file like it can have")
             if any(i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or i.flag_bits & 1 for i in infos):
                 raise VectorError("its archive is encrypted, or packed in another way than deflate")
         except BaseException:
@@ -113,4 +116,6 @@ class NpyArray:
     def row(self, index: int) -> np.ndarray:
         """One row of a 2-D array in C order, without reading the others into memory. Raises VectorError."""
         n_bytes = self.shape[1] * self.dtype.itemsize
+        if n_bytes > MAX_BYTES:
+            raise VectorError(f"its {clip(self.member)} has rows that are too long for a vector")
         return np.frombuffer(self.archive.part(self.member, self.data_start + index * n_bytes, n_bytes), self.dtype)

@@ -18,6 +18,8 @@ from ..vectorfile import _json_object
 
 #: Files of vectors beyond this are refused unread: 256 MiB are 61 layers of 7168 numbers a hundred and fifty times.
 MAX_BYTES = 256 << 20
+#: As text a number takes more room in memory than in the file.
+MAX_JSON_BYTES = 64 << 20
 #: No model has more layers.
 MAX_LAYERS = 100_000
 
@@ -45,7 +47,7 @@ def load(path: Path, most: int = MAX_BYTES) -> bytes:
 
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON object without duplicate fields, NaN or Infinity. Raises VectorError, OSError."""
-    return _json_object(load(path), "JSON text")
+    return _json_object(load(path, MAX_JSON_BYTES), "JSON text")
 
 
 def head(path: Path, n_bytes: int = 1 << 16) -> bytes:
@@ -132,8 +134,9 @@ def row_directions(rows: np.ndarray, site: str, facts: Facts) -> dict[Key, np.nd
         rows = rows[None, :]
     if rows.ndim != 2 or 0 in rows.shape:
         raise VectorError(f"its array has shape {list(rows.shape)}, not [n_embd] or [rows, n_embd]")
-    if not np.isfinite(rows).all():
-        raise VectorError("its array contains NaN or Inf")
+    if len(rows) > MAX_LAYERS:
+        raise VectorError(f"its array has {len(rows)} rows, and no model as many layers")
+    check_finite(rows, "its array")
     layers = layers_of_rows(len(rows), facts)
     return {(il, site): row for il, row in zip(layers, rows, strict=True) if il is not None}
 
@@ -153,28 +156,36 @@ def stated(what: str, in_file: str | None, fact: str | None, default: str) -> st
 def imported(
     path: Path,
     format_name: str,
-    directions: Mapping[Key, Any],
+    directions: Mapping[Key, np.ndarray],
     *,
     op: str,
     scope: str,
-    scales: Mapping[Key, float] | None = None,
     name: str | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> SteeringVector:
     """The vector of a file, with where it comes from in its provenance. The lengths of the arrays become the scales."""
+    for (layer, site), array in directions.items():
+        check_finite(array, f"the direction of layer {layer} {site}")
     kept = {key: value for key, value in (notes or {}).items() if value is not None}
     provenance = {"method": "imported", "format": format_name, "file": path.name, **kept}
-    return SteeringVector(vector_name(name or path.stem), directions, scales, op=op, default_scope=scope, provenance=provenance)
+    return SteeringVector(vector_name(name or path.stem), directions, op=op, default_scope=scope, provenance=provenance)
+
+
+def check_finite(array: np.ndarray, what: str) -> None:
+    """Raises VectorError for NaN or Inf. To be asked before a cast, which warns of signalling NaNs."""
+    if not np.isfinite(array).all():
+        raise VectorError(f"{what} contains NaN or Inf")
 
 
 def unit_rows(rows: Mapping[Key, np.ndarray], tolerance: float = 1e-3) -> dict[Key, np.ndarray]:
     """Rows that are of unit length already, zero rows left out: a projection is quadratic in the length. Raises VectorError."""
     kept = {}
     for (layer, site), row in rows.items():
+        check_finite(row, f"the direction of layer {layer}")
         length = float(np.linalg.norm(row.astype(np.float64)))
         if length == 0.0:
             continue
-        if not abs(length - 1.0) <= tolerance:  # also NaN
+        if abs(length - 1.0) > tolerance:
             raise VectorError(f"the direction of layer {layer} has length {length:.6g}: a projection needs unit directions")
         kept[layer, site] = row
     return kept

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ModelError, VectorError
+from ..errors import VectorError
 from ..identity import _GGML_F32, _Parser
 from ..vector import ModelIdentity
-from .common import MAX_BYTES, clip, head, save
+from .common import MAX_BYTES, check_finite, clip, head, save
 
 _DIRECTION = re.compile(r"direction\.([1-9][0-9]{0,4})")
 _ARCHITECTURE = b"general.architecture" + (8).to_bytes(4, "little")
@@ -75,8 +75,7 @@ def read_directions(path: Path) -> DirectionFile:
     if any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
         raise VectorError("its tensors overlap")
     for n, array in found.items():
-        if not np.isfinite(array).all():
-            raise VectorError(f"tensor direction.{n} contains NaN or Inf")
+        check_finite(array, f"tensor direction.{n}")
         if len(array) != len(next(iter(found.values()))):
             raise VectorError(f"tensor direction.{n} has {len(array)} numbers, others have another length")
     return DirectionFile(header.values, dict(sorted(found.items())))
@@ -120,6 +119,3 @@ def check_layers(file: DirectionFile, identity: ModelIdentity | None) -> None:
             f"direction.{last} is one beyond the last block of the model ({identity.label}), so its writer counts "
             "from 1: convert it with --gguf-layers plus-one"
         )
-
-
-__all__ = ["DirectionFile", "ModelError", "architecture", "check_layers", "read_directions", "write_directions"]

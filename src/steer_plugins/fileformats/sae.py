@@ -18,11 +18,11 @@ from ..formats import NO_FACTS, Facts, Format
 from ..vector import SteeringVector
 from ..vectorfile import MAX_HEADER_BYTES, _json_object
 from .archive import Archive, NpyArray
-from .common import clip, head, imported, layers_of_rows, load_json, reading, stated
+from .common import MAX_BYTES, clip, head, imported, layers_of_rows, load_json, reading, stated
 from .neuronpedia import place_of_hook
 
 _ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk")
-_MAX_UNPACKED = 64 << 30
+_MAX_UNPACKED = 16 << 30
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -97,9 +97,15 @@ def _safetensors_row(path: Path, feature: int | None) -> tuple[np.ndarray, int]:
         length = int.from_bytes(file.read(8), "little")
         if length < 2 or length > min(MAX_HEADER_BYTES, total - 8):
             raise VectorError("it is no safetensors file, or truncated")
-        entry = _json_object(file.read(length), "safetensors header").get("W_dec")
+        header = _json_object(file.read(length), "safetensors header")
+        entry = header.get("W_dec")
         if not isinstance(entry, dict):
             raise VectorError("it holds no W_dec, the decoder of an SAE")
+        if (
+            max(_pair(tensor, "data_offsets")[1] for name, tensor in header.items() if name != "__metadata__")
+            != total - 8 - length
+        ):
+            raise VectorError("it is truncated, or goes on after its last tensor")
         dtype = entry.get("dtype")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise VectorError(f"its W_dec has dtype {clip(dtype)}: {', '.join(_DTYPES)} can be read")
@@ -108,6 +114,8 @@ def _safetensors_row(path: Path, feature: int | None) -> tuple[np.ndarray, int]:
         if 0 in shape or offsets[1] - offsets[0] != math.prod(shape) * item.itemsize or offsets[1] > total - 8 - length:
             raise VectorError("it is truncated: its W_dec does not fit into the file")
         n_bytes = shape[1] * item.itemsize
+        if n_bytes > MAX_BYTES:
+            raise VectorError("its W_dec has rows that are too long for a vector")
         file.seek(8 + length + offsets[0] + _checked(feature, shape[0]) * n_bytes)
         row = np.frombuffer(file.read(n_bytes), item)
     if dtype == "BF16":
@@ -115,10 +123,10 @@ def _safetensors_row(path: Path, feature: int | None) -> tuple[np.ndarray, int]:
     return row, shape[0]
 
 
-def _pair(entry: dict[str, Any], what: str) -> list[int]:
-    value = entry.get(what)
+def _pair(entry: object, what: str) -> list[int]:
+    value = entry.get(what) if isinstance(entry, dict) else None
     if not isinstance(value, list) or [type(n) for n in value] != [int, int] or value[0] < 0 or value[1] < 1:
-        raise VectorError(f"its W_dec has the {what} {clip(value)}, which two positive numbers should be")
+        raise VectorError(f"it has a tensor whose {what} is {clip(value)}, not two positive numbers")
     return value
 
 

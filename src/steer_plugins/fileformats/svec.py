@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import VectorError
 from ..formats import NO_FACTS, Facts, Format, Limits
 from ..vector import Key, SteeringVector
@@ -26,7 +28,7 @@ def read(path: Path, facts: Facts = NO_FACTS) -> SteeringVector:
         stored = data.get("directions")
         if not isinstance(stored, dict) or not stored:
             raise VectorError("it has no 'directions' object with one list for each layer")
-        directions: dict[Key, object] = {}
+        directions: dict[Key, np.ndarray] = {}
         for layer, row in stored.items():
             if not _LAYER.fullmatch(layer):
                 raise VectorError(f"{clip(layer)} is not a layer: layers are whole numbers from 0")

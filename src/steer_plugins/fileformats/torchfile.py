@@ -66,27 +66,49 @@ class _Tensor:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def read(self, archive: Archive, prefix: str, big_endian: bool) -> np.ndarray:
-        """The numbers, in the tensor's shape. Raises VectorError."""
-        dtype, n_items = self.storage.dtype, self.storage.n_items
-        if n_items * dtype.itemsize > MAX_BYTES:
-            raise VectorError("it has a tensor that is too large for a vector")
-        data = archive.whole(f"{prefix}data/{self.storage.key}")
-        if len(data) != n_items * dtype.itemsize:
-            raise VectorError(f"its storage {clip(self.storage.key)} has {len(data)} bytes, not those of {n_items} numbers")
-        count = 1
-        for n in self.shape:
-            count *= n
-        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+
+class _Numbers:
+    """Gives tensors their numbers. Every storage is read once, and all tensors together are bounded."""
+
+    def __init__(self, archive: Archive, prefix: str) -> None:
+        """Raises VectorError for an unknown byte order."""
+        self.archive, self.prefix = archive, prefix
+        order = archive.whole(f"{prefix}byteorder", 16) if f"{prefix}byteorder" in archive.sizes else b"little"
+        if order not in (b"little", b"big"):
+            raise VectorError(f"its byte order is {clip(order)}")
+        self.big_endian = order == b"big"
+        self.flat: dict[str, np.ndarray] = {}
+        self.left = MAX_BYTES // 8
+
+    def of(self, tensor: _Tensor) -> np.ndarray:
+        """The numbers in the tensor's shape, a copy. Raises VectorError."""
+        count = math.prod(tensor.shape)
+        last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
         # count: strides of 0 would turn a few numbers into any number of them.
-        if count < 1 or count > n_items or last >= n_items:
+        if not 1 <= count <= tensor.storage.n_items or last >= tensor.storage.n_items:
             raise VectorError("it has a tensor that does not lie within its storage")
-        stored = np.dtype("<u2") if dtype is _BFLOAT16 else dtype
-        flat = np.frombuffer(data, stored.newbyteorder(">") if big_endian else stored).astype(stored.newbyteorder("="))
-        if dtype is _BFLOAT16:
-            flat = (flat.astype(np.uint32) << 16).view(np.float32)
-        steps = tuple(step * flat.itemsize for step in self.stride)
-        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps, writeable=False).copy()
+        self.left -= count
+        if self.left < 0:
+            raise VectorError("its tensors are too large for a vector")
+        flat = self.storage(tensor.storage)
+        steps = tuple(step * flat.itemsize for step in tensor.stride)
+        return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, steps, writeable=False).copy()
+
+    def storage(self, storage: _Storage) -> np.ndarray:
+        """The numbers of a storage, in this machine's byte order."""
+        if storage.key not in self.flat:
+            stored = np.dtype("<u2") if storage.dtype is _BFLOAT16 else storage.dtype
+            data = self.archive.whole(f"{self.prefix}data/{storage.key}")
+            if len(data) != storage.n_items * stored.itemsize:
+                raise VectorError(
+                    f"its storage {clip(storage.key)} has {len(data)} bytes, not those of {storage.n_items} numbers"
+                )
+            flat = np.frombuffer(data, stored.newbyteorder(">") if self.big_endian else stored)
+            flat = flat.astype(stored.newbyteorder("="))
+            self.flat[storage.key] = (flat.astype(np.uint32) << 16).view(np.float32) if storage.dtype is _BFLOAT16 else flat
+        elif len(self.flat[storage.key]) != storage.n_items:
+            raise VectorError(f"it describes the storage {clip(storage.key)} in two ways")
+        return self.flat[storage.key]
 
 
 class _Machine:
@@ -223,24 +245,23 @@ def read(path: Path, facts: Facts = NO_FACTS) -> SteeringVector:
         if head(path, 2)[:1] == b"\x80":
             raise VectorError("it is a plain pickle, which is never loaded: save it again with torch 1.6 or later")
         with Archive(path) as archive:
-            content = _content(archive)
-            prefix, big_endian = _layout(archive)
-
-            def numbers(tensor: _Tensor) -> np.ndarray:
-                return tensor.read(archive, prefix, big_endian)
-
+            program, prefix = _program(archive)
+            numbers = _Numbers(archive, prefix)
+            content = _Machine().run(program)
+            tensors, described = _tensors(content)
             site = stated("site", None, facts.site, "resid_post")
             directions: dict[Key, np.ndarray] = {}
-            tensors, described = _tensors(content)
-            if facts.key is None and tensors and all(_layer(key) is not None for key in tensors):
+            if isinstance(content, list | tuple):
+                directions.update(row_directions(_stacked([numbers.of(tensor) for tensor in tensors.values()]), site, facts))
+            elif facts.key is None and tensors and all(_layer(key) is not None for key in tensors):
                 for key, tensor in tensors.items():
                     place = _layer(key) or 0, site
                     if place in directions:
                         raise VectorError(f"it has two tensors for layer {place[0]}")
-                    directions[place] = _one_row(numbers(tensor))
+                    directions[place] = _one_row(numbers.of(tensor))
             else:
                 tensor = _chosen(tensors, facts.key)
-                rows = numbers(tensor)
+                rows = numbers.of(tensor)
                 if rows.ndim == 1 and "layer" in described:
                     layer = whole(described["layer"], "its layer")
                     if facts.at not in (None, (layer,)):
@@ -258,21 +279,12 @@ def read(path: Path, facts: Facts = NO_FACTS) -> SteeringVector:
         )
 
 
-def _layout(archive: Archive) -> tuple[str, bool]:
-    """(folder of the archive's members, whether the numbers are big-endian)."""
-    (program,) = [name for name in archive.sizes if name == "data.pkl" or re.fullmatch(r"[^/]+/data\.pkl", name)]
-    prefix = program.removesuffix("data.pkl")
-    order = archive.whole(f"{prefix}byteorder", 16) if f"{prefix}byteorder" in archive.sizes else b"little"
-    if order not in (b"little", b"big"):
-        raise VectorError(f"its byte order is {clip(order)}")
-    return prefix, order == b"big"
-
-
-def _content(archive: Archive) -> Any:
-    programs = [name for name in archive.sizes if name == "data.pkl" or re.fullmatch(r"[^/]+/data\.pkl", name)]
-    if len(programs) != 1:
+def _program(archive: Archive) -> tuple[bytes, str]:
+    """(what ``data.pkl`` holds, the folder of the archive's members)."""
+    names = [name for name in archive.sizes if name == "data.pkl" or re.fullmatch(r"[^/]+/data\.pkl", name)]
+    if len(names) != 1:
         raise VectorError("it is no file of torch.save: an archive with one data.pkl")
-    return _Machine().run(archive.whole(programs[0], _MAX_PICKLE))
+    return archive.whole(names[0], _MAX_PICKLE), names[0].removesuffix("data.pkl")
 
 
 def _tensors(content: Any) -> tuple[dict[str | int, _Tensor], dict[str, Any]]:
@@ -287,7 +299,7 @@ def _tensors(content: Any) -> tuple[dict[str | int, _Tensor], dict[str, Any]]:
         tensors = {key: value for key, value in content.items() if isinstance(value, _Tensor)}
         plain = {str(k): v for k, v in content.items() if _is_plain(v)}
         return tensors, plain
-    if isinstance(content, list | tuple) and all(isinstance(item, _Tensor) for item in content):
+    if isinstance(content, list | tuple) and content and all(isinstance(item, _Tensor) for item in content):
         return dict(enumerate(content)), {}
     raise VectorError("it holds no tensor, nor a dictionary of tensors")
 
@@ -302,6 +314,13 @@ def _is_plain(value: Any) -> bool:
 def _layer(key: str | int) -> int | None:
     match = _LAYER.fullmatch(str(key))
     return int(match[1]) if match else None
+
+
+def _stacked(rows: list[np.ndarray]) -> np.ndarray:
+    """A list of [n_embd] as [rows, n_embd]. Raises VectorError."""
+    if {row.shape for row in rows} != {(rows[0].size,)}:
+        raise VectorError("it is a list of tensors that are not all [n_embd]")
+    return np.stack(rows)
 
 
 def _one_row(array: np.ndarray) -> np.ndarray:
