@@ -14,6 +14,7 @@ from steer_plugins.cli.doctor import doctor as command
 from steer_plugins.native import API_VERSION
 from steer_plugins.runtime import doctor, locate, tools
 from steer_plugins.runtime.bindings import Bindings, library_names
+from steer_plugins.runtime.host import HostGgml
 
 from .test_runtime_locate import make_runtime
 from .test_runtime_models import write_gguf
@@ -149,17 +150,15 @@ def test_runtimes_on_the_ggml_of_other_programs(machine: Path, monkeypatch: pyte
     make_runtime(machine / "cache" / "runtime" / "newest", built_at=9)
     host = machine / "host"
     host.mkdir()
-    library = host / library_names("ggml")[0]
-    library.write_text("ggml")
-    files = {library.name: doctor.file_sha256(library)}
-    ggml = {"mode": "copy", "host": str(host), "source": str(host), "version": "0.25.3", "files": files}
+    for base in ("ggml", "ggml-base"):
+        (host / library_names(base)[0]).write_text(base)
+    ggml = {"mode": "copy", "host": str(host), "version": "0.25.3", "id": HostGgml(host, host).ggml_id()}
     runtime = make_runtime(machine / "cache" / "runtime" / "a", ggml=ggml)
-    (runtime / "lib" / library.name).write_text("ggml")
     model = str(write_gguf(machine / "m.gguf"))
     code, answer = ask("--model", model)
     expected = {"host": str(host), "path": str(runtime), "current_patch": True, "same_ggml": True, "server": None}
     assert code == 0 and answer["hosts"] == [expected] and states(answer)["host"] == {"ok"}
-    library.write_text("an upgrade")
+    (host / library_names("ggml")[0]).write_text("an upgrade")
     code, answer = ask("--model", model)
     assert code == 0 and answer["hosts"][0]["same_ggml"] is False and states(answer)["host"] == {"note"}
     assert f"steer build --on {host}" in answer["todo"]

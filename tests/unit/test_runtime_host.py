@@ -101,6 +101,20 @@ def test_the_hash_is_that_of_its_ggml(tmp_path: Path) -> None:
     assert host.HostGgml(folder, folder).ggml_id() != before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs import libraries there")
+def test_one_of_several_kinds_of_back_ends(tmp_path: Path) -> None:
+    folder = host_folder(tmp_path / "lib" / "ollama")
+    for kind in ("cuda_v12", "cuda_v13"):
+        (folder / kind).mkdir()
+        (folder / kind / library_names("ggml-cuda")[0]).write_text(kind)
+    plain, one = host.host_ggml(tmp_path), host.host_ggml(folder / "cuda_v13")
+    assert isinstance(plain, host.HostGgml) and plain.left_out() == [folder / "cuda_v12", folder / "cuda_v13"]
+    assert isinstance(one, host.HostGgml) and one.library_dir == folder and one.left_out() == []
+    names = [path.relative_to(folder).as_posix() for path in one.ggml_files()]
+    expected = [library_names("ggml-base")[0], library_names("ggml")[0], f"cuda_v13/{library_names('ggml-cuda')[0]}"]
+    assert names == expected and one.ggml_id() != plain.ggml_id()
+
+
 @needs_compiler
 def test_what_its_ggml_needs_comes_along_and_nothing_else(tmp_path: Path) -> None:
     compile_library(tmp_path / "libdep.so.12", "int dep(void) { return 1; }", "-Wl,-soname,libdep.so.12")
@@ -212,7 +226,7 @@ def on(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # no
     (toy.source / "ggml" / "CMakeLists.txt").write_text(GGML_CMAKE)
     (toy.source / "ggml" / "src" / "ggml.c").write_text(GGML_C)
     answer = dict(SAME)
-    monkeypatch.setattr(module, "read_host", lambda folder, count: answer)
+    monkeypatch.setattr(module, "read_host", lambda *_: answer)
     monkeypatch.setattr(module, "probe", lambda lib: {"steer": "llama-steer 1", **answer})
     return host_folder(tmp_path / "host", "ggml-cuda", "llama")
 
@@ -232,7 +246,9 @@ def test_a_runtime_on_a_host(toy: Toy, on: Path, tmp_path: Path) -> None:  # noq
     assert {path: path.read_bytes() for path in on.iterdir()} == before
     assert build_runtime(toy.options(on=on)).reused
     (on / library_names("ggml-cuda")[0]).write_text("an upgrade")
+    assert not host.same_host(runtime.meta)
     again = build_runtime(toy.options(on=on))
+    assert host.same_host(again.runtime.meta)
     assert not again.reused and again.runtime.path != runtime.path
 
 
@@ -242,7 +258,7 @@ def test_another_version_is_refused_before_anything_is_compiled(
     on: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "read_host", lambda folder, count: {**SAME, "version": "0.9.4"})
+    monkeypatch.setattr(module, "read_host", lambda *_: {**SAME, "version": "0.9.4"})
     for ask in (build_runtime, module.check_patch):
         with pytest.raises(BuildError, match=r"brings ggml 0\.9\.4, but the sources carry ggml 0\.25\.3"):
             ask(toy.options(on=on))
@@ -267,7 +283,7 @@ def test_modules_are_looked_for_beside_the_server(toy: Toy, on: Path, monkeypatc
 @posix_only
 def test_a_device_that_gets_lost_is_an_error(toy: Toy, on: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     devices = [{"name": "CPU"}, {"name": "CUDA0"}]
-    monkeypatch.setattr(module, "read_host", lambda folder, count: {**SAME, "devices": devices})
+    monkeypatch.setattr(module, "read_host", lambda *_: {**SAME, "devices": devices})
     with pytest.raises(BuildError, match="device CUDA0 of .* cannot be used from another place"):
         build_runtime(toy.options(on=on))
     assert toy.runtimes() == []

@@ -14,7 +14,7 @@ from steer_plugins.cli.build import build as build_command
 from steer_plugins.runtime import locate
 from steer_plugins.runtime import prune as module
 from steer_plugins.runtime.bindings import Bindings, library_names
-from steer_plugins.runtime.cache import file_sha256
+from steer_plugins.runtime.host import HostGgml
 from steer_plugins.runtime.patching import load_patch_set
 from steer_plugins.runtime.prune import exclusive_bytes, prune_runtimes
 
@@ -84,12 +84,13 @@ def test_runtimes_for_hosts_stay_as_long_as_the_host_is_the_same(cache: Path, tm
     name = library_names("ggml")[0]
     for host in ("one", "two", "gone"):
         (tmp_path / host).mkdir()
-        (tmp_path / host / name).write_text(host)
+        for base in ("ggml", "ggml-base"):
+            (tmp_path / host / library_names(base)[0]).write_text(host)
 
     def on(host: str, folder: str, at: int, **meta: Any) -> None:
         source = tmp_path / host
-        ggml = {"mode": "copy", "host": str(source), "source": str(source), "files": {name: file_sha256(source / name)}}
-        (runtime(cache, folder, at, ggml=ggml, **meta) / "lib" / name).write_text(host)
+        ggml = {"mode": "copy", "host": str(source), "id": HostGgml(source, source).ggml_id()}
+        runtime(cache, folder, at, ggml=ggml, **meta)
 
     on("one", "one-older", 1)
     on("one", "one", 2)

@@ -445,9 +445,12 @@ class _Build:
         if self.plan.host is None or host is None:
             return
         source = source_ggml(self.src, self.plan.origin)
-        self.host_facts = read_host(host.library_dir, len(source.operations))
+        extra = host.extra if isinstance(host, HostGgml) else None
+        self.host_facts = read_host(host.library_dir, len(source.operations), extra)
         require_same_ggml(self.plan.host, self.host_facts, source)
         if isinstance(host, HostGgml):
+            for folder in host.left_out():
+                self.reporter.say(f"the back ends in {folder} are left out; take them with --on {folder}")
             write_cmake_package(self._host_prefix, host, self.src / "ggml" / "include", int(self.host_facts["tensor"]))
 
     @property
@@ -629,6 +632,7 @@ class _Build:
         server = self._stage_server(stage, outputs, modules) if self.plan.server else None
         self._stage_headers(stage / "include")
         source = self.plan.shared.library_dir if self.plan.shared else None
+        ggml = self.plan.shared.ggml_files() if self.plan.shared else ggml_files(lib)
         return {
             "format": _RUNTIME_FORMAT,
             "version": self.plan.origin.version,
@@ -645,8 +649,9 @@ class _Build:
                 "source": str(source) if source else None,
                 "host": str(self.plan.host.absolute()) if self.plan.host else None,
                 "version": self.host_facts.get("version"),
+                "id": self.plan.ggml_id,
                 "modules": modules,
-                "files": {path.name: file_sha256(path) for path in ggml_files(source or lib) if not path.is_symlink()},
+                "files": {path.name: file_sha256(path) for path in ggml if is_ggml(path.name) and not path.is_symlink()},
             },
             "platform": f"{sys.platform} {platform.machine()}",
             "steer_plugins": __version__,

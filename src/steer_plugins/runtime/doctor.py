@@ -15,10 +15,9 @@ from . import tools
 from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, ggml_files
 from .build import probe
 from .cache import cache_dir, file_sha256
-from .host import host_of
+from .host import host_of, same_host
 from .locate import INSTALL_BINDINGS, WHEEL_NAME, Runtime, cached_runtimes, find_runtime, installed_runtime, is_current
 from .patching import PatchSet, patch_sets
-from .prune import same_host
 from .sources import pip_available
 
 
@@ -183,7 +182,7 @@ def _hosts(report: Report, used: Runtime) -> None:
         host = host_of(runtime.meta)
         if host is None or runtime.problem() is not None:
             continue
-        same = same_host(runtime)
+        same = same_host(runtime.meta)
         facts = {"host": str(host), "path": str(runtime.path), "current_patch": is_current(runtime), "same_ggml": same}
         report.facts["hosts"].append({**facts, "server": str(runtime.server) if runtime.server else None})
         text = f"for {host}: {runtime.server or runtime.path} (ggml {runtime.meta['ggml'].get('version')})"

@@ -36,10 +36,12 @@ _OURS = re.compile(r"(lib)?(llama|mtmd|llava)(?![a-z])")
 
 @dataclass(frozen=True)
 class HostGgml:
-    """A folder with ggml's shared libraries. ``folder`` is what the user named, ``library_dir`` where they are."""
+    """A folder with ggml's shared libraries. ``folder`` is what the user named, ``library_dir`` where they are, ``extra``
+    a subfolder with one more back end (Ollama keeps each kind of GPU in one)."""
 
     folder: Path
     library_dir: Path
+    extra: Path | None = None
 
     @property
     def ggml_prefix(self) -> Path | None:
@@ -48,11 +50,18 @@ class HostGgml:
 
     def ggml_files(self) -> list[Path]:
         """The ggml libraries and what else of the folder they load (CUDA's run-time libraries, say)."""
-        return with_dependencies(self.library_dir)
+        return with_dependencies(self.library_dir) + (with_dependencies(self.extra) if self.extra else [])
 
     def ggml_id(self) -> str:
         """A content hash of the ggml libraries (sha256 hex)."""
-        return digest("host", *(part for path in ggml_files(self.library_dir) for part in (path.name, file_sha256(path))))
+        files = ggml_files(self.library_dir) + (ggml_files(self.extra) if self.extra else [])
+        return digest("host", *(part for path in files for part in (path.name, file_sha256(path))))
+
+    def left_out(self) -> list[Path]:
+        """Subfolders with back ends that are not taken: there may be several of one name."""
+        if self.extra is not None:
+            return []
+        return sorted(path for path in self.library_dir.iterdir() if path.is_dir() and ggml_files(path))
 
 
 def host_ggml(folder: Path) -> Bindings | HostGgml:
@@ -73,6 +82,8 @@ def host_ggml(folder: Path) -> Bindings | HostGgml:
                 # Windows links against import libraries, which hosts do not ship.
                 raise BuildError(f"{folder} has no import libraries (ggml.lib), without which nothing links to it on Windows")
             return HostGgml(folder, library_dir)
+    if ggml_files(folder) and find_any_library(folder.parent, "ggml-base") and find_any_library(folder.parent, "ggml"):
+        return HostGgml(folder, folder.parent, folder)
     raise BuildError(
         f"{folder} holds no shared libraries ggml and ggml-base to build on (they may be linked into its programs); "
         "leave out --on to build ggml too"
@@ -138,11 +149,12 @@ def _commit(origin: SourceOrigin) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def read_host(library_dir: Path, operations: int) -> dict[str, Any]:
+def read_host(library_dir: Path, operations: int, extra: Path | None = None) -> dict[str, Any]:
     """What a folder's ggml says of itself, asked in a process of its own: "version", "commit", "tensor" (bytes of one
-    with its header), the names of the first "operations", its "devices"; "error" when it cannot be loaded."""
+    with its header), the names of the first "operations", its "devices" (with those of the modules in ``extra``);
+    "error" when it cannot be loaded."""
     script = Path(__file__).with_name("probe.py")
-    command = [sys.executable, "-I", str(script), str(library_dir), "--ggml", str(operations)]
+    command = [sys.executable, "-I", str(script), str(library_dir), "--ggml", str(operations), *([str(extra)] if extra else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, check=False)
     except (OSError, subprocess.SubprocessError) as error:
@@ -258,3 +270,12 @@ def host_of(meta: dict[str, Any]) -> Path | None:
     ggml = meta.get("ggml")
     host = ggml.get("host") if isinstance(ggml, dict) else None
     return Path(host) if isinstance(host, str) and host else None
+
+
+def same_host(meta: dict[str, Any]) -> bool:
+    """Whether the host that a runtime was built on (see host_of) still has that ggml."""
+    host = host_of(meta)
+    try:
+        return host is not None and host_ggml(host).ggml_id() == meta["ggml"].get("id")
+    except (BuildError, OSError):
+        return False

@@ -1,6 +1,7 @@
 """Load a runtime's libraries and say what is in them. Run as a program: python probe.py LIBRARY_FOLDER.
 
-With ``--ggml N`` it looks at the ggml libraries only, and at the names of the first N operations of theirs.
+With ``--ggml N [FOLDER]`` it looks at the ggml libraries only, at the names of the first N operations of theirs, and at
+the back ends in another folder too.
 
 It is a process of its own because a loaded library stays loaded, and because a broken one must not take the caller
 with it. It uses the standard library only and prints one JSON object (with ``--ggml`` one for each thing found out).
@@ -48,7 +49,7 @@ def probe(folder: str) -> dict[str, object]:
     return {"steer": steer, "mtmd": mtmd is not None, "devices": found, "modules": modules, "loaded": loaded()}
 
 
-def probe_ggml(folder: str, operations: int) -> Iterator[dict[str, object]]:
+def probe_ggml(folder: str, operations: int, extra: str = "") -> Iterator[dict[str, object]]:
     """What the ggml libraries in ``folder`` say of themselves, one piece after the other: later ones may crash."""
     folder = os.path.abspath(folder)
     if hasattr(os, "add_dll_directory"):
@@ -67,7 +68,11 @@ def probe_ggml(folder: str, operations: int) -> Iterator[dict[str, object]]:
     yield {"operations": [base.ggml_op_name(index).decode("utf-8", "replace") for index in range(operations)]}
     ggml = load(folder, "ggml")
     if ggml is not None:
-        yield {"modules": load_modules(ggml, folder), "devices": devices(ggml, base)}
+        modules = load_modules(ggml, folder)
+        if extra:
+            ggml.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
+            ggml.ggml_backend_load_all_from_path(os.fsencode(os.path.abspath(extra)))
+        yield {"modules": modules, "devices": devices(ggml, base)}
 
 
 def load_modules(ggml: ctypes.CDLL, folder: str) -> bool:
@@ -133,7 +138,7 @@ def main() -> int:
     """The program."""
     try:
         if sys.argv[2:3] == ["--ggml"]:
-            for found in probe_ggml(sys.argv[1], int(sys.argv[3])):
+            for found in probe_ggml(sys.argv[1], int(sys.argv[3]), *sys.argv[4:5]):
                 print(json.dumps(found), flush=True)
         else:
             print(json.dumps(probe(sys.argv[1])))

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, RuntimeMissing
-from .bindings import ggml_files
-from .cache import CacheLock, cache_dir, file_sha256, remove_tree
-from .host import host_of
-from .locate import Runtime, cached_runtimes, find_cached_runtime, is_current, runtime_at
+from .cache import CacheLock, cache_dir, remove_tree
+from .host import host_of, same_host
+from .locate import cached_runtimes, find_cached_runtime, is_current, runtime_at
 from .process import Reporter
 
 
@@ -86,22 +85,12 @@ def _in_use() -> dict[Path, str]:
     for runtime in everything:
         host = host_of(runtime.meta)
         key = (host, runtime.server is not None) if host else None
-        if host and key and key not in hosts and is_current(runtime) and runtime.problem() is None and same_host(runtime):
+        if host and key and key not in hosts and is_current(runtime) and runtime.problem() is None and same_host(runtime.meta):
             hosts.add(key)
             used.setdefault(runtime.path, f"it is for {host}")
     if not used and everything:
         used[everything[0].path] = "the newest"
     return used
-
-
-def same_host(runtime: Runtime) -> bool:
-    """Whether the host that a runtime was built on still has that ggml."""
-    ggml = runtime.meta["ggml"]
-    source, files = ggml.get("source"), ggml.get("files")
-    if not isinstance(source, str) or not isinstance(files, dict):
-        return False
-    present = {path.name: path for path in ggml_files(Path(source))}
-    return all(name in present and file_sha256(present[name]) == content for name, content in files.items())
 
 
 def exclusive_bytes(folder: Path) -> int:
