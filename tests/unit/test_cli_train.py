@@ -17,7 +17,7 @@ from steer_plugins.errors import DataError, SpecError
 from steer_plugins.library import Library
 from steer_plugins.plugins.manager import reset
 from steer_plugins.steering import Term
-from steer_plugins.training import Training, TrainOptions
+from steer_plugins.training import Training, TrainOptions, options_of
 from steer_plugins.traits import load_trait
 from steer_plugins.vector import SteeringVector
 from steer_plugins.vectorfile import read_vector
@@ -224,8 +224,8 @@ def test_pairs_and_trait_together_are_wrong_usage(engine, capsys):
 
 
 def test_layers_are_read_strictly():
-    assert parse_layers("3") == (3, 3) and parse_layers(" 3-10 ") == (3, 10)
-    for text in ("", "-", "3-", "-3", "3-4-5", "3.5", "٣", "9999999"):
+    assert parse_layers("3") == (3,) and parse_layers(" 3-5 ") == (3, 4, 5) and parse_layers("8,1-2, 2") == (1, 2, 8)
+    for text in ("", "-", "3-", "-3", "3-4-5", "3.5", "٣", "99999", "3,", "3,,4", "5-2"):
         with pytest.raises(SpecError):
             parse_layers(text)
 
@@ -358,3 +358,128 @@ def test_demo_notices_a_strength_0_that_is_not_plain(engine, capsys):
 
 def _touched(request):
     return replace(request, steering=Term(request.steering.vector, 0.25))
+
+
+# ---- train --again ----
+
+
+def test_again_gives_the_same_directions(engine, tmp_path, capsys):
+    assert run(capsys, "train", "calm", "--pairs", "pairs.jsonl", "--method", "lda", "--seed", "3")[0] == 0
+    made = engine.generated
+    engine.generated = []
+    code, out, err = run(capsys, "train", "--again", "calm")
+    assert code == 0 and "calm: the same directions, bit for bit" in out, err
+    assert not engine.generated and made  # nothing is calibrated again
+    code, out, _ = run(capsys, "train", "twin", "--again", "calm", "--json")
+    printed = json.loads(out)
+    assert (
+        printed["identical"] is True
+        and set(printed["cosines"].values()) == {1.0}
+        and printed["file"].endswith("twin.safetensors")
+    )
+    old, new = (Library().get(name, IDENTITY) for name in ("calm", "twin"))
+    assert new.content_hash == old.content_hash and new.calibration == old.calibration and new.provenance == old.provenance
+
+
+def test_again_with_all_options(engine, capsys):
+    options = (
+        "--method",
+        "pca_center",
+        "--layers",
+        "2-3,5",
+        "--remove-neutral",
+        "--calibrate",
+        "none",
+        "--positions",
+        "response",
+    )
+    assert run(capsys, "train", "calm", "--pairs", "pairs.jsonl", *options)[0] == 0
+    vector = Library().get("calm", IDENTITY)
+    assert vector.layers == [2, 3, 5] and vector.provenance["remove_neutral"] is True
+    assert options_of(vector) == TrainOptions(
+        method="pca_center", positions="response", layers=(2, 3, 5), calibrate="none", remove_neutral=True, baseline=False
+    )
+    assert run(capsys, "train", "--again", "calm")[0] == 0
+
+
+def test_again_tells_other_directions(engine, capsys):
+    assert run(capsys, "train", "calm", "--pairs", "pairs.jsonl", "--calibrate", "none")[0] == 0
+    states = engine._states
+    engine._states = lambda text, n, layer: states(text, n, layer) + np.float32([0, 0, 0, 0.5 * ("joy" in text)])
+    code, out, _ = run(capsys, "train", "--again", "calm")
+    assert code == 1 and "not the same directions; the lowest cosine is 0.9" in out
+    engine._states = lambda text, n, layer: states(text, n, layer) if layer != 4 else np.ones((n, 4), np.float32)
+    code, out, _ = run(capsys, "train", "--again", "calm", "--json")
+    assert code == 1 and json.loads(out)["cosines"]["4"] is None
+
+
+def test_again_wants_the_same_data(engine, tmp_path, capsys):
+    assert run(capsys, "train", "calm", "--pairs", "pairs.jsonl", "--calibrate", "none")[0] == 0
+    joyful(tmp_path)
+    assert run(capsys, "train", "gay", "--trait", "joyful.json", "--calibrate", "none")[0] == 0
+    assert run(capsys, "train", "--again", "gay", "--trait", "joyful.json")[0] == 0
+    file = tmp_path / "pairs.jsonl"
+    (tmp_path / "old.jsonl").write_bytes(file.read_bytes())
+    file.write_text(file.read_text() + "\n")
+    up = SteeringVector("up", {(4, "resid_post"): [1, 0, 0, 0]}, identity=IDENTITY)
+    Library().put(up, IDENTITY)
+    other = SteeringVector("other", {(4, "resid_post"): [1, 0, 0, 0]}, identity=IDENTITY, provenance={"method": ["lda"]})
+    Library().put(other, IDENTITY)
+    for arguments, sentence in {
+        ("calm",): "pairs.jsonl is not what 'calm' was fitted to",
+        ("gay",): "name its file with --trait",
+        ("up",): "does not say how it was fitted",
+        ("other",): "does not say how it was fitted",
+        ("calm", "--trait", "mood"): "the trait 'mood' is not what 'calm' was fitted to",
+    }.items():
+        code, out, err = run(capsys, "train", "--again", *arguments)
+        assert code == 1 and sentence in err and err.count("\n") == 1 and not out
+    assert run(capsys, "train", "--again", "calm", "--pairs", "old.jsonl")[0] == 0
+    file.unlink()
+    assert "which is not here: name the file with --pairs" in run(capsys, "train", "--again", "calm")[2]
+
+
+def test_again_takes_its_options_from_the_vector(engine, capsys):
+    code, _, err = run(capsys, "train", "--again", "calm", "--seed", "1")
+    assert code == 2 and "--seed" in err
+    code, _, err = run(capsys, "train", "--again", "calm", "--remove-neutral")
+    assert code == 2 and "--remove-neutral" in err
+    assert run(capsys, "train")[0] == 2
+
+
+# ---- three classes ----
+
+
+def test_a_baseline_is_fitted_and_recorded(engine, tmp_path, capsys):
+    three = [{**pair, "baseline": f"so much {i}"} for i, pair in enumerate(PAIRS)]
+    (tmp_path / "three.jsonl").write_text("\n".join(map(json.dumps, three)))
+    assert run(capsys, "train", "a", "--pairs", "three.jsonl", "--calibrate", "none")[0] == 0
+    assert run(capsys, "train", "b", "--pairs", "three.jsonl", "--calibrate", "none", "--no-baseline")[0] == 0
+    assert run(capsys, "train", "mood", "--baseline", "--calibrate", "none")[0] == 0
+    made = {name: Library().get(name, IDENTITY).provenance for name in ("a", "b", "mood")}
+    assert [made[name]["baseline"] for name in made] == [True, False, True]
+    assert made["a"]["report"]["layers"][3]["baseline"] == pytest.approx(0.5)
+    for name in made:
+        assert run(capsys, "train", "--again", name)[0] == 0
+    code, _, err = run(capsys, "train", "c", "--pairs", "pairs.jsonl", "--baseline")
+    assert code == 1 and 'a third side, "baseline"' in err
+
+
+# ---- show, plot ----
+
+
+def test_show_prints_the_report(engine, capsys):
+    assert run(capsys, "train", "calm", "--pairs", "pairs.jsonl", "--calibrate", "none")[0] == 0
+    code, out, _ = run(capsys, "show", "calm")
+    assert code == 0 and "suggested window  layers 3-7" in out and "held-out pairs: 5-fold; 12 resamples" in out
+    assert "none: strength 1 is a usual dose, relative to the residual norm" in out
+    table = out[out.index("suggested window") :]
+    for column in ("norm", "distance in norms", "pairs in order", "cosine to next", "stability"):
+        assert column in table
+    assert len(table.strip().splitlines()) == 3 + N_LAYER - 1  # the window, the columns, a line, the layers
+    assert json.loads(run(capsys, "show", "calm", "--json")[1])["provenance"]["report"]["window"] == [3, 7]
+
+
+def test_training_names_the_window(engine, capsys):
+    _, out, _ = run(capsys, "train", "calm", "--pairs", "pairs.jsonl", "--calibrate", "none")
+    assert "calm: layers 3-7 tell the poles apart best" in out and "100%" in out

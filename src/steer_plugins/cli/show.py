@@ -110,12 +110,33 @@ def _show_vector(vector: SteeringVector) -> None:
         [(layer, site, scale) for (layer, site), scale in vector.scales.items()],
         title="\nDirections",
     )
-    for title, data in (("Provenance", vector.provenance), ("Calibration", vector.calibration)):
+    provenance = vector.provenance
+    report = provenance.pop("report", None) if provenance else None
+    for title, data in (("Provenance", provenance), ("Calibration", vector.calibration)):
         if data is not None:
             click.echo(f"\n{title}")
             _show_facts(data, indent=2)
     if vector.calibration is None:
-        click.echo("\nCalibration\n  none: strength 1 is the scale above, not a measured full effect")
+        relative = isinstance((provenance or {}).get("dose"), dict)
+        what = "a usual dose, relative to the residual norm" if relative else "the scale above"
+        click.echo(f"\nCalibration\n  none: strength 1 is {what}, not a measured full effect")
+    if isinstance(report, dict):
+        _show_report(report)
+
+
+def _show_report(report: dict[str, Any]) -> None:
+    """What the fit is worth at each layer, measured on pairs it has not seen."""
+    click.echo(f"\nReport (held-out pairs: {cell_text(report.get('held_out') or 'none')}; "
+               f"{cell_text(report.get('resamples'))} resamples)")  # fmt: skip
+    window = report.get("window")
+    suggested = f"layers {cell_text(window[0])}-{cell_text(window[-1])}" if isinstance(window, list) and window else "none"
+    click.echo(f"  suggested window  {suggested}")
+    rows = report.get("layers")
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        names = {"above": "cosine to next", "distance": "distance in norms", "ordered": "pairs in order"}
+        shown = [column for column in columns if column != "below"]  # the row above has it
+        print_table([names.get(c, c) for c in shown], [[_flat(row.get(c)) for c in shown] for row in rows])
 
 
 def _show_facts(data: dict[str, Any], indent: int = 0) -> None:

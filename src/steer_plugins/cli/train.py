@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import DataError, SpecError, VectorError
 from ..plugins import hookimpl
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from ..traits import Trait
     from ..vector import SteeringVector
 
-_LAYERS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
+_LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
+
+# What a repeated fit takes from the vector.
+_OF_THE_FIT = (
+    "method", "positions", "layers", "calibrate", "scope", "seed", "thinking", "remove_neutral", "baseline",
+)  # fmt: skip
 
 
 @hookimpl
@@ -29,7 +35,7 @@ def register_commands(cli: click.Group) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", required=False)
 @click.option("--pairs", type=click.Path(), metavar="FILE", help="Contrast pairs, a JSONL file.")
 @click.option("--trait", "trait_name", metavar="FILE|NAME", help="A trait file, or a trait that comes with the package.")
 @engine_options
@@ -37,10 +43,17 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--method", default="mean_difference", show_default=True, metavar="NAME", help="The extraction method.")
 @click.option(
     "--positions",
-    type=click.Choice(["last", "response"]),
-    help="Read at the last prompt token, or averaged over the response (default: what the examples allow).",
+    type=click.Choice(["last", "response", "answer", "thinking"]),
+    help="Read at the last prompt token, averaged over the response, at the end of the given answer, or averaged over what "
+    "is thought (default: last or response, as the examples allow).",
 )
-@click.option("--layers", metavar="A-B", help="Fit and steer these layers (default: calibration finds a window).")
+@click.option("--layers", metavar="A-B,C", help="Fit and steer these layers (default: calibration finds a window).")
+@click.option("--remove-neutral", is_flag=True, help="Take out of each direction what lies along the neutral text.")
+@click.option(
+    "--baseline/--no-baseline",
+    default=None,
+    help="Fit three classes, with a neutral baseline between the poles (default: where the pairs have one).",
+)
 @click.option(
     "--calibrate",
     type=click.Choice(["none", "quick", "full"]),
@@ -51,10 +64,13 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--scope", type=click.Choice(["all", "prompt", "response"]), help="Which tokens to steer (default: as calibrated).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which pairs are held out.")
 @click.option("--thinking/--no-thinking", default=False, help="The chat template's switch for thinking.")
+@click.option("--again", metavar="VECTOR", help="Repeat the fit of VECTOR, a name or a file, and compare.")
 @click.option("--overwrite", "--force", is_flag=True, help="Replace a vector of that name.")
 @json_option
+@click.pass_context
 def train(
-    name: str,
+    ctx: click.Context,
+    name: str | None,
     pairs: str | None,
     trait_name: str | None,
     engine: EngineOptions,
@@ -62,27 +78,43 @@ def train(
     method: str,
     positions: str | None,
     layers: str | None,
+    remove_neutral: bool,
+    baseline: bool | None,
     calibrate: str,
     scope: str | None,
     seed: int,
     thinking: bool,
+    again: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Fit the steering vector NAME to a model, and keep it in the library.
 
     What it learns from is a trait or a file of pairs, on each line {"positive": ..., "negative": ...} with two texts or
-    two chats. A trait that comes with the package (mood, succinctness) needs no option.
+    two chats; a third text or chat, "baseline", may stand between them. A trait that comes with the package (mood,
+    succinctness and others) needs no option.
+
+    With --again the fit of a vector is repeated from what it says of itself: same model, data, method and seed give the same
+    directions. The result is written only where NAME or --out says so.
 
     \b
     Examples:
       steer train mood
       steer train calm --pairs calm.jsonl --calibrate full
       steer train mood --model other.gguf --out mood.safetensors
+      steer train --again mood
     """
     from ..library import Library
     from ..training import Training, TrainOptions
 
+    if again is not None:
+        given = [p for p in _OF_THE_FIT if ctx.get_parameter_source(p) is not ParameterSource.DEFAULT]
+        if given:
+            raise click.UsageError(f"--again takes --{given[0].replace('_', '-')} from the vector: leave it out.")
+        _train_again(again, name, pairs, trait_name, engine, out, overwrite, as_json)
+        return
+    if name is None:
+        raise click.UsageError("Missing argument 'NAME'.")
     source = load_source(name, pairs, trait_name)
     options = TrainOptions(
         method=method,
@@ -92,6 +124,8 @@ def train(
         scope=scope,
         seed=seed,
         thinking=thinking,
+        remove_neutral=remove_neutral,
+        baseline=baseline,
     )
     target = Target(name, out, overwrite, Library())
     if out is not None:
@@ -107,6 +141,66 @@ def train(
         print_json({**describe(vector), "file": str(path)})
     else:
         print_report(vector, path)
+
+
+def _train_again(
+    again: str,
+    name: str | None,
+    pairs: str | None,
+    trait_name: str | None,
+    engine: EngineOptions,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    from ..library import Library
+    from ..training import check_source, options_of, train_again
+
+    library = Library()
+    with engine.open(n_parallel=N_PARALLEL) as opened:
+        vector = library.resolve(again, opened.info.identity)
+        options_of(vector)
+        source = source_of(vector, pairs, trait_name)
+        check_source(vector, source)
+        target = Target(name or vector.name, out, overwrite, library) if name is not None or out is not None else None
+        if target is not None:
+            target.check(opened)
+        repeat = train_again(opened, vector, source, name=name)
+        path = None
+        if target is not None:
+            # the same directions have the same calibration
+            made = vector.replace(name=target.name) if repeat.identical else repeat.training.finish(repeat.fit)
+            path = target.write(made, opened)
+    known = [cosine for cosine in repeat.cosines.values() if cosine is not None]
+    lowest = min(known) if len(known) == len(repeat.cosines) else None
+    if as_json:
+        print_json({"vector": vector.name, "identical": repeat.identical, "cosines": repeat.cosines, "file": path})
+    elif repeat.identical:
+        click.echo(f"{vector.name}: the same directions, bit for bit, at {len(repeat.cosines)} layers.")
+    else:
+        what = "some layers have no direction now" if lowest is None else f"the lowest cosine is {lowest:.6f}"
+        click.echo(f"{vector.name}: not the same directions; {what}. Another build, machine or number of threads?")
+    if path is not None and not as_json:
+        click.echo(f"Written to {path}")
+    if not repeat.identical:
+        raise click.exceptions.Exit(1)
+
+
+def source_of(vector: SteeringVector, pairs: str | None, trait_name: str | None) -> Trait | ContrastData:
+    """What a vector was fitted to: as named, a trait of the package, or the pairs file of that name in this folder."""
+    from ..traits import bundled_traits
+
+    source = (vector.provenance or {})["source"]
+    if pairs is not None or trait_name is not None:
+        return load_source(vector.name, pairs, trait_name)
+    if source.get("trait") in bundled_traits():
+        return load_source(source["trait"], None, source["trait"])
+    file = source.get("file")
+    if isinstance(file, str) and Path(file).name == file and Path(file).is_file():
+        return load_source(vector.name, file, None)
+    if "trait" in source:
+        raise DataError(f"'{vector.name}' was fitted to the trait '{source['trait']}': name its file with --trait.")
+    raise DataError(f"'{vector.name}' was fitted to the pairs in '{file}', which is not here: name the file with --pairs.")
 
 
 #: Replies that are generated side by side while training.
@@ -162,16 +256,19 @@ def load_source(name: str, pairs: str | None, trait_name: str | None) -> Trait |
     return load_trait(name)
 
 
-def parse_layers(text: str) -> tuple[int, int]:
-    """``A-B`` or ``A``. Raises SpecError."""
-    match = _LAYERS.fullmatch(text.strip())
-    if match is None:
-        raise SpecError(f"--layers {text!r} is no range of layers: write A-B, such as 10-15")
-    lo = int(match[1])
-    hi = lo if match[2] is None else int(match[2])
-    if hi < lo:
-        raise SpecError(f"--layers {text!r} ends before it starts: write the lower layer first")
-    return lo, hi
+def parse_layers(text: str) -> tuple[int, ...]:
+    """``A-B``, ``A``, or several of them with commas, as block indices. Raises SpecError."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = _LAYERS.fullmatch(part.strip())
+        if match is None:
+            raise SpecError(f"--layers {text!r} is no list of layers: write A-B or A,B, such as 10-15 or 8,12-14")
+        lo = int(match[1])
+        hi = lo if match[2] is None else int(match[2])
+        if hi < lo:
+            raise SpecError(f"--layers {text!r} ends before it starts: write the lower layer first")
+        found.update(range(lo, hi + 1))
+    return tuple(sorted(found))
 
 
 def run_training(training: Training) -> SteeringVector:
@@ -205,6 +302,15 @@ def print_report(vector: SteeringVector, path: Path) -> None:
 
     out = console()
     record = vector.calibration
+    report = (vector.provenance or {}).get("report") or {}
+    if report.get("window"):
+        lo, hi = report["window"]
+        best = max((row for row in report["layers"] if lo <= row["layer"] <= hi), key=lambda row: row.get("separation", 0.0))
+        out.print(
+            f"{vector.name}: layers {lo}-{hi} tell the poles apart best and most reproducibly (held-out pairs in order: "
+            f"{best.get('ordered', 0.5):.0%} at layer {best['layer']}; steer show {vector.name} has them all).",
+            markup=False,
+        )
     if record is None:
         out.print(
             f"{vector.name}: layers {layer_ranges(vector.layers)}, scope {vector.default_scope}; not calibrated, so "
