@@ -1,0 +1,457 @@
+// server-steer-vectors.cpp - vector files and the identity of a model, read without trust.
+
+#include "server-steer.h"
+
+#include "gguf.h"
+
+extern "C" {
+#include "hash/sha256/sha256.h"
+}
+
+#include <cmath>
+#include <cstring>
+#include <fstream>
+
+namespace {
+
+// llama.cpp's vendored SHA-256, fed piece by piece
+struct sha256 {
+    sha256_t state;
+    sha256() { sha256_init(&state); }
+
+    void update(const void * data, size_t size) { sha256_update(&state, static_cast<const unsigned char *>(data), size); }
+    void update(const std::string & text) { update(text.data(), text.size()); }
+
+    void update_u32(uint32_t x) {
+        const uint8_t b[4] = { (uint8_t) x, (uint8_t) (x >> 8), (uint8_t) (x >> 16), (uint8_t) (x >> 24) };
+        update(b, 4);
+    }
+
+    std::string hex() {
+        unsigned char digest[SHA256_DIGEST_SIZE];
+        sha256_final(&state, digest);
+        std::string res;
+        for (unsigned char byte : digest) {
+            res += string_format("%02x", byte);
+        }
+        return res;
+    }
+};
+
+[[noreturn]] void bad(const std::string & why) {
+    throw server_steer_error(400, why);
+}
+
+std::string shown(const std::string & text) {
+    return "'" + (text.size() <= 60 ? text : text.substr(0, 57) + "...") + "'";
+}
+
+} // namespace
+
+// ---- identity ----
+
+json server_steer_identity::to_json() const {
+    return json {
+        {"architecture",  architecture},
+        {"n_layer",       n_layer},
+        {"n_embd",        n_embd},
+        {"tokens_sha256", tokens_sha256},
+        {"norms_sha256",  norms_sha256},
+        {"name",          name},
+        {"n_streams",     n_streams},
+    };
+}
+
+namespace {
+
+bool ends_with(const std::string & text, const std::string & end) {
+    return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+// the norm tensors of one file: float32, one dimension, named *_norm.weight
+void read_norms(const std::string & path, const gguf_context * gguf, const ggml_context * meta, std::map<std::string, std::string> & norms) {
+    std::ifstream file(path, std::ios::binary);
+    for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
+        const std::string name = gguf_get_tensor_name(gguf, i);
+        if (gguf_get_tensor_type(gguf, i) != GGML_TYPE_F32 || !ends_with(name, "_norm.weight")) {
+            continue;
+        }
+        const ggml_tensor * t = ggml_get_tensor(const_cast<ggml_context *>(meta), name.c_str());
+        if (!t || ggml_n_dims(t) != 1) {
+            continue;
+        }
+        std::string data(ggml_nbytes(t), '\0');
+        file.seekg((std::streamoff) (gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i)));
+        file.read(&data[0], (std::streamsize) data.size());
+        if (!file) {
+            throw server_steer_error(500, "cannot read " + name + " of " + path);
+        }
+        norms[name] = std::move(data);
+    }
+}
+
+struct gguf_file {
+    ggml_context * meta = nullptr;
+    gguf_context * gguf = nullptr;
+    explicit gguf_file(const std::string & path) {
+        gguf = gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ &meta });
+        if (!gguf) {
+            throw server_steer_error(500, "cannot read the header of " + path);
+        }
+    }
+    ~gguf_file() {
+        gguf_free(gguf);
+        ggml_free(meta);
+    }
+    gguf_file(const gguf_file &) = delete;
+    gguf_file & operator=(const gguf_file &) = delete;
+
+    std::string text(const char * key) const {
+        const int64_t id = gguf_find_key(gguf, key);
+        return id < 0 || gguf_get_kv_type(gguf, id) != GGUF_TYPE_STRING ? "" : gguf_get_val_str(gguf, id);
+    }
+};
+
+} // namespace
+
+server_steer_identity server_steer_identity_of(const std::string & path, int32_t n_layer, int32_t n_embd, int32_t n_streams) {
+    server_steer_identity res;
+    res.n_layer   = n_layer;
+    res.n_embd    = n_embd;
+    res.n_streams = n_streams;
+
+    std::map<std::string, std::string> norms;
+    int n_split = 1;
+    {
+        gguf_file first(path);
+        res.architecture = first.text("general.architecture");
+        res.name         = first.text("general.name");
+
+        const int64_t tokens = gguf_find_key(first.gguf, "tokenizer.ggml.tokens");
+        if (tokens < 0 || gguf_get_kv_type(first.gguf, tokens) != GGUF_TYPE_ARRAY || gguf_get_arr_type(first.gguf, tokens) != GGUF_TYPE_STRING) {
+            throw server_steer_error(500, path + " has no token list");
+        }
+        sha256 digest;
+        for (size_t i = 0; i < gguf_get_arr_n(first.gguf, tokens); ++i) {
+            const std::string token = gguf_get_arr_str(first.gguf, tokens, i);
+            digest.update_u32((uint32_t) token.size());
+            digest.update(token);
+        }
+        res.tokens_sha256 = digest.hex();
+
+        const int64_t split = gguf_find_key(first.gguf, "split.count");
+        if (split >= 0 && gguf_get_kv_type(first.gguf, split) == GGUF_TYPE_UINT16) {
+            n_split = std::max(1, (int) gguf_get_val_u16(first.gguf, split));
+        }
+        read_norms(path, first.gguf, first.meta, norms);
+    }
+    if (n_split > 1) {
+        std::vector<char> prefix(path.size() + 64);
+        std::vector<char> shard(path.size() + 128);
+        if (llama_split_prefix(prefix.data(), prefix.size(), path.c_str(), 0, n_split) <= 0) {
+            throw server_steer_error(500, path + " is split but not named as a first shard");
+        }
+        for (int i = 1; i < n_split; ++i) {
+            llama_split_path(shard.data(), shard.size(), prefix.data(), i, n_split);
+            gguf_file next(shard.data());
+            read_norms(shard.data(), next.gguf, next.meta, norms);
+        }
+    }
+    sha256 digest;
+    for (const auto & [name, data] : norms) { // sorted by name
+        digest.update(name);
+        digest.update(data);
+    }
+    res.norms_sha256 = digest.hex();
+    return res;
+}
+
+// ---- vector files ----
+
+namespace {
+
+constexpr size_t MAX_HEADER_BYTES = 16u << 20;
+
+const char * const SITE_NAMES[LLAMA_STEER_SITE_COUNT] = { "resid_post", "attn_out", "ffn_out" };
+
+json parse_object(const std::string & text, const char * what) {
+    json res;
+    try {
+        res = json::parse(text);
+    } catch (const std::exception &) {
+        bad(std::string("the ") + what + " is not valid JSON");
+    }
+    if (!res.is_object()) {
+        bad(std::string("the ") + what + " is not a JSON object");
+    }
+    return res;
+}
+
+std::string text_at(const json & data, const char * key) {
+    if (!data.contains(key) || !data.at(key).is_string()) {
+        bad(std::string("'") + key + "' is missing or not a string");
+    }
+    return data.at(key).get<std::string>();
+}
+
+// "direction.<layer>.<site>"
+bool parse_tensor_name(const std::string & name, int32_t & layer, int32_t & site) {
+    const std::string head = "direction.";
+    if (name.compare(0, head.size(), head) != 0) {
+        return false;
+    }
+    size_t at = head.size();
+    size_t end = at;
+    while (end < name.size() && name[end] >= '0' && name[end] <= '9') {
+        end++;
+    }
+    const size_t digits = end - at;
+    if (digits < 1 || digits > 9 || (digits > 1 && name[at] == '0') || end >= name.size() || name[end] != '.') {
+        return false;
+    }
+    layer = std::stoi(name.substr(at, digits));
+    for (site = 0; site < LLAMA_STEER_SITE_COUNT; ++site) {
+        if (name.substr(end + 1) == SITE_NAMES[site]) {
+            return true;
+        }
+    }
+    return false;
+}
+
+struct stored_direction {
+    std::vector<float> values;
+    double scale = 0.0;
+};
+
+float float_at(const char * bytes) {
+    const auto * b = reinterpret_cast<const uint8_t *>(bytes);
+    const uint32_t bits = (uint32_t) b[0] | (uint32_t) b[1] << 8 | (uint32_t) b[2] << 16 | (uint32_t) b[3] << 24;
+    float res;
+    memcpy(&res, &bits, sizeof(res));
+    return res;
+}
+
+int64_t whole(const json & value, const std::string & what) {
+    if (!value.is_number_integer()) {
+        bad(what + " is not a whole number");
+    }
+    return value.get<int64_t>();
+}
+
+stored_direction read_direction(const std::string & name, const json & entry, const char * data, size_t size, int32_t n_embd,
+        std::vector<std::pair<size_t, size_t>> & spans) {
+    if (!entry.is_object() || entry.size() != 3 || !entry.contains("dtype") || !entry.contains("shape") || !entry.contains("data_offsets")) {
+        bad("the entry of tensor " + name + " is malformed");
+    }
+    const json & dtype = entry.at("dtype");
+    if (!dtype.is_string() || dtype.get<std::string>() != "F32") {
+        bad("tensor " + name + " is not F32");
+    }
+    const json & shape = entry.at("shape");
+    if (!shape.is_array() || shape.size() != 1 || whole(shape.at(0), "the shape of " + name) != n_embd) {
+        bad("tensor " + name + string_format(" does not have the shape [%d]", n_embd));
+    }
+    const json & offsets = entry.at("data_offsets");
+    if (!offsets.is_array() || offsets.size() != 2) {
+        bad("tensor " + name + " has malformed data_offsets");
+    }
+    const int64_t begin = whole(offsets.at(0), "an offset of " + name);
+    const int64_t end   = whole(offsets.at(1), "an offset of " + name);
+    if (begin < 0 || end < begin || (uint64_t) end > size) {
+        bad("truncated: the data of tensor " + name + " does not fit into the file");
+    }
+    if (end - begin != (int64_t) n_embd*4) {
+        bad("tensor " + name + string_format(" has %lld bytes of data, not %lld", (long long) (end - begin), (long long) n_embd*4));
+    }
+    spans.emplace_back((size_t) begin, (size_t) end);
+
+    stored_direction res;
+    res.values.resize(n_embd);
+    double norm2 = 0.0;
+    for (int32_t i = 0; i < n_embd; ++i) {
+        res.values[i] = float_at(data + begin + 4*(size_t) i);
+        if (!std::isfinite(res.values[i])) {
+            bad("tensor " + name + " contains NaN or Inf");
+        }
+        norm2 += (double) res.values[i]*res.values[i];
+    }
+    if (std::abs(std::sqrt(norm2) - 1.0) > 1e-3) {
+        bad("tensor " + name + string_format(" has length %.6g: stored directions have length 1", std::sqrt(norm2)));
+    }
+    return res;
+}
+
+std::string content_hash(const std::string & op, const std::map<std::pair<int32_t, std::string>, stored_direction> & directions) {
+    sha256 digest;
+    digest.update(std::string("steer-content-v1\0", 17));
+    digest.update(op + std::string(1, '\0'));
+    for (const auto & [key, d] : directions) {
+        digest.update_u32((uint32_t) key.first);
+        digest.update(key.second + std::string(1, '\0'));
+        digest.update_u32((uint32_t) d.values.size());
+        for (float x : d.values) {
+            uint32_t bits;
+            memcpy(&bits, &x, sizeof(bits));
+            digest.update_u32(bits);
+        }
+        const double scale = d.scale + 0.0; // -0.0 is hashed as 0.0
+        uint64_t bits;
+        memcpy(&bits, &scale, sizeof(bits));
+        digest.update_u32((uint32_t) bits);
+        digest.update_u32((uint32_t) (bits >> 32));
+    }
+    return digest.hex();
+}
+
+void check_identity(const json & stored, const server_steer_identity & model, bool force) {
+    if (stored.is_null()) {
+        return; // its width and layers are checked
+    }
+    if (!stored.is_object()) {
+        bad("its 'identity' is neither an object nor null");
+    }
+    const auto differs = [&](const char * field, const std::string & want) {
+        return text_at(stored, field) != want;
+    };
+    const auto number = [&](const char * field) {
+        if (!stored.contains(field)) {
+            bad(std::string("its identity lacks ") + field);
+        }
+        return whole(stored.at(field), std::string("its identity's ") + field);
+    };
+    const std::string other = text_at(stored, "architecture") + string_format(" with %lld layers of %lld", (long long) number("n_layer"), (long long) number("n_embd"));
+    if (differs("architecture", model.architecture) || number("n_layer") != model.n_layer || number("n_embd") != model.n_embd) {
+        bad("it was made for " + other + ", this model is " + model.architecture + string_format(" with %d layers of %d", model.n_layer, model.n_embd) +
+            ": fit it on this model (steer train)");
+    }
+    if (differs("tokens_sha256", model.tokens_sha256)) {
+        bad("it was made for " + other + " with another vocabulary: fit it on this model (steer train)");
+    }
+    if (differs("norms_sha256", model.norms_sha256) && !force) {
+        bad("it was made for a model that differs in its norm weights, such as a fine-tune of this one: fit it on this model (steer train), or upload it with ?force=1");
+    }
+}
+
+} // namespace
+
+server_steer_vector_ptr server_steer_parse_vector(const std::string & file, const server_steer_identity & model, const llama_steer_info & info, bool force) {
+    if (file.size() < 10) {
+        bad("not a safetensors file");
+    }
+    uint64_t length = 0;
+    for (int i = 7; i >= 0; --i) {
+        length = length << 8 | (uint8_t) file[i];
+    }
+    if (length < 2 || length > MAX_HEADER_BYTES || length > file.size() - 8) {
+        bad("not a safetensors file, or truncated: its header does not fit into it");
+    }
+    const json header = parse_object(file.substr(8, length), "safetensors header");
+    const char * data = file.data() + 8 + length;
+    const size_t size = file.size() - 8 - length;
+
+    if (!header.contains("__metadata__") || !header.at("__metadata__").is_object() || !header.at("__metadata__").contains("steer") ||
+            !header.at("__metadata__").at("steer").is_string()) {
+        bad("a safetensors file without a steering vector (no 'steer' metadata)");
+    }
+    const json meta = parse_object(header.at("__metadata__").at("steer").get<std::string>(), "'steer' metadata");
+    if (text_at(meta, "format") != "steer-vector-v1") {
+        bad("unknown format version " + shown(text_at(meta, "format")) + ": this server knows steer-vector-v1");
+    }
+    static const std::set<std::string> fields = { "format", "name", "op", "default_scope", "n_embd", "scales", "identity", "provenance", "calibration", "content_sha256" };
+    for (const auto & field : fields) {
+        if (!meta.contains(field)) {
+            bad("the 'steer' metadata lacks '" + field + "'");
+        }
+    }
+    for (const auto & entry : meta.items()) {
+        if (!fields.count(entry.key())) {
+            bad("the 'steer' metadata has the unknown field " + shown(entry.key()));
+        }
+    }
+    const int64_t n_embd = whole(meta.at("n_embd"), "'n_embd'");
+    if (n_embd != model.n_embd) {
+        bad(string_format("its directions have %lld numbers, this model %d", (long long) n_embd, model.n_embd));
+    }
+    check_identity(meta.at("identity"), model, force);
+
+    auto res = std::make_shared<server_steer_vector>();
+    res->n_embd = (int32_t) n_embd;
+    res->op     = text_at(meta, "op");
+    res->scope  = text_at(meta, "default_scope");
+    res->content_sha256 = text_at(meta, "content_sha256");
+    if (res->op != "add" && res->op != "project" && res->op != "clamp") {
+        bad("unknown op " + shown(res->op));
+    }
+
+    const json & scales = meta.at("scales");
+    if (!scales.is_object()) {
+        bad("'scales' is not an object");
+    }
+    std::map<std::pair<int32_t, std::string>, stored_direction> directions; // sorted as they are hashed
+    std::vector<std::pair<size_t, size_t>> spans;
+    for (const auto & entry : header.items()) {
+        const std::string & name = entry.key();
+        if (name == "__metadata__") {
+            continue;
+        }
+        int32_t layer = 0;
+        int32_t site  = 0;
+        if (!parse_tensor_name(name, layer, site)) {
+            bad("unknown tensor " + shown(name) + ": directions are named direction.<layer>.<site>");
+        }
+        if (layer >= info.n_layer) {
+            bad(string_format("it has a direction for layer %d, this model has layers 0 to %d", layer, info.n_layer - 1));
+        }
+        if (!info.sites[site]) {
+            bad(std::string("it acts at ") + SITE_NAMES[site] + ", which this architecture does not offer");
+        }
+        auto direction = read_direction(name, entry.value(), data, size, res->n_embd, spans);
+        if (!scales.contains(name) || !scales.at(name).is_number()) {
+            bad("tensor " + name + " has no scale");
+        }
+        direction.scale = scales.at(name).get<double>();
+        if (!std::isfinite(direction.scale)) {
+            bad("the scale of " + name + " is not finite");
+        }
+        directions[{ layer, SITE_NAMES[site] }] = std::move(direction);
+    }
+    if (directions.empty()) {
+        bad("it holds no direction");
+    }
+    if (scales.size() != directions.size()) {
+        bad("a scale has no tensor");
+    }
+    std::sort(spans.begin(), spans.end());
+    size_t edge = 0;
+    for (const auto & [begin, end] : spans) {
+        if (begin != edge) {
+            bad("its tensors overlap or leave gaps");
+        }
+        edge = end;
+    }
+    if (edge != size) {
+        bad("bytes follow the last tensor");
+    }
+    if (content_hash(res->op, directions) != res->content_sha256) {
+        bad("damaged: the directions and scales do not match their content_sha256");
+    }
+
+    for (auto & [key, d] : directions) {
+        double norm2 = 0.0;
+        for (float x : d.values) {
+            norm2 += (double) x*x;
+        }
+        const double norm = std::sqrt(norm2);
+        if (std::abs(norm - 1.0) > 1e-6) { // another writer's rounding, as our own reader takes it
+            for (float & x : d.values) {
+                x = (float) (x/norm);
+            }
+            d.scale *= norm;
+        }
+        res->layers.push_back(key.first);
+        res->sites.push_back((int32_t) (std::find(SITE_NAMES, SITE_NAMES + LLAMA_STEER_SITE_COUNT, key.second) - SITE_NAMES));
+        res->scales.push_back(d.scale);
+        res->dirs.insert(res->dirs.end(), d.values.begin(), d.values.end());
+    }
+    return res;
+}
