@@ -385,6 +385,24 @@ def test_refusals(tmp_path: Path, name: str, data: bytes, match: str) -> None:
     refused(path, match if "\\" in match else re.escape(match), facts, name)
 
 
+def test_signalling_nans(tmp_path: Path) -> None:
+    """They make numpy warn when they are cast, which is one sentence too many."""
+    bad = ROWS.copy()
+    bad.view(np.uint32)[1, 0] = 0x7FA00001
+    by_layer = b"}(" + b"".join(text(str(il)) + tensor((N,), n=3 * N, offset=il * N) for il in range(3)) + b"u"
+    for name, data in {
+        "gguf-control-vector": gguf(directions(bad), CONTROL),
+        "glp": gguf(directions(bad), GLP),
+        "ds4": bad.tobytes(),
+        "npz": npz(**{"layer.1": bad[1]}),
+        "torch": pt(by_layer, {"0": bad.tobytes()}),
+        "saelens": safetensors({**SAE, "W_dec": bad}),
+        "gemma-scope": npz(W_dec=bad),
+    }.items():
+        path, facts = put(tmp_path, name, data)
+        refused(path, "NaN or Inf", replace(facts, at=None) if name == "torch" else facts, name)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
