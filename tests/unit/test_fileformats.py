@@ -387,7 +387,7 @@ def test_refusals(tmp_path: Path, name: str, data: bytes, match: str) -> None:
 
 def test_signalling_nans(tmp_path: Path) -> None:
     """They make numpy warn when they are cast, which is one sentence too many."""
-    bad = ROWS.copy()
+    bad = UNIT.copy()
     bad.view(np.uint32)[1, 0] = 0x7FA00001
     by_layer = b"}(" + b"".join(text(str(il)) + tensor((N,), n=3 * N, offset=il * N) for il in range(3)) + b"u"
     for name, data in {
