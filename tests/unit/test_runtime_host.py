@@ -364,8 +364,28 @@ def test_a_fixed_place_is_replaced_in_a_copy(tmp_path: Path) -> None:
     os.link(theirs, tmp_path / "lib" / "libggml.so")
     free_from_place([tmp_path / "lib" / "libggml.so"])
     dynamic = read_dynamic(tmp_path / "lib" / "libggml.so")
-    assert dynamic is not None and dynamic.runpath == "$ORIGIN"
+    assert dynamic is not None and dynamic.runpath == "$ORIGIN" and not dynamic.yields
     assert theirs.read_bytes() == content
+
+
+@needs_compiler
+def test_a_library_path_of_the_host_does_not_come_between(tmp_path: Path) -> None:
+    """LD_LIBRARY_PATH leads to other back ends, as under a host that sets it for its own."""
+    for folder, number in (("ours", 1), ("theirs", 2)):
+        code = f"int number(void) {{ return {number}; }}"
+        compile_library(tmp_path / folder / "libggml-cpu.so", code, "-Wl,-soname,libggml-cpu.so")
+    options = (f"-L{tmp_path / 'ours'}", "-lggml-cpu", "-Wl,-rpath,$ORIGIN", "-Wl,--enable-new-dtags")
+    ggml = compile_library(tmp_path / "ours" / "libggml.so", "int number(void); int get(void) { return number(); }", *options)
+    program = f"import ctypes; print(ctypes.CDLL({str(ggml)!r}).get())"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path / "theirs")}
+
+    def answer() -> str:
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+    assert answer() == "2"
+    free_from_place([ggml])
+    assert answer() == "1"
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"\x7fELF\x02\x01" + b"\xff" * 58, b"MZ" + b"\0" * 100])

@@ -20,12 +20,22 @@ from steer_plugins.runtime.prune import exclusive_bytes, prune_runtimes
 
 from .test_runtime_locate import make_runtime
 
-SERVER: dict[str, Any] = {"server": "lib/llama-server", "server_patch": load_patch_set("default").server_hash}
+PATCH = """--- a/src/graph.cpp
++++ b/src/graph.cpp
+@@ -1,2 +1,3 @@
+ int graph;
++// ours
+ int end;
+"""
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("STEER_PATCH_DIR", str(tmp_path / "patch"))  # does not change while a test runs
+    (tmp_path / "patch").mkdir()
+    for name in ("core.patch", "server.patch"):
+        (tmp_path / "patch" / name).write_text(PATCH)
     monkeypatch.delenv("STEER_RUNTIME", raising=False)
     monkeypatch.setattr(locate, "find_bindings", lambda: Bindings("0.3.36", Path("/nowhere"), None))
     return tmp_path / "cache"
@@ -36,6 +46,10 @@ def runtime(cache: Path, name: str, at: int, **meta: Any) -> Path:
     if meta.get("server"):
         (folder / meta["server"]).write_text("server")
     return folder
+
+
+def server() -> dict[str, Any]:
+    return {"server": "lib/llama-server", "server_patch": load_patch_set("default").server_hash}
 
 
 def left(cache: Path) -> list[str]:
@@ -51,8 +65,8 @@ def test_the_newest_in_use_stay(cache: Path) -> None:
     runtime(cache, "old-patch", 90, patch="old")
     runtime(cache, "other-version", 91, version="0.3.35")
     runtime(cache, "older", 10)
-    runtime(cache, "older-server", 5, **SERVER)
-    runtime(cache, "server", 20, **SERVER)
+    runtime(cache, "older-server", 5, **server())
+    runtime(cache, "server", 20, **server())
     runtime(cache, "newest", 30)
     damaged = runtime(cache, "damaged", 99)
     (damaged / "runtime.json").write_text("{")

@@ -175,7 +175,7 @@ def test_what_cannot_be_packed_is_one_sentence(built: locate.Runtime, tmp_path: 
         out.write_text("a file")
     with pytest.raises(BuildError) as caught:
         wheel.build_wheel(read_runtime(built.path), out)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and (what != "unwritable" or f"no wheel can be written to {out}" in str(caught.value))
     assert not out.is_dir() or not list(out.iterdir())
 
 

@@ -22,6 +22,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -745,11 +746,14 @@ def link_libraries(files: Iterable[Path], target: Path) -> None:
 def free_from_place(files: Iterable[Path]) -> None:
     """Let libraries that look for each other in a fixed folder (on Linux) look beside themselves.
 
-    Where that means a change, a link to somebody else's file becomes a copy first.
+    So does libggml in any case, before it looks in LD_LIBRARY_PATH: it is small, and it is the one that loads the back
+    ends. Where that means a change, a link to somebody else's file becomes a copy first.
     """
     for path in files:
         dynamic = None if path.is_symlink() else read_dynamic(path)
-        if dynamic is None or not dynamic.runpath or dynamic.runpath.startswith("$ORIGIN"):
+        if dynamic is None or not dynamic.runpath:
+            continue
+        if dynamic.runpath.startswith("$ORIGIN") and not (dynamic.yields and _base_name(path.name) == "ggml"):
             continue
         copy = path.with_name(f".{path.name}.part")
         shutil.copy2(path, copy)
@@ -773,6 +777,8 @@ def probe(lib_dir: Path) -> dict[str, Any]:
             raise ValueError(answer)
         return answer
     except (ValueError, IndexError):
+        if done.returncode == -getattr(signal, "SIGILL", 0):
+            return {"error": "they were compiled for another processor"}
         last = (done.stderr.strip().splitlines() or [f"the loading process ended with code {done.returncode}"])[-1]
         return {"error": last}
 

@@ -19,13 +19,15 @@ _LOAD, _DYNAMIC = 1, 2
 class Dynamic:
     """The dynamic section: ``needed`` library names, ``soname`` and ``runpath`` ("" when absent; DT_RPATH counts too).
 
-    ``places`` has the file offset of each of these strings.
+    ``yields``: the search path is a DT_RUNPATH, which comes after LD_LIBRARY_PATH (DT_RPATH comes before).
+    ``places``: for each of these strings its tag, its text, and the offsets of the tag and of the text in the file.
     """
 
     needed: list[str] = field(default_factory=list)
     soname: str = ""
     runpath: str = ""
-    places: list[tuple[int, str, int]] = field(default_factory=list)  # (tag, text, offset in the file)
+    yields: bool = False
+    places: list[tuple[int, str, int, int]] = field(default_factory=list)
 
 
 def read_dynamic(path: Path) -> Dynamic | None:
@@ -55,34 +57,37 @@ def _parse(data: mmap.mmap) -> Dynamic | None:
     tags = dict(entries)
     table = next(offset + tags[_STRTAB] - address for address, size, offset in loads if 0 <= tags[_STRTAB] - address < size)
     result = Dynamic()
-    for tag, value in entries:
+    for index, (tag, value) in enumerate(entries):
         if tag in (_NEEDED, _SONAME, _RPATH, _RUNPATH):
             if value >= tags[_STRSZ]:
                 raise ValueError("a name outside of the string table")
             text = data[table + value : data.find(b"\0", table + value)].decode("utf-8", "surrogateescape")
-            result.places.append((tag, text, table + value))
+            result.places.append((tag, text, dynamic[0] + 16 * index, table + value))
             if tag == _NEEDED:
                 result.needed.append(text)
             elif tag == _SONAME:
                 result.soname = text
             else:
                 result.runpath = text
+                result.yields = tag == _RUNPATH
     return result
 
 
 def make_relative(path: Path, names: Mapping[str, str], fallback: str = "$ORIGIN") -> None:
     """Rename the libraries ``names`` (old -> new, not longer) in a file, and drop absolute places from its search path.
 
-    Where no relative place is left, ``fallback`` takes their place. Raises ValueError when something does not fit.
+    Where no relative place is left, ``fallback`` takes their place. The path then comes before LD_LIBRARY_PATH: a host
+    that sets one must not put another ggml beside ours. Raises ValueError when something does not fit.
     """
     dynamic = read_dynamic(path)
     if dynamic is None:
         raise ValueError(f"{path.name} is no 64-bit ELF file that can be read")
     changes = []
-    for tag, text, offset in dynamic.places:
+    for tag, text, tag_offset, offset in dynamic.places:
         if tag in (_RPATH, _RUNPATH):
             kept = [part for part in text.split(":") if part.startswith("$ORIGIN")]
             new = ":".join(kept) or fallback
+            changes.append((tag_offset, struct.pack("<q", _RPATH)))
         else:
             new = names.get(text, text)
         if new != text:

@@ -113,15 +113,29 @@ def build_wheel(runtime: Runtime, out: Path) -> Path:
     version = wheel_version(runtime.meta)
     arguments = parse_cmake_arguments([word for word in runtime.meta.get("cmake_args") or () if str(word).startswith("-D")])
     tag = f"py3-none-{platform_tag(arguments.definitions)}"
-    with tempfile.TemporaryDirectory(prefix="steer-wheel-") as temporary:
-        root = Path(temporary)
-        package = make_dir(root / RUNTIME_PACKAGE)
-        _stage_runtime(runtime, package, version)
-        _try(package)
-        (package / "__init__.py").write_text(_INIT, encoding="utf-8")
-        info = make_dir(root / f"{WHEEL_NAME.replace('-', '_')}-{version}.dist-info")
-        _stage_info(runtime, info, version, tag)
-        return _write_wheel(root, info, make_dir(out) / f"{WHEEL_NAME.replace('-', '_')}-{version}-{tag}.whl")
+    name = f"{WHEEL_NAME.replace('-', '_')}-{version}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # Not in the system's folder for such things: that may be small, and may not allow programs to run.
+        with tempfile.TemporaryDirectory(prefix=".steer-wheel-", dir=out) as temporary:
+            root = Path(temporary)
+            package = make_dir(root / RUNTIME_PACKAGE)
+            _stage_runtime(runtime, package, version)
+            _try(package)
+            (package / "__init__.py").write_text(_INIT, encoding="utf-8")
+            info = make_dir(root / f"{name}.dist-info")
+            _stage_info(runtime, info, version, tag)
+            partial = root.with_name(f".{name}.{os.getpid()}.part")
+            try:
+                _write_wheel(root, info, partial)
+                os.replace(partial, out / f"{name}-{tag}.whl")
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise BuildError(
+            f"no wheel can be written to {out} ({error.strerror or error}); give another folder with --out"
+        ) from None
+    return out / f"{name}-{tag}.whl"
 
 
 def _stage_runtime(runtime: Runtime, package: Path, version: str) -> None:
@@ -237,29 +251,21 @@ def _stage_info(runtime: Runtime, info: Path, version: str, tag: str) -> None:
     (info / "WHEEL").write_text(wheel, encoding="utf-8")
 
 
-def _write_wheel(root: Path, info: Path, target: Path) -> Path:
-    """Zip everything below ``root``, with a RECORD in ``info``, beside its place, and rename it into it."""
+def _write_wheel(root: Path, info: Path, target: Path) -> None:
+    """Zip everything below ``root`` into ``target``, with a RECORD in ``info``."""
     record = info / "RECORD"
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     files = sorted(path for path in root.rglob("*") if path.is_file())
     # The metadata last, as the format recommends.
     files.sort(key=lambda path: path.is_relative_to(info))
     record.write_text("".join(_record_lines(root, files, record)), encoding="utf-8")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in [*files, record]:
-                entry = zipfile.ZipInfo(path.relative_to(root).as_posix(), (1980, 1, 1, 0, 0, 0))
-                entry.external_attr = (0o100755 if os.access(path, os.X_OK) else 0o100644) << 16
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                entry.file_size = path.stat().st_size  # a GPU library may need the 64-bit form
-                with path.open("rb") as source, archive.open(entry, "w") as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
-        os.replace(partial, target)
-    except OSError as error:
-        raise BuildError(f"{target} cannot be written ({error.strerror or error}); give another folder with --out") from None
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in [*files, record]:
+            entry = zipfile.ZipInfo(path.relative_to(root).as_posix(), (1980, 1, 1, 0, 0, 0))
+            entry.external_attr = (0o100755 if os.access(path, os.X_OK) else 0o100644) << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.file_size = path.stat().st_size  # a GPU library may need the 64-bit form
+            with path.open("rb") as source, archive.open(entry, "w") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
 
 
 def _record_lines(root: Path, files: Iterable[Path], record: Path) -> Iterable[str]:
