@@ -95,6 +95,8 @@ class Engine(ABC):
     """
 
     info: ModelInfo
+    mixed_positions: bool = False
+    """Whether :meth:`read_pairs` also takes ``positions`` as a list of words, one for each item."""
 
     @abstractmethod
     def tokenize(self, prompt: Prompt, *, thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,18 +20,44 @@ TRUNK = 0
 MIN_SHARED = 8
 """A shorter common prefix is not worth the copy."""
 
+GROUP_COST = 8
+"""What one more group costs, in tokens: its batches are shorter, and it takes two of them."""
+
 MAX_OUTPUTS = 128
 """Rows of logits held at once: each weighs n_vocab floats."""
 
 
 @dataclass
 class Text:
-    """Tokens to push through the model. ``wanted``: positions to read; ``scored``: positions whose logits are needed."""
+    """Tokens to push through the model. ``wanted``: positions to read; ``scored``: positions whose logits are needed.
+
+    ``average``: the mean of the rows is wanted, not the rows.
+    """
 
     tokens: list[int]
     n_prompt: int
     wanted: list[int]
     scored: list[int]
+    average: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Texts (indices) that are computed together, and the length of the prefix that is computed once for them."""
+
+    texts: list[int]
+    shared: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """A group whose rows are in the taps: text ``group.texts[k]`` ran on sequence ``k + 1``, what is shared on ``TRUNK``.
+
+    ``kept``: length of the part of the prefix that was there from the group before, and not computed now.
+    """
+
+    group: Group
+    kept: int
 
 
 OnLogits = Callable[[int, int, npt.NDArray[np.float32]], None]
@@ -62,30 +88,24 @@ def run_groups(
     on_logits: OnLogits | None = None,
     outputs_for_reading: bool = False,
     progress: Progress | None = None,
-) -> Iterator[list[tuple[int, int, int]]]:
-    """Compute all texts, a group of as many as the session has sequences at a time.
+    groups: Sequence[Group] | None = None,
+) -> Iterator[Done]:
+    """Compute all texts, a group of as many as the session has sequences at a time. ``groups``: of :func:`plan_groups`.
 
-    After each group yields (text index, sequence, length of the shared prefix) for its texts, while their rows are still in
-    the taps. The shared prefix was computed once, on sequence ``TRUNK``.
+    Yields after each group, while its rows are still in the taps. Prefixes that texts share are computed once.
     """
-    n_slots = session.limits.n_seq - 1
-    order = sorted(range(len(texts)), key=lambda i: texts[i].tokens)  # neighbours share the longest prefixes
-    done = 0
     steered = bool(steering)
-    for start in range(0, len(order), n_slots):
-        group = order[start : start + n_slots]
-        shared = 0 if steered or len(group) == 1 else common_prefix([texts[i].tokens for i in group])
-        shared = min(shared, min(len(texts[i].tokens) for i in group) - 1)
-        first_scored = min((p for i in group for p in texts[i].scored), default=shared)
-        shared = min(shared, first_scored)  # logits belong to one text, so what is scored is computed for each
-        if shared < MIN_SHARED:
-            shared = 0
-        _run_trunk(session, texts, group, shared, outputs_for_reading)
+    if groups is None:
+        groups = plan_groups(texts, session.limits.n_seq - 1, share=not steered)
+    trunk_wanted = reads_prefixes(texts, groups)
+    done = 0
+    for group in groups:
+        kept = _run_trunk(session, texts[group.texts[0]].tokens[: group.shared], trunk_wanted, outputs_for_reading)
         entries: list[Entry] = []
         owners: dict[tuple[int, int], int] = {}
-        for slot, i in enumerate(group, start=1):
+        for slot, i in enumerate(group.texts, start=1):
             text = texts[i]
-            if shared:
+            if group.shared:
                 session.clear_ranges(slot)
                 session.copy(TRUNK, slot)
             else:
@@ -94,13 +114,12 @@ def run_groups(
             if steered:
                 plan = SequenceSteering(session, steering, text.tokens[: text.n_prompt])
                 session.set_ranges(slot, 0, plan.configs(text.tokens))
-            wanted = {p for p in text.wanted if p >= shared}
+            wanted = {p for p in text.wanted if p >= group.shared}
             _want(session, slot, sorted(wanted))
             needed = set(text.scored) | (wanted if outputs_for_reading else set())
-            entries += [
-                Entry(text.tokens[p], p, slot, output=p in needed or p == len(text.tokens) - 1)
-                for p in range(shared, len(text.tokens))
-            ]
+            if steered:  # so that the last layer's edits are seen to fire
+                needed.add(len(text.tokens) - 1)
+            entries += [Entry(text.tokens[p], p, slot, output=p in needed) for p in range(group.shared, len(text.tokens))]
         for part in chunks(entries, session.limits.n_batch, MAX_OUTPUTS):
             session.decode(part)
             if on_logits is not None:
@@ -108,42 +127,80 @@ def run_groups(
                     owner = owners.get((e.sequence, e.position))
                     if owner is not None:
                         on_logits(owner, e.position, session.logits(k))
-        yield [(i, slot, shared) for slot, i in enumerate(group, start=1)]
-        for slot in range(1, len(group) + 1):
+        yield Done(group, kept)
+        for slot in range(1, len(group.texts) + 1):
             session.forget(slot)
-        done += len(group)
+        done += len(group.texts)
         if progress is not None:
             progress(done, len(texts))
     session.forget(TRUNK)
 
 
-def _run_trunk(session: Session, texts: Sequence[Text], group: list[int], shared: int, outputs: bool) -> None:
-    if not shared:
+def reads_prefixes(texts: Sequence[Text], groups: Sequence[Group]) -> bool:
+    """Whether any text is read within what its group shares. Then all prefixes are read when they are computed, as one that
+    is computed for a group may be read for the next."""
+    return any(texts[i].wanted and texts[i].wanted[0] < group.shared for group in groups for i in group.texts)
+
+
+def plan_groups(texts: Sequence[Text], n_slots: int, *, share: bool = True) -> list[Group]:
+    """Put texts into groups so that few tokens are computed: prefixes once, and not again when the next group starts with
+    the same. Found by dynamic programming over where, in the sorted texts, a group may begin.
+    """
+    order = sorted(range(len(texts)), key=lambda i: texts[i].tokens)  # neighbours share the longest prefixes
+    n = len(order)
+    if not share:  # steered texts: what applies to a token depends on where its text's prompt ends
+        return [Group(order[start : start + n_slots], 0) for start in range(0, n, n_slots)]
+    # logits belong to one text, and one token at least has to be left to compute
+    limits = [min([len(texts[i].tokens) - 1, *texts[i].scored[:1]]) for i in order]
+    common = [common_prefix([texts[a].tokens, texts[b].tokens]) for a, b in zip(order, order[1:], strict=False)] + [0]
+    cost = [0.0] + [float("inf")] * n
+    best: list[tuple[int, int]] = [(0, 0)] * (n + 1)  # (where the last group begins, its shared prefix)
+    for start in range(n):
+        before = common[start - 1] if start else 0
+        shared, total = min(limits[start], before), 0  # alone, a text can still use what the last group computed
+        for end in range(start, min(n, start + n_slots)):
+            if end > start:
+                whole = limits[start] if end == start + 1 else shared
+                shared = min(whole, common[end - 1], limits[end])
+            total += len(texts[order[end]].tokens)
+            prefix = shared if shared >= MIN_SHARED else 0
+            reused = min(best[start][1], before, prefix)
+            price = cost[start] + total - (end - start + 1) * prefix + prefix - reused + GROUP_COST
+            if price < cost[end + 1]:
+                cost[end + 1], best[end + 1] = price, (start, prefix)
+    groups: list[Group] = []
+    while n:
+        start, shared = best[n]
+        groups.append(Group(list(order[start:n]), shared))
+        n = start
+    return groups[::-1]
+
+
+def _run_trunk(session: Session, tokens: Sequence[int], wanted: bool, outputs: bool) -> int:
+    """Let ``TRUNK`` hold ``tokens``, reading them if ``wanted``; returns how many of them were there already."""
+    if not tokens:
         session.forget(TRUNK)
-        return
-    tokens = texts[group[0]].tokens[:shared]
-    wanted = sorted({p for i in group for p in texts[i].wanted if p < shared})
+        return 0
     session.clear_ranges(TRUNK)
+    held = [t for t, _ in session.kv[TRUNK]]
+    have = common_prefix([held, tokens]) if held else 0
+    if have < len(held):
+        # a sliding window has dropped what lies before it, so a cut there would leave holes
+        holes = session.c.llama_memory_seq_pos_min(session.memory, TRUNK) > 0
+        if holes or have == 0 or not session.c.llama_memory_seq_rm(session.memory, TRUNK, have, -1):
+            session.forget(TRUNK)
+            have = 0
+        else:
+            del session.kv[TRUNK][have:]
     if wanted:
-        session.forget(TRUNK)  # rows are read when they are computed, so nothing may come from the cache
-        have = 0
-        _want(session, TRUNK, wanted)
-    else:
-        held = [t for t, _ in session.kv[TRUNK]]
-        have = common_prefix([held, tokens]) if held else 0
-        if have < len(held):
-            if have == 0 or not session.c.llama_memory_seq_rm(session.memory, TRUNK, have, -1):
-                session.forget(TRUNK)
-                have = 0
-            else:
-                del session.kv[TRUNK][have:]
-    outs = set(wanted) if outputs else set()
-    entries = [Entry(tokens[p], p, TRUNK, output=p in outs) for p in range(have, shared)]
+        _want(session, TRUNK, range(have, len(tokens)))
+    entries = [Entry(tokens[p], p, TRUNK, output=wanted and outputs) for p in range(have, len(tokens))]
     for part in chunks(entries, session.limits.n_batch, MAX_OUTPUTS):
         session.decode(part)
+    return have
 
 
-def _want(session: Session, sequence: int, positions: list[int]) -> None:
+def _want(session: Session, sequence: int, positions: Sequence[int]) -> None:
     start = 0
     for i in range(1, len(positions) + 1):
         if i == len(positions) or positions[i] != positions[i - 1] + 1:
@@ -170,45 +227,89 @@ def read_texts(
     layers: Sequence[int],
     site: str,
     stream: str,
-    average: bool,
     progress: Progress | None,
 ) -> list[Activations]:
-    """Hidden states of all texts at their wanted positions, or the mean of those rows in float64 with ``average``."""
+    """Hidden states of all texts at their wanted positions, or the mean of those rows in float64 where they say so."""
     info = session.model.steer
     s = native.SITES[site]
     n_streams = info.n_streams if stream == "all" and site == "resid_post" else 1
     mode = native.STREAM_ALL if stream == "all" else native.STREAM_MEAN
+    hosts = {i: [i] for i in range(len(texts))} if steering else find_hosts(texts)
+    owners = list(hosts)
+    runs = [Text(texts[i].tokens, texts[i].n_prompt, _union(texts, hosts[i]), []) for i in owners]
+    groups = plan_groups(runs, session.limits.n_seq - 1, share=not steering)
     # room for what one ubatch can want: 8 rows for the last tokens of 8 texts, not the 512 of a whole ubatch
-    wanted = sorted((len(t.wanted) for t in texts), reverse=True)[: session.limits.n_seq]
-    n_rows = 1 << (min(sum(wanted), session.limits.n_batch) - 1).bit_length()
+    wanted = sum(sorted((len(t.wanted) for t in runs), reverse=True)[: session.limits.n_seq])
+    if reads_prefixes(runs, groups):
+        wanted = max([wanted, *(group.shared for group in groups)])
+    n_rows = 1 << (min(wanted, session.limits.n_batch) - 1).bit_length()
     session.steer.set_taps(list(layers), [s] * len(layers), stream=mode, n_rows=n_rows)
     outputs = info.last_layer_outputs_only and info.n_layer - 1 in layers
     results: list[Activations | None] = [None] * len(texts)
-    for group in run_groups(session, texts, steering, outputs_for_reading=outputs, progress=progress):
+    trunk: dict[int, npt.NDArray[np.float32]] = {}  # rows of the prefix, kept as long as groups begin with it
+    done_texts = 0
+    for done in run_groups(session, runs, steering, outputs_for_reading=outputs, groups=groups):
         sequences, positions = session.steer.kept()
         row_of = {(int(q), int(p)): r for r, (q, p) in enumerate(zip(sequences, positions, strict=True))}
         kept = {il: session.steer.rows(il, s, n_streams) for il in layers}
         session.steer.clear_rows()
-        for i, slot, shared in group:
-            text = texts[i]
-            try:
-                index = [row_of[slot if p >= shared else TRUNK, p] for p in text.wanted]
-            except KeyError as missing:
-                raise EngineError(f"Position {missing.args[0][1]} was not read; please report this.") from None
-            values = {il: rows[index] for il, rows in kept.items()}
-            if average:
-                values = {
-                    il: rows.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
-                    for il, rows in values.items()
-                }
-            results[i] = Activations(
-                tokens=text.tokens,
-                n_prompt=text.n_prompt,
-                positions=[] if average else list(text.wanted),
-                values=values,
-                site=site,
-            )
+        shared = done.group.shared
+        fresh = [row_of[TRUNK, p] for p in range(done.kept, shared) if (TRUNK, p) in row_of]
+        for il, rows in kept.items():
+            trunk[il] = np.concatenate([trunk[il][: done.kept], rows[fresh]]) if done.kept and il in trunk else rows[fresh]
+        for slot, run in enumerate(done.group.texts, start=1):
+            for i in hosts[owners[run]]:
+                results[i] = _activations(texts[i], slot, shared, row_of, kept, trunk, site)
+            done_texts += len(hosts[owners[run]])
+        if progress is not None:
+            progress(done_texts, len(texts))
     return [r for r in results if r is not None]
+
+
+def _activations(
+    text: Text,
+    slot: int,
+    shared: int,
+    row_of: Mapping[tuple[int, int], int],
+    kept: Mapping[int, npt.NDArray[np.float32]],
+    trunk: Mapping[int, npt.NDArray[np.float32]],
+    site: str,
+) -> Activations:
+    """The rows of a text that ran on sequence ``slot`` after a prefix of ``shared`` tokens."""
+    early = [p for p in text.wanted if p < shared]
+    try:
+        index = [row_of[slot, p] for p in text.wanted[len(early) :]]
+    except KeyError as missing:
+        raise EngineError(f"Position {missing.args[0][1]} was not read; please report this.") from None
+    values = {}
+    for il, rows in kept.items():
+        found = np.concatenate([trunk[il][early], rows[index]]) if early else rows[index]
+        values[il] = found.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32) if text.average else found
+    return Activations(
+        tokens=text.tokens,
+        n_prompt=text.n_prompt,
+        positions=[] if text.average else list(text.wanted),
+        values=values,
+        site=site,
+    )
+
+
+def find_hosts(texts: Sequence[Text]) -> dict[int, list[int]]:
+    """Texts that have to be computed, each with those that can be read on the way: itself, its equals and its beginnings."""
+    hosts: dict[int, list[int]] = {}
+    host = -1
+    for i in sorted(range(len(texts)), key=lambda i: texts[i].tokens, reverse=True):
+        tokens = texts[i].tokens
+        # among sorted texts, what a text is a beginning of follows it at once
+        if host < 0 or texts[host].tokens[: len(tokens)] != tokens:
+            host = i
+            hosts[host] = []
+        hosts[host].append(i)
+    return hosts
+
+
+def _union(texts: Sequence[Text], members: Sequence[int]) -> list[int]:
+    return sorted({p for i in members for p in texts[i].wanted})
 
 
 def wanted_positions(positions: str | Sequence[int], n_prompt: int, n_total: int) -> tuple[list[int], bool]:

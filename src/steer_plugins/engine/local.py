@@ -55,6 +55,8 @@ class LocalEngine(Engine):
     They share the weights. Not thread safe.
     """
 
+    mixed_positions = True
+
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,
@@ -216,10 +218,11 @@ class LocalEngine(Engine):
         self._check_site(site)
         if stream not in ("mean", "all"):
             raise SpecError(f"Unknown stream '{stream}': read the mean, or all.")
-        texts, average = [], False
-        for tokens, n_prompt in pairs:
-            wanted, average = wanted_positions(positions, n_prompt, len(tokens))
-            texts.append(Text(tokens, n_prompt, wanted, []))
+        each = positions if isinstance(positions, list) and positions and isinstance(positions[0], str) else None
+        texts = []
+        for (tokens, n_prompt), spot in zip(pairs, each or [positions] * len(pairs), strict=True):
+            wanted, average = wanted_positions(spot, n_prompt, len(tokens))
+            texts.append(Text(tokens, n_prompt, wanted, [], average))
         if not texts:
             return []
         session = self._session("texts", max(len(t.tokens) for t in texts))
@@ -231,7 +234,6 @@ class LocalEngine(Engine):
                 layers=chosen,
                 site=site,
                 stream=stream,
-                average=average,
                 progress=progress,
             )
 

@@ -243,7 +243,17 @@ def _whole_at_once(engine: Engine, items: Sequence[_Item], options: FitOptions) 
 def _read(
     engine: Engine, items: Sequence[_Item], spots: Sequence[str], options: FitOptions, progress: Progress
 ) -> list[Activations]:
-    """Activations of each item at its spot: in one call, or one for each kind of item if the engine wants it so."""
+    """Activations of each item at its spot: in one call, so that prefixes are shared, or one for each kind of item."""
+    if engine.mixed_positions:
+        asked: list[tuple[EnginePrompt, str | list[int]]] = [(item.prompt, item.response or []) for item in items]
+        return engine.read_pairs(
+            asked,
+            layers=options.layers,
+            site=options.site,
+            positions=list(spots),  # type: ignore[arg-type]
+            thinking=options.thinking,
+            progress=progress,
+        )
     results: list[Activations | None] = [None] * len(items)
     kinds: dict[tuple[str, bool], list[int]] = {}
     for i, (item, spot) in enumerate(zip(items, spots, strict=True)):

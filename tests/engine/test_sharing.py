@@ -1,0 +1,143 @@
+"""Reading computes what texts have in common once, and reads the same as if each text were alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from steer_plugins.engine import batching
+from steer_plugins.engine.batching import Group, Text, common_prefix, find_hosts, plan_groups
+from steer_plugins.engine.local import LocalEngine
+from steer_plugins.engine.session import Session
+
+SYSTEMS = ("be as kind as you can be to everyone here", "be as rude as you can be to everyone here")
+PROMPTS = [
+    f"{system}. now tell me about {what}" for system in SYSTEMS for what in ("a cat", "a dog", "cars", "the sea", "ships", "tea")
+]
+
+
+@pytest.fixture(params=["llama", "gemma3", "qwen3next", "deepseek4"])
+def engine(request, llama_cpp, tiny):
+    with LocalEngine(tiny(request.param), n_ctx=512, n_threads=1, n_parallel=4) as opened:
+        yield opened
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Numbers of tokens and outputs of all batches."""
+    counts = []
+    decode = Session.decode
+
+    def counted(self, entries):
+        counts.append((len(entries), sum(e.output for e in entries)))
+        decode(self, entries)
+
+    monkeypatch.setattr(Session, "decode", counted)
+    return counts
+
+
+def alone(engine, prompts, positions):
+    return [engine.read([p], layers=LAYERS, positions=positions)[0] for p in prompts]
+
+
+LAYERS = (0, 1)
+
+
+def near(one, other):
+    assert one.tokens == other.tokens and one.positions == other.positions and one.n_prompt == other.n_prompt
+    for il in LAYERS:
+        assert one.values[il].shape == other.values[il].shape
+        size = np.linalg.norm(other.values[il])
+        assert np.linalg.norm(one.values[il] - other.values[il]) < 2e-2 * size
+
+
+@pytest.mark.parametrize("positions", ["last", "all", "mean"])
+def test_shared_prefixes_change_nothing(engine, positions):
+    texts = [*PROMPTS, PROMPTS[0], PROMPTS[0][:-4], PROMPTS[1] + " or two"]
+    for one, other in zip(engine.read(texts, layers=LAYERS, positions=positions), alone(engine, texts, positions), strict=True):
+        near(one, other)
+
+
+def test_each_text_may_have_its_own_positions(engine):
+    items = [(p, " fine" if i % 3 else []) for i, p in enumerate(PROMPTS)]
+    words = ["all" if i in (2, 7) else "response_mean" if i % 3 else "last" for i in range(len(items))]
+    found = engine.read_pairs(items, layers=LAYERS, positions=words)
+    for item, word, one in zip(items, words, found, strict=True):
+        near(one, engine.read_pairs([item], layers=LAYERS, positions=word)[0])
+
+
+def test_few_tokens_and_no_logits_are_computed(llama_cpp, tiny, computed):
+    with LocalEngine(tiny("llama"), n_ctx=512, n_threads=1, n_parallel=4) as engine:
+        tokens = [engine.tokenize(p) for p in PROMPTS]
+        engine.read(PROMPTS, layers=LAYERS)
+        least = len({tuple(t[: i + 1]) for t in tokens for i in range(len(t))})
+        total = sum(map(len, tokens))
+        used = sum(n for n, _ in computed)
+        assert least <= used < min(1.3 * least, 0.6 * total)
+        assert sum(outputs for _, outputs in computed) == 0
+        computed.clear()
+        engine.read(PROMPTS, layers=LAYERS, positions="all")
+        assert sum(n for n, _ in computed) == used  # a prefix that is read is not computed again either
+
+
+def test_beginnings_and_equals_cost_nothing(llama_cpp, tiny, computed):
+    with LocalEngine(tiny("llama"), n_ctx=512, n_threads=1, n_parallel=4) as engine:
+        whole = engine.tokenize(PROMPTS[0])
+        found = engine.read([whole[:n] for n in range(2, len(whole) + 1)] + [whole], layers=LAYERS)
+        assert sum(n for n, _ in computed) == len(whole)
+        full = engine.read([whole], layers=LAYERS, positions="all")[0]
+        for one in found:
+            for il in LAYERS:
+                assert one.values[il][0] == pytest.approx(full.values[il][len(one.tokens) - 1], rel=1e-3, abs=1e-4)
+
+
+def text(*tokens, scored=()):
+    return Text(list(tokens), len(tokens), [len(tokens) - 1], list(scored))
+
+
+def cost(texts, groups):
+    """Tokens that are computed."""
+    total, before = 0, []
+    for group in groups:
+        trunk = texts[group.texts[0]].tokens[: group.shared]
+        assert all(texts[i].tokens[: group.shared] == trunk for i in group.texts)
+        total += len(trunk) - (common_prefix([before, trunk]) if before else 0)
+        total += sum(len(texts[i].tokens) - group.shared for i in group.texts)
+        before = trunk
+    return total
+
+
+def test_groups_end_where_prefixes_end():
+    first, second = range(100, 140), range(200, 240)
+    texts = [text(*first, i) for i in range(5)] + [text(*second, i) for i in range(5)]
+    assert plan_groups(texts, 8) == [Group([0, 1, 2, 3, 4], 40), Group([5, 6, 7, 8, 9], 40)]
+    assert cost(texts, plan_groups(texts, 2)) == 90  # and go on over several groups
+    assert [g.shared for g in plan_groups(texts, 8, share=False)] == [0, 0]
+
+
+def test_what_is_scored_is_computed_for_each():
+    texts = [text(*range(50), i, 7, scored=range(20, 51)) for i in range(4)]
+    assert all(group.shared == 20 for group in plan_groups(texts, 8))
+
+
+def test_at_least_one_token_is_left():
+    texts = [text(*range(30)), text(*range(30)), text(*range(29))]
+    groups = plan_groups(texts, 8)
+    assert all(group.shared < len(texts[i].tokens) for group in groups for i in group.texts)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_all_texts_are_in_a_group_and_cost_no_more_than_alone(seed):
+    rng = np.random.default_rng(seed)
+    stems = [list(rng.integers(0, 3, rng.integers(1, 30))) for _ in range(3)]
+    texts = [text(*stems[rng.integers(3)], *rng.integers(0, 3, rng.integers(1, 9))) for _ in range(rng.integers(1, 40))]
+    groups = plan_groups(texts, 5)
+    assert sorted(i for group in groups for i in group.texts) == list(range(len(texts)))
+    assert all(1 <= len(group.texts) <= 5 and (group.shared == 0 or group.shared >= batching.MIN_SHARED) for group in groups)
+    assert cost(texts, groups) <= sum(len(t.tokens) for t in texts)
+
+
+def test_hosts_carry_their_beginnings():
+    texts = [text(1, 2), text(1, 2, 3), text(1, 3), text(1, 2), text(1)]
+    hosts = find_hosts(texts)
+    assert {host: sorted(members) for host, members in hosts.items()} == {2: [2], 1: [0, 1, 3, 4]}
