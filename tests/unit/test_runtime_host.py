@@ -121,7 +121,7 @@ def test_what_its_ggml_needs_comes_along_and_nothing_else(tmp_path: Path) -> Non
     compile_library(tmp_path / "libllama.so", "int llama;")
     compile_library(tmp_path / "libother.so", "int other;")
     compile_library(tmp_path / "libggml-base.so", "int base;")
-    options = (f"-L{tmp_path}", "-l:libdep.so.12", "-l:libllama.so", "-Wl,--no-as-needed")
+    options = ("-Wl,--no-as-needed", f"-L{tmp_path}", "-l:libdep.so.12", "-l:libllama.so")
     compile_library(tmp_path / "libggml-cuda.so", "int dep(void); int cuda(void) { return dep(); }", *options)
     assert [path.name for path in host.with_dependencies(tmp_path)] == ["libdep.so.12", "libggml-base.so", "libggml-cuda.so"]
 

@@ -40,7 +40,7 @@ META: dict[str, Any] = {
     "source": "/home/me/llama.cpp",
     "cmake_args": ["-DGGML_NATIVE=OFF"],
     "steer_plugins": "0.1.0",
-    "ggml": {"mode": "own", "source": None, "files": {}},
+    "ggml": {"mode": "own", "source": "/home/me/lib", "host": "/home/me/host", "files": {}},
 }
 
 
