@@ -24,7 +24,7 @@ def plot_vector(vector: SteeringVector) -> Figure:
     What a vector does not hold (an imported one has no report, an uncalibrated one no curve) is said in its panel.
 
     Raises:
-        SteerError: matplotlib is missing.
+        SteerError: matplotlib is missing. VectorError: a report or a calibration of another kind.
     """
     figure = _new_figure()
     (norms, separation), (cosines, curve) = figure.subplots(2, 2)
@@ -43,10 +43,13 @@ def plot_vector(vector: SteeringVector) -> Figure:
         else:
             _say(axes, "no report: this vector was not made by steer train")
     curve.set_title("Dose curve", fontsize=10)
-    if vector.calibration is not None and vector.calibration.get("curve"):
-        _draw_curve(curve, vector.calibration)
-    else:
+    if vector.calibration is None:
         _say(curve, "not calibrated: strength 1.0 is a guess")
+    else:
+        try:
+            _draw_curve(curve, vector.calibration)
+        except (KeyError, TypeError, ValueError):  # another tool's
+            raise VectorError("this vector's calibration is not one that steer train writes, so it cannot be drawn") from None
     model = vector.identity.label if vector.identity is not None else "no model named"
     figure.suptitle(f"{vector.name}   ({model})", parse_math=False)
     return figure
@@ -123,7 +126,9 @@ def _mark_layers(axes: Axes, vector: SteeringVector, report: Any) -> None:
 
 def _draw_curve(axes: Axes, record: dict[str, Any]) -> None:
     points = [(point["strength"], point["score"]) for point in record["curve"]]
-    axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=_LINE, label=record["objective"]["name"])
+    errors = [point.get("score_se", 0.0) for point in record["curve"]]
+    name = record["objective"]["name"]
+    axes.errorbar(*zip(*points, strict=True), yerr=errors, marker="o", markersize=4, capsize=2, color=_LINE, label=name)
     axes.set_xlabel(f"strength (1.0: {record['dose']:.3g} median norms)")
     axes.set_ylabel(record["objective"]["unit"])
     plain = record["plain"]["perplexity"]

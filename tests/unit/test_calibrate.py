@@ -19,6 +19,7 @@ from steer_plugins.calibrate import (
     level_of,
     measure_fluency,
     perplexity,
+    rises,
     window_of,
     windows_of,
 )
@@ -287,6 +288,74 @@ def test_the_search_does_not_see_the_confirming_prompts():
     found.largest_passing((4, 5), "response", None)
     texts = {engine.detokenize(request.prompt) for request in engine.generated}
     assert texts == {engine.detokenize(engine.tokenize(chat(f"prompt {i}"))) for i in range(QUICK.n_search)}
+
+
+# ---- both signs, a curve that rises ----
+
+
+@pytest.mark.parametrize(("weak", "strong"), [("negative", "positive"), ("positive", "negative")])
+def test_each_sign_has_its_own_guard(weak, strong):
+    engine = FakeEngine(harm=1.0 if weak == "positive" else 0.1)
+    engine.harm_down = 1.0 if weak == "negative" else 0.1
+    record = sweep(engine, ONE_WINDOW).run().record
+    signs, dose = record["signs"], record["dose"]
+    assert signs["negative"]["passed"] and signs["positive"]["passed"]
+    assert signs[weak]["perplexity_ratio"] == pytest.approx(np.exp(dose), rel=1e-3)
+    assert signs[strong]["perplexity_ratio"] == pytest.approx(np.exp(0.1 * dose), rel=1e-3)
+    assert signs[weak]["largest_passing"] == pytest.approx(dose, abs=1e-4)
+    assert signs[weak]["smallest_failing"] == pytest.approx(dose * QUICK.ratio, abs=1e-4)
+    assert signs[strong]["smallest_failing"] is None  # it was never the reason
+
+
+def saturating(limit):
+    """An engine whose pull comes back once it is beyond ``limit``, in fluent text."""
+    engine = FakeEngine(harm=0.0)
+    engine.reply = lambda prompt, pull, dose, n: (
+        f"{np.sign(pull) * min(abs(pull), max(0, 2 * limit - abs(pull))):+.4f}",
+        "length",
+    )
+    return engine
+
+
+def test_a_dose_beyond_the_turning_point_is_taken_back():
+    # at the top of the ladder the score has turned back; it has not two rungs below
+    top = QUICK.dose(QUICK.rungs[-1])
+    found = sweep(saturating(top * 0.65), ONE_WINDOW)
+    # one trial finds the effect growing still, so begin at the top
+    trial = found.trial((4, 5), "response", QUICK.rungs[-1], QUICK.n_confirm, "confirm")
+    assert trial.passed
+    taken, curve = found._rising(trial)
+    assert trial.rung - 3 <= taken.rung < trial.rung and rises(curve)
+    assert taken.effect > trial.effect
+    record = found._result(taken, curve).record
+    assert record["monotone"] and record["monotone_within_error"]
+    assert {row["dose"] for row in record["rows"] if row["stage"] == "curve"} == {round(taken.dose, 4)}
+    assert {row["dose"] for row in record["rows"] if row["stage"] == "turned"} >= {round(trial.dose, 4)}
+
+
+def test_a_curve_that_turns_at_every_dose_is_said():
+    engine = FakeEngine(harm=0.0)
+    # plain text scores higher than any steered one
+    engine.reply = lambda prompt, pull, dose, n: (f"{5.0 if pull == 0 else float(pull > 0):+.4f}", "length")
+    found = sweep(engine, ONE_WINDOW)
+    record = found.run().record
+    assert record["effect"] == 1.0 and not record["monotone"] and not record["monotone_within_error"]
+    assert record["dose"] == pytest.approx(max(doses(found, "search")))  # a smaller one would not help
+    assert len([row for row in record["rows"] if row["stage"] == "curve"]) == len(QUICK.curve)
+
+
+def test_a_fall_within_the_error_is_no_turn():
+    assert rises({0.0: [0.0, 1.0, 2.0], 1.0: [1.0, 2.0, 3.0]})
+    assert rises({0.0: [0.0, 3.0], 1.0: [3.0, -0.5]})  # falls by 0.25 on average, give or take 3.25
+    assert not rises({0.0: [1.0, 2.0, 3.0], 1.0: [0.5, 1.5, 2.4]})
+    assert not rises({-1.0: [0.0], 0.0: [1.0], 1.0: [0.5]})
+    assert rises({1.0: [5.0], -1.0: [0.0], 0.0: [1.0]})  # strengths in any order
+
+
+def test_the_curve_has_errors():
+    record = sweep(level=ONE_WINDOW).run().record
+    assert [point["strength"] for point in record["curve"]] == list(QUICK.curve)
+    assert all(point["score_se"] == 0.0 for point in record["curve"])
 
 
 def test_few_prompts_are_enough():

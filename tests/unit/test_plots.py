@@ -54,7 +54,8 @@ def test_the_panels_show_the_numbers():
     assert lines(separation)["mean step / its deviation"] == [[il, 1.0 + il] for il in range(4)]
     assert lines(shares)["pairs in order"][0] == [0, 0.9] and "accuracy" in lines(shares)
     assert lines(cosines)["cosine to the layer above"][3] == [3, 0.8] and "stability over resamples" in lines(cosines)
-    assert lines(curve)["mood"] == [[-1, -0.5], [0, 0], [1, 0.5]] and "0.41" in curve.get_xlabel()
+    assert np.array(curve.lines[0].get_xydata()).tolist() == [[-1, -0.5], [0, 0], [1, 0.5]]
+    assert curve.get_legend_handles_labels()[1] == ["mood"] and "0.41" in curve.get_xlabel()
     assert lines(ratio)["perplexity"] == [[-1, 1.5], [0, 1.0], [1, 1.25]]
     assert texts(figure) == []
 
@@ -70,6 +71,9 @@ def test_a_report_of_another_kind():
         with pytest.raises(VectorError, match="cannot be drawn"):
             plot_vector(vector(provenance={"report": {"layers": layers}}))
     assert plot_vector(vector(provenance={"report": "fine"}))
+    for record in ({}, {"curve": 3}, {**CALIBRATION, "plain": None}, {**CALIBRATION, "curve": []}):
+        with pytest.raises(VectorError, match="calibration is not one"):
+            plot_vector(vector(calibration=record))
 
 
 def test_the_picture_is_a_png_and_the_same_each_time(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .fluency import Fluency, Guard, measure_fluency, perplexity
 from .objective import ContrastObjective, Objective, TextObjective
 from .plan import FULL, LEVELS, QUICK, UNCALIBRATED, Level, level_of, window_of, windows_of
-from .sweep import Calibrated, Fitted, Sweep
+from .sweep import Calibrated, Fitted, Sweep, rises
 
 __all__ = [
     "FULL",
@@ -24,6 +24,7 @@ __all__ = [
     "level_of",
     "measure_fluency",
     "perplexity",
+    "rises",
     "window_of",
     "windows_of",
 ]

@@ -22,6 +22,9 @@ Advance = Callable[[int], None]
 """Called with the number of tokens that went through the model."""
 
 
+LOWER_RUNGS = 3
+"""How many smaller doses are tried when the score turns back before strength 1 is reached."""
+
 _PLAIN = ("plain", "", 0.0)
 """The key of texts without steering."""
 
@@ -235,10 +238,8 @@ class Sweep:
             ok = s == 0.0 or fluency.passes(plain, self.guard)
             passed = passed and ok
             shown = None if fluency.perplexity is None and cheap[s] else ok
-            error = float(np.std(scores[s], ddof=1) / np.sqrt(len(scores[s]))) if len(scores[s]) > 1 else 0.0
-            self.rows.append(
-                Row(where[0], where[1], where[2], s, len(scores[s]), float(np.mean(scores[s])), error, fluency, shown, stage)
-            )
+            mean, error = float(np.mean(scores[s])), _error(scores[s])
+            self.rows.append(Row(where[0], where[1], where[2], s, len(scores[s]), mean, error, fluency, shown, stage))
         return scores, passed
 
     def trial(
@@ -295,7 +296,7 @@ class Sweep:
         for candidate in sorted(found, key=lambda t: t.effect, reverse=True):
             confirmed = self._confirm(candidate)
             if confirmed is not None:
-                return self._result(confirmed)
+                return self._result(*self._rising(confirmed))
         raise DataError(
             f"No dose of '{self.fitted.name}' keeps the text fluent while it moves it: use clearer examples, other "
             "--layers, or --calibrate none."
@@ -309,11 +310,68 @@ class Sweep:
                 return again
         return None
 
-    def _result(self, trial: Trial) -> Calibrated:
+    def _rising(self, trial: Trial) -> tuple[Trial, dict[float, list[float]]]:
+        """The dose whose curve does not turn back, and the curve: the trial's, or one a few rungs below it.
+
+        Text can stay fluent while too large a dose moves the score less than a smaller one does. Where no smaller dose
+        helps, or the direction moves the score the wrong way, the trial stays, and the record says that it is not monotone.
+        """
+        first = curve = self._curve(trial)
+        if rises(curve) or trial.effect <= 0:
+            return trial, curve
+        start = len(self.rows) - len(curve)
+        for rung in range(trial.rung - 1, max(trial.rung - LOWER_RUNGS, self.level.rungs[0]) - 1, -1):
+            lower = self.trial(trial.window, trial.scope, rung, self.level.n_confirm, "confirm")
+            if not lower.passed:
+                continue
+            before = len(self.rows)
+            curve = self._curve(lower)
+            if rises(curve):
+                self._rename(start, before)
+                return lower, curve
+            self._rename(before, len(self.rows))
+        return trial, first
+
+    def _rename(self, start: int, end: int) -> None:
+        """Curves that were not taken keep their rows, under another stage."""
+        for row in self.rows[start:end]:
+            row.stage = "turned" if row.stage == "curve" else row.stage
+
+    def _curve(self, trial: Trial) -> dict[float, list[float]]:
+        vector = self.fitted.vector(trial.window, trial.dose, trial.scope)
+        where = (trial.window, trial.scope, trial.dose)
+        return self.measure(vector, self.level.curve, self.level.n_search, stage="curve", where=where, guarded=False)[0]
+
+    def _signs(self, trial: Trial) -> dict[str, Any]:
+        """The guard of each sign for itself: its values at the chosen dose, and the doses at which it held and failed."""
+        found: dict[str, Any] = {}
+        plain = self.plain(len(trial.scores[1.0])).perplexity
+        for name, strength in (("negative", -1.0), ("positive", 1.0)):
+            rows = [
+                row
+                for row in self.rows
+                if row.stage in ("search", "confirm")
+                and (row.window, row.scope, row.strength) == (trial.window, trial.scope, strength)
+            ]
+            chosen = [row for row in rows if row.dose == trial.dose and row.stage == "confirm"][-1]
+            failed = [row.dose for row in rows if row.passed is False]
+            perplexity = chosen.fluency.perplexity
+            found[name] = _rounded(
+                {
+                    "passed": chosen.passed,
+                    "perplexity_ratio": perplexity / plain if perplexity is not None and plain else None,
+                    "repeats": chosen.fluency.repeats,
+                    "early_ends": chosen.fluency.early_ends,
+                    "largest_passing": max((row.dose for row in rows if row.passed), default=None),
+                    "smallest_failing": min(failed, default=None),
+                }
+            )
+        return found
+
+    def _result(self, trial: Trial, curve: dict[float, list[float]]) -> Calibrated:
         level = self.level
         vector = self.fitted.vector(trial.window, trial.dose, trial.scope)
         where = (trial.window, trial.scope, trial.dose)
-        curve, _ = self.measure(vector, level.curve, level.n_search, stage="curve", where=where, guarded=False)
         means = [float(np.mean(curve[s])) for s in level.curve]
         random = []
         for seed in range(level.n_random):
@@ -338,16 +396,21 @@ class Sweep:
             "effect": round(trial.effect, 4),
             "effect_se": round(float(np.std(differences, ddof=1) / np.sqrt(n)), 4) if n > 1 else None,
             "monotone": bool(all(b >= a for a, b in zip(means, means[1:], strict=False))),
+            "monotone_within_error": rises(curve),
             "random_effects": [round(value, 4) for value in random],
             "guard": {
                 "perplexity_ratio": self.guard.perplexity_ratio,
                 "repeats": self.guard.repeats,
                 "early_ends": self.guard.early_ends,
             },
+            "signs": self._signs(trial),
             "plain": _rounded(self.plain(n).to_dict()),
             "max_tokens": self.max_tokens,
             "n": n,
-            "curve": [{"strength": s, "score": round(m, 4)} for s, m in zip(level.curve, means, strict=True)],
+            "curve": [
+                {"strength": s, "score": round(m, 4), "score_se": round(_error(curve[s]), 4)}
+                for s, m in zip(level.curve, means, strict=True)
+            ],
             "samples": self._samples(vector),
             "rows": [row.to_dict() for row in self.rows],
         }
@@ -356,6 +419,24 @@ class Sweep:
     def _samples(self, vector: SteeringVector) -> list[dict[str, Any]]:
         """What the first prompt's text became, for people."""
         return [{"strength": s, "text": self._replies[self._key(vector, s)][0].text} for s in (-1.0, 0.0, 1.0)]
+
+
+def rises(curve: Mapping[float, Sequence[float]]) -> bool:
+    """Whether the score never falls, from one strength to the next higher one, by more than a standard error of the fall.
+
+    ``curve``: scores by strength, one for each prompt, so that differences are taken prompt by prompt.
+    """
+    strengths = sorted(curve)
+    for low, high in zip(strengths, strengths[1:], strict=False):
+        steps = np.subtract(curve[high], curve[low])
+        if float(steps.mean()) < -_error(steps):
+            return False
+    return True
+
+
+def _error(scores: Sequence[float] | Array) -> float:
+    """Standard error of the mean; 0 for a single score."""
+    return float(np.std(scores, ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else 0.0
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
