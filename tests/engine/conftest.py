@@ -43,6 +43,22 @@ def llama_cpp(runtime: Runtime) -> Any:
     return module
 
 
+@pytest.fixture(scope="module")
+def float32_cache(llama_cpp: Any) -> Iterator[None]:
+    """A KV cache in float32: the usual float16 turns noise in the last bit into differences of a thousandth."""
+    original = llama_cpp.llama_context_default_params
+
+    def exact() -> Any:
+        params = original()
+        params.type_k = params.type_v = 0  # GGML_TYPE_F32
+        params.flash_attn_type = 0  # off: it computes in float16
+        return params
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp, "llama_context_default_params", exact)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Path of a tiny GGUF: ``tiny("llama")``, ``tiny("deepseek4", split=3)``; equal arguments are written once."""

@@ -1,8 +1,7 @@
-"""LocalEngine on tiny models: reading, generating, scoring, and a cache that never hands over stale states."""
+"""What LocalEngine alone has: callbacks, a cache that one can look into, files. What all engines do: test_engines.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import subprocess
 import sys
@@ -17,36 +16,12 @@ from steer_plugins import native
 from steer_plugins.engine import GenerateRequest, batching, tables
 from steer_plugins.engine.local import LocalEngine
 from steer_plugins.engine.session import Session
-from steer_plugins.errors import DataError, EngineError, ModelError, SpecError, SteerError, VectorError
-from steer_plugins.steering import Steering, Term
-from steer_plugins.vector import SteeringVector
+from steer_plugins.errors import EngineError, ModelError, SpecError
+from steer_plugins.steering import Term
 from tests.engine import harness as H
+from tests.engine.engines import BOTH, LONG, MORE_NOISE, NOISE, PROMPT, moved, near, open_engine, vector
 
-BOTH = ("llama", "deepseek4")
-PROMPT = "The weather in the old town is"
-LONG = "It was a cold morning in the harbour, and the boats lay still. "
-
-# Float32 throughout, on CPU: another batch shape sums in another order. Values of order 10 agree to about
-# 1e-4 after some layers; doses are a thousand times that.
-NOISE = 4e-4
-# gemma3: its activation function is a table of float16
-MORE_NOISE = {"gemma3": 5e-3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float32_cache(llama_cpp: Any) -> Iterator[None]:
-    """A KV cache in float32: the usual float16 turns noise in the last bit into differences of a thousandth."""
-    original = llama_cpp.llama_context_default_params
-
-    def exact() -> Any:
-        params = original()
-        params.type_k = params.type_v = 0  # GGML_TYPE_F32
-        params.flash_attn_type = 0  # off: it computes in float16
-        return params
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_cpp, "llama_context_default_params", exact)
-        yield
+pytestmark = pytest.mark.usefixtures("float32_cache")
 
 
 @pytest.fixture(scope="module")
@@ -63,38 +38,6 @@ def engines(float32_cache: None, tiny: Callable[..., Path]) -> Iterator[Callable
     yield get
     for engine in made.values():
         engine.close()
-
-
-def open_engine(path: Path, **options: Any) -> LocalEngine:
-    return LocalEngine(path, **{"n_ctx": 512, "n_threads": 1, "n_parallel": 4, **options})
-
-
-def vector(
-    engine: LocalEngine,
-    layers: tuple[int, ...] = (1, 2),
-    *,
-    site: str = "resid_post",
-    seed: int = 0,
-    dose: float = 4.0,
-    scope: str = "all",
-    op: str = "add",
-    name: str = "v",
-) -> SteeringVector:
-    rng = np.random.default_rng(seed)
-    directions = {(il, site): rng.standard_normal(engine.info.n_embd).astype(np.float32) for il in layers}
-    return SteeringVector(
-        name, directions, dict.fromkeys(directions, dose / np.sqrt(engine.info.n_embd)), default_scope=scope, op=op
-    )
-
-
-def moved(engine: LocalEngine, v: SteeringVector, layer: int, site: str = "resid_post") -> np.ndarray:
-    return v.effective(layer, site).astype(np.float64)
-
-
-def near(a: np.ndarray, b: np.ndarray, atol: float = NOISE) -> None:
-    assert a.shape == b.shape
-    error = float(np.abs(a.astype(np.float64) - b).max())
-    assert error <= atol, error
 
 
 # ---- reading ----
@@ -133,184 +76,7 @@ def test_shared_prefixes_change_nothing(engines: Any, arch: str, monkeypatch: py
     raw.close()
 
 
-@pytest.mark.parametrize("arch", BOTH)
-def test_positions(engines: Any, arch: str) -> None:
-    engine = engines(arch)
-    item = (PROMPT, " cold and wet again")
-    n_prompt = len(engine.tokenize(PROMPT))
-    everything = engine.read_pairs([item], positions="all")[0]
-    n = len(everything.tokens)
-    assert everything.positions == list(range(n)) and everything.n_prompt == n_prompt < n
-    for positions, rows in (
-        ("last", [n - 1]),
-        ("response", list(range(n_prompt, n))),
-        ([0], [0]),
-        ([3, -1, 1, 3], [1, 3, n - 1]),
-        ([-n], [0]),
-    ):
-        got = engine.read_pairs([item], positions=positions)[0]
-        assert got.positions == rows and got.tokens == everything.tokens
-        for il in range(engine.info.n_layer):
-            near(got.values[il], everything.values[il][rows])
-    for positions, first in (("mean", 1), ("response_mean", n_prompt)):
-        got = engine.read_pairs([item], positions=positions)[0]
-        assert got.positions == []
-        for il in range(engine.info.n_layer):
-            near(got.values[il], everything.values[il][first:].mean(axis=0, keepdims=True, dtype=np.float64))
-    default = engine.read_pairs([item])[0]
-    near(default.values[0], engine.read_pairs([item], positions="response_mean")[0].values[0])
-    one = engine.read([PROMPT], layers=[2, 0, 2])[0]
-    assert sorted(one.values) == [0, 2] and one.values[0].dtype == np.float32
-    assert engine.read([]) == [] and engine.read_pairs([]) == []
-
-
-def test_read_through_a_generated_reply(engines: Any) -> None:
-    engine = engines("llama")
-    v = vector(engine)
-    for steering in (None, Term(v, 1.5)):
-        reply = engine.generate(PROMPT, max_tokens=7, steering=steering)
-        got = engine.read([PROMPT], max_tokens=7, positions="response", steering=steering)[0]
-        assert got.tokens == reply.prompt_tokens + reply.tokens
-        want = engine.read_pairs([(PROMPT, reply.tokens)], positions="response", steering=steering)[0]
-        assert got.positions == want.positions
-        for il in range(engine.info.n_layer):
-            near(got.values[il], want.values[il])
-
-
-def test_streams_and_sites(engines: Any) -> None:
-    engine = engines("deepseek4")
-    mean = engine.read([PROMPT], positions="all")[0]
-    every = engine.read([PROMPT], positions="all", stream="all")[0]
-    n = len(mean.tokens)
-    for il in range(engine.info.n_layer):
-        assert every.values[il].shape == (n, 4, engine.info.n_embd)
-        near(every.values[il].mean(axis=1), mean.values[il], 1e-5)
-    for site in ("attn_out", "ffn_out"):
-        one = engine.read([PROMPT], positions="all", site=site, stream="all")[0]
-        assert one.values[2].shape == (n, engine.info.n_embd) and one.site == site
-        assert np.abs(one.values[2] - mean.values[2]).max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("arch", "site"), [("llama", "resid_post"), ("deepseek4", "resid_post"), ("deepseek4", "attn_out"), ("deepseek4", "ffn_out")]
-)
-@pytest.mark.parametrize("op", ["add", "project", "clamp"])
-def test_steered_reading_is_the_formula(engines: Any, arch: str, site: str, op: str) -> None:
-    """Through the whole engine: vector, term, scope; at one layer, for texts of several lengths at once."""
-    engine = engines(arch)
-    layer = 2
-    v = vector(engine, (layer,), site=site, op=op, dose=6.0)
-    prompts = [PROMPT, LONG + "and", "x y"]
-    stream = "all" if site == "resid_post" and engine.info.n_streams > 1 else "mean"
-    plain = engine.read(prompts, positions="all", site=site, layers=[layer], stream=stream)
-    for strength in (1.0, -0.5, 0.0):
-        got = engine.read(prompts, positions="all", site=site, layers=[layer], stream=stream, steering=Term(v, strength))
-        for a, b in zip(got, plain, strict=True):
-            h = b.values[layer].astype(np.float64)
-            direction = v.directions[layer, site].astype(np.float64)
-            along = (h @ direction)[..., None] * direction
-            scale = v.scales[layer, site]
-            delta = {
-                "add": strength * scale * direction + 0 * h,
-                "project": -strength * along,
-                "clamp": (strength * scale * direction - along) if strength else 0 * h,
-            }[op]
-            delta[0] = 0  # position 0 is left alone by scope all
-            near(a.values[layer], h + delta)
-
-
-def test_scopes_act_where_they_say(engines: Any) -> None:
-    engine = engines("llama")
-    item = (PROMPT, " cold and wet again")
-    layer = 1
-    v = vector(engine, (layer,), dose=5.0)
-    plain = engine.read_pairs([item], positions="all", layers=[layer])[0]
-    n, n_prompt = len(plain.tokens), plain.n_prompt
-    dose = moved(engine, v, layer)
-    expected = {
-        "all": range(1, n),
-        "prompt": range(1, n_prompt - 1),
-        "response": range(n_prompt - 1, n),
-        "answer": range(n_prompt - 1, n),
-        "0-": range(0, n),
-        "0-0": range(0, 1),
-        "2-4": range(2, 5),
-        f"{n - 1}-": range(n - 1, n),
-        "500-": range(0),
-    }
-    for scope, where in expected.items():
-        got = engine.read_pairs([item], positions="all", layers=[layer], steering=Term(v, 1.0, scope=scope))[0]
-        want = plain.values[layer].astype(np.float64)
-        want[list(where)] += dose
-        near(got.values[layer], want)
-    # several terms with scopes of their own
-    w = vector(engine, (layer,), seed=5)
-    terms = [Term(v, 1.0, scope="prompt"), Term(w, -2.0, scope="response"), Term(v, 0.5, scope="2-2")]
-    got = engine.read_pairs([item], positions="all", layers=[layer], steering=terms)[0]
-    want = plain.values[layer].astype(np.float64)
-    want[1 : n_prompt - 1] += dose
-    want[n_prompt - 1 :] += -2.0 * moved(engine, w, layer)
-    want[2] += 0.5 * dose
-    near(got.values[layer], want)
-
-
-def test_cancelling_terms(engines: Any) -> None:
-    """v over all its layers and -v over some: what cancels is not missed by the probe for silent layers."""
-    engine = engines("llama")
-    v = vector(engine, (0, 1, 2, 3))
-    plain = engine.read([PROMPT], positions="all", layers=[0, 1])[0]
-    got = engine.read([PROMPT], positions="all", layers=[0, 1], steering=[Term(v, 1.0), Term(v, -1.0, layers=(1, 3))])[0]
-    want = plain.values[0].astype(np.float64)
-    want[1:] += moved(engine, v, 0)
-    near(got.values[0], want)
-    alone = engine.generate(PROMPT, max_tokens=8, steering=Term(v, 1.0, layers=(0, 0)))
-    assert engine.generate(PROMPT, max_tokens=8, steering=[Term(v, 1.0), Term(v, -1.0, layers=(1, 3))]).tokens == alone.tokens
-    plain_tokens = engine.generate(PROMPT, max_tokens=8).tokens
-    assert engine.generate(PROMPT, max_tokens=8, steering=[v, -v]).tokens == plain_tokens
-    assert engine.generate(PROMPT, max_tokens=8, steering=v - v).tokens == plain_tokens
-
-
 # ---- generating ----
-
-
-@pytest.mark.parametrize("arch", [*BOTH, "qwen3next"])
-def test_generate_and_generate_many_agree(engines: Any, arch: str) -> None:
-    """More requests than places, of unequal length and steering: each gets what it gets alone."""
-    engine = engines(arch)
-    v, w = vector(engine), vector(engine, (0, 3), seed=4, scope="response")
-    wishes: list[Any] = [None, v, Term(v, -1.0), [Term(w, 1.5)], [v, Term(w, -1.0, scope="2-5")], Term(v, 0.0), w]
-    requests = [
-        GenerateRequest(prompt=p, steering=s, max_tokens=3 + 4 * (i % 3))
-        for i, (p, s) in enumerate((p, s) for s in wishes for p in (PROMPT, LONG + PROMPT))
-    ]
-    seen: list[tuple[int, int]] = []
-    many = engine.generate_many(requests, progress=lambda done, total: seen.append((done, total)))
-    assert [d for d, _ in seen] == list(range(1, len(requests) + 1)) and {t for _, t in seen} == {len(requests)}
-    texts = set()
-    for request, got in zip(requests, many, strict=True):
-        alone = engine.generate(request.prompt, steering=request.steering, max_tokens=request.max_tokens)
-        assert (got.tokens, got.text, got.finish_reason) == (alone.tokens, alone.text, alone.finish_reason)
-        assert got.prompt_tokens == engine.tokenize(request.prompt)
-        texts.add(got.text)
-    assert len(texts) >= 9, "the steerings hardly differ"
-    assert engine.generate_many([]) == []
-
-
-@pytest.mark.parametrize("arch", BOTH)
-def test_strength_zero_is_the_plain_text(engines: Any, arch: str) -> None:
-    engine = engines(arch)
-    v, c = vector(engine), vector(engine, op="clamp", seed=2)
-    plain = engine.generate(PROMPT, max_tokens=24)
-    assert len(plain.tokens) == 24 and plain.finish_reason == "length"
-    for steering in (None, Term(v, 0.0), Term(c, 0.0), [Term(v, 0.0), Term(c, -0.0)], Steering(), 0.0 * v):
-        assert engine.generate(PROMPT, max_tokens=24, steering=steering).tokens == plain.tokens
-    for steering in (v, -v, c, Term(v, -1.0)):
-        assert engine.generate(PROMPT, max_tokens=24, steering=steering).tokens != plain.tokens
-    assert (
-        engine.generate(PROMPT, max_tokens=24, steering=-v).tokens
-        == engine.generate(PROMPT, max_tokens=24, steering=Term(v, -1.0)).tokens
-    )
-    assert engine.generate(PROMPT, max_tokens=24).tokens == plain.tokens
 
 
 class Witness:
@@ -465,152 +231,12 @@ def test_live_steering_counts_from_the_next_token(engines: Any) -> None:
     assert set(range(n, n + 7)) <= set(steered)
 
 
-def test_streaming_and_its_state(engines: Any) -> None:
-    engine = engines("llama")
-    whole = engine.generate(PROMPT, max_tokens=10)
-    pieces: list[str] = []
-    assert engine.generate(PROMPT, max_tokens=10, on_piece=pieces.append).tokens == whole.tokens
-    assert "".join(pieces) == whole.text == engine.detokenize(whole.tokens) and len(pieces) > 3
-    stream = engine.stream(GenerateRequest(PROMPT, max_tokens=10))
-    for i, _ in enumerate(stream):
-        if i == 2:
-            with pytest.raises(EngineError, match="still being generated"):
-                engine.stream(GenerateRequest(PROMPT))
-            with pytest.raises(SteerError):
-                engine.steer_running("loud")
-            stream.cancel()
-    assert stream.result.finish_reason == "cancelled" and stream.result.tokens == whole.tokens[:3]
-    with pytest.raises(EngineError, match="nothing to steer"):
-        engine.steer_running(None)
-    # abandoned half-way: the next reply is not affected
-    iterator = iter(engine.stream(GenerateRequest(PROMPT, vector(engine), max_tokens=10)))
-    next(iterator)
-    iterator.close()
-    assert engine.generate(PROMPT, max_tokens=10).tokens == whole.tokens
-    # two streams made, run one after the other
-    one, two = (engine.stream(GenerateRequest(PROMPT, s, max_tokens=5)) for s in (None, vector(engine)))
-    list(two)
-    list(one)
-    assert one.result.tokens == whole.tokens[:5] != two.result.tokens
-
-
-def test_sampling_with_a_seed(engines: Any) -> None:
-    engine = engines("llama")
-    v = vector(engine)
-    options: dict[str, Any] = {"max_tokens": 16, "temperature": 1.3, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    texts = set()
-    for seed in range(4):
-        for steering in (None, v):
-            first = engine.generate(PROMPT, seed=seed, steering=steering, **options)
-            assert engine.generate(PROMPT, seed=seed, steering=steering, **options).tokens == first.tokens
-            many = engine.generate_many([GenerateRequest(PROMPT, steering, seed=seed, **options)] * 2)
-            assert many[0].tokens == many[1].tokens == first.tokens
-            texts.add(first.text)
-    assert len(texts) == 8
-    greedy = engine.generate(PROMPT, max_tokens=16)
-    assert engine.generate(PROMPT, max_tokens=16, temperature=1.0, top_k=1).tokens == greedy.tokens
-    assert engine.generate(PROMPT, max_tokens=16, temperature=0.7, top_p=1e-6).tokens == greedy.tokens
-    assert engine.generate(PROMPT, max_tokens=40, repeat_penalty=5.0).tokens != engine.generate(PROMPT, max_tokens=40).tokens
-
-
-def test_stop_strings(engines: Any) -> None:
-    engine = engines("llama")
-    whole = engine.generate(PROMPT, max_tokens=24).text
-    for first in range(2, len(whole) - 4, 7):
-        for length in (1, 2, 4, 9):
-            stop = whole[first : first + length]
-            cut = whole.find(stop)
-            pieces: list[str] = []
-            got = engine.generate(PROMPT, max_tokens=24, stop=["not there at all", stop], on_piece=pieces.append)
-            assert got.text == whole[:cut] == "".join(pieces) and got.finish_reason == "stop"
-    early, late = whole[5:8], whole[12:15]
-    for stops in ([early, late], [late, early]):
-        assert engine.generate(PROMPT, max_tokens=24, stop=stops).text == whole[: min(whole.find(early), whole.find(late))]
-    assert engine.generate(PROMPT, max_tokens=24, stop=[""]).text == whole
-    # what might have become a stop string is given out in the end
-    end = whole[-2:]
-    pieces = []
-    got = engine.generate(PROMPT, max_tokens=24, stop=[end + "\0"], on_piece=pieces.append)
-    assert got.text == whole == "".join(pieces) and got.finish_reason == "length"
-    requests = [GenerateRequest(PROMPT, max_tokens=24, stop=[s]) for s in (early, late, "never")]
-    assert [g.text for g in engine.generate_many(requests)] == [whole[: whole.find(early)], whole[: whole.find(late)], whole]
-
-
-def test_the_end_of_the_context(engines: Any) -> None:
-    engine = engines("llama", n_ctx=64)
-    assert engine.info.n_ctx == 64
-    tokens = [50 + i % 90 for i in range(64)]
-    full = engine.generate(tokens[:60], max_tokens=500)
-    assert (len(full.tokens), full.finish_reason) == (4, "length")
-    assert len(engine.generate(tokens[:63], max_tokens=5).tokens) == 1
-    assert len(engine.generate_many([GenerateRequest(tokens[:62], max_tokens=9)])[0].tokens) == 2
-    assert len(engine.read([tokens], positions="all")[0].positions) == 64
-    for call in (
-        lambda: engine.generate(tokens),
-        lambda: engine.generate_many([GenerateRequest("x"), GenerateRequest(tokens)]),
-        lambda: engine.read([[*tokens, 50]]),
-        lambda: engine.read_pairs([(tokens[:40], tokens[:25])]),
-        lambda: engine.logprobs([(tokens[:40], tokens[:25])]),
-    ):
-        with pytest.raises(DataError, match="does not fit the context of 64: shorten it or use a larger --n-ctx"):
-            call()
-    assert len(engine.generate(tokens[:60], max_tokens=500).tokens) == 4
-
-
 def test_more_context_than_the_model_has(tiny: Callable[..., Path], llama_cpp: Any) -> None:
     """The context is bounded by the model's own, and by 4096 when nothing is asked."""
     with LocalEngine(tiny("llama", n_ctx=96), n_ctx=100_000, n_threads=1) as engine:
         assert engine.info.n_ctx == 96
     with LocalEngine(tiny("llama", n_ctx=1_000_000), n_threads=1) as engine:
         assert engine.info.n_ctx == 4096
-
-
-def test_scores_are_log_probabilities(engines: Any) -> None:
-    engine = engines("llama")
-    items: list[Any] = [
-        (PROMPT, " cold and wet again"),
-        (PROMPT, " warm"),
-        (PROMPT, [60, 61, 62]),
-        (LONG, " Then it rained, as it did every day of that year."),
-        (LONG, "x"),
-        ([70], [71, 72]),
-    ]
-    v = vector(engine)
-    raw = H.Raw(Path(engine.info.path))
-    for steering in (None, v, Term(v, -1.0, scope="response")):
-        got = engine.logprobs(items, steering=steering)
-        for (prompt, continuation), scores in zip(items, got, strict=True):
-            head = engine.tokenize(prompt)
-            tail = engine.tokenize(continuation)[1:] if isinstance(continuation, str) else continuation
-            assert scores.dtype == np.float64 and len(scores) == len(tail)
-            raw.clear()
-            tokens = head + tail
-            if steering is not None:
-                column = H.Column({(il, 0): (v.directions[il, "resid_post"], v.scales[il, "resid_post"]) for il in v.layers})
-                strength, first = (1.0, 1) if steering is v else (-1.0, max(1, len(head) - 1))
-                raw.steer_with({0: column}, [native.NativeTerm(0, 0, strength)], first=first)
-            logits = raw.decode([H.Tok(t, p) for p, t in enumerate(tokens)]).astype(np.float64)
-            log_p = (
-                logits
-                - np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True))
-                - logits.max(axis=1, keepdims=True)
-            )
-            near(scores, np.array([log_p[len(head) - 1 + i, t] for i, t in enumerate(tail)]))
-    raw.close()
-    plain = engine.logprobs(items)
-    for item, scores in zip(items, plain, strict=True):
-        near(engine.logprobs([item])[0], scores)
-    assert engine.logprobs([]) == []
-
-
-def test_progress(engines: Any) -> None:
-    engine = engines("llama")
-    seen: list[tuple[int, int]] = []
-    engine.read([PROMPT] * 11, progress=lambda d, t: seen.append((d, t)))
-    assert seen[-1] == (11, 11) and [d for d, _ in seen] == sorted({d for d, _ in seen})
-    seen.clear()
-    engine.logprobs([(PROMPT, " x")] * 6, progress=lambda d, t: seen.append((d, t)))
-    assert seen[-1] == (6, 6)
 
 
 # ---- thinking and answer ----
@@ -769,66 +395,6 @@ def test_split_files(engines: Any, tiny: Callable[..., Path], arch: str) -> None
                 )
 
 
-def test_bad_requests(engines: Any) -> None:
-    engine = engines("llama")
-    deepseek = engines("deepseek4")
-    want = engine.generate(PROMPT, max_tokens=6).tokens
-    v, writer = vector(engine), vector(deepseek, (1,), site="ffn_out")
-    other = dataclasses.replace(engine.info.identity, tokens_sha256="0" * 64)
-    cases: list[tuple[Callable[[], Any], type[SteerError], str]] = [
-        (lambda: engine.read([PROMPT], layers=[4]), SpecError, "Layer 4 does not exist: this model has layers 0 to 3"),
-        (lambda: engine.read([PROMPT], layers=[-1]), SpecError, "Layer -1 does not exist"),
-        (lambda: engine.read([PROMPT], layers=[]), SpecError, "No layer was named"),
-        (lambda: engine.read([PROMPT], site="attn_out"), SpecError, "Site 'attn_out' is not available in llama: use resid_post"),
-        (lambda: deepseek.read([PROMPT], site="mlp"), SpecError, "Site 'mlp' is not available in deepseek4"),
-        (lambda: engine.read([PROMPT], stream="first"), SpecError, "Unknown stream 'first'"),
-        (lambda: engine.read([PROMPT], positions="middle"), DataError, "Unknown positions 'middle'"),
-        (lambda: engine.read([PROMPT], positions=[99]), DataError, "do not all lie in a text of"),
-        (lambda: engine.read([PROMPT], positions=[]), DataError, "do not all lie"),
-        (lambda: engine.read([PROMPT], positions="response"), DataError, "no response to read"),
-        (lambda: engine.read([[50]], positions="mean"), DataError, "at least two tokens"),
-        (lambda: engine.read([[]]), DataError, "The prompt is empty"),
-        (lambda: engine.read([[100_000]]), DataError, "Token id 100000 is outside the vocabulary"),
-        (lambda: engine.generate([-1]), DataError, "Token id -1 is outside the vocabulary"),
-        (lambda: engine.generate([{"role": "user"}]), DataError, "Message 1 of the chat needs"),
-        (lambda: engine.read_pairs([(PROMPT, [100_000])]), DataError, "Token id 100000 is outside the vocabulary"),
-        (lambda: engine.logprobs([(PROMPT, [-7])]), DataError, "Token id -7 is outside the vocabulary"),
-        (lambda: engine.generate(PROMPT, max_tokens=0), SpecError, "max_tokens is 0"),
-        (lambda: engine.generate_many([GenerateRequest(PROMPT, max_tokens=-1)]), SpecError, "max_tokens"),
-        (lambda: engine.generate(PROMPT, temperature=-1.0), SpecError, "temperature -1.0 is out of range"),
-        (lambda: engine.generate(PROMPT, temperature=float("nan")), SpecError, "temperature nan is out of range"),
-        (lambda: engine.generate(PROMPT, steering="loud"), SpecError, "'loud' is no steering"),
-        (lambda: engine.generate(PROMPT, steering=Term(v, 1e300)), EngineError, "too large"),
-        (lambda: engine.generate(PROMPT, steering=Term(v, 1.0, stream=1)), SteerError, "tream 1 does not exist"),
-        (lambda: deepseek.generate(PROMPT, steering=Term(writer, stream=1)), SteerError, "tream"),
-        (lambda: engine.generate(PROMPT, steering=vector(deepseek)), VectorError, "n_embd 256"),
-        (lambda: engine.generate(PROMPT, steering=vector(engine, (3, 4))), VectorError, "names layer 4"),
-        (lambda: engine.generate(PROMPT, steering=vector(engine, site="attn_out")), VectorError, "attn_out"),
-        (lambda: engine.generate(PROMPT, steering=v.replace(identity=other)), VectorError, "another vocabulary"),
-        (lambda: engine.read([PROMPT], steering=vector(engine, (9,))), VectorError, "names layer 9"),
-        (lambda: engine.logprobs([(PROMPT, " x")], steering=vector(engine, (9,))), VectorError, "names layer 9"),
-        (lambda: engine.on_read(print, layers=[3]), SpecError, "Layer 3 cannot be watched: this model allows 0 to 2"),
-        (lambda: engine.on_read(print, layers=[-1]), SteerError, "ayer -1"),
-        (lambda: engine.on_read(print, layers=[]), SteerError, "ayer"),
-        (lambda: engine.on_read(print, site="mlp"), SteerError, "mlp"),
-        (lambda: engine.on_read(print, site="ffn_out"), SteerError, "ffn_out"),
-        (lambda: engine.on_add(print, [vector(deepseek)]), VectorError, "n_embd 256"),
-    ]  # fmt: skip
-    problems = []
-    for i, (call, kind, sentence) in enumerate(cases):
-        try:
-            call()
-            problems.append(f"{i}: nothing was raised for '{sentence}'")
-        except kind as error:
-            if sentence not in str(error) or "\n" in str(error):
-                problems.append(f"{i}: '{error}' instead of '{sentence}'")
-        except Exception as error:
-            problems.append(f"{i}: {error!r} instead of {kind.__name__} '{sentence}'")
-        if engine.generate(PROMPT, max_tokens=6).tokens != want:
-            problems.append(f"{i}: the engine is not what it was after '{sentence}'")
-    assert not problems, "\n".join(problems)
-
-
 def test_bad_models(tmp_path: Path, tiny: Callable[..., Path], untested: Path, llama_cpp: Any) -> None:
     good = tiny("llama")
     torn = tmp_path / "torn.gguf"
@@ -944,22 +510,6 @@ def test_a_slider_moved_at_every_token(tiny: Callable[..., Path], llama_cpp: Any
         for i, _ in enumerate(stream):
             stream.steer(Term(v, 0.01 * (i + 1)))
         assert engine.stats().n_graph_builds - builds <= 4, "prefill, first token, and the cache's growth; not each strength"
-
-
-def test_reading_does_not_disturb_generating(engines: Any) -> None:
-    """The contexts for reading, batches and single replies know nothing of one another's steering."""
-    engine = engines("llama")
-    v = vector(engine)
-    want = engine.generate(PROMPT, max_tokens=10).tokens
-    stream = engine.stream(GenerateRequest(PROMPT, max_tokens=10))
-    for i, _ in enumerate(stream):
-        if i == 2:
-            engine.read([PROMPT], steering=v)
-        if i == 4:
-            engine.generate_many([GenerateRequest(PROMPT, v, max_tokens=3)])
-        if i == 6:
-            engine.logprobs([(PROMPT, " x")], steering=v)
-    assert stream.result.tokens == want
 
 
 def test_minimum_of_sharing_is_not_a_matter_of_results(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:

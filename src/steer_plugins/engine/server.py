@@ -180,8 +180,8 @@ class ServerEngine(Engine):
                 pieces[t] = b""
         self._pieces.update(pieces)
 
-    def _fitting(self, tokens: list[int], room: int = 0) -> list[int]:
-        if len(tokens) + room > self.info.n_ctx:
+    def _fitting(self, tokens: list[int]) -> list[int]:
+        if len(tokens) >= self.info.n_ctx:  # llama-server wants one place free, even where nothing is generated
             raise DataError(
                 f"A text of {len(tokens)} tokens does not fit the context of {self.info.n_ctx}: "
                 "shorten it or start the server with a larger -c."
@@ -317,7 +317,7 @@ class ServerEngine(Engine):
     # ---- generating ----
 
     def stream(self, request: GenerateRequest) -> ServerStream:
-        tokens = self._fitting(self.tokenize(request.prompt, thinking=request.thinking), room=1)
+        tokens = self._fitting(self.tokenize(request.prompt, thinking=request.thinking))
         return ServerStream(self, request, tokens)
 
     def steer_running(self, steering: Any) -> None:
