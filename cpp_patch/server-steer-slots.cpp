@@ -111,6 +111,7 @@ struct server_steer::slot_state {
 
     int32_t n_sampled = 0;
     bool    id_sent   = false;
+    llama_tokens unsent;              // tokens that no chunk has carried yet
     std::map<llama_pos, std::vector<double>> probed; // sums over layers, for each probe
     std::vector<double> probe_now;                   // of the token sampled last
     std::vector<std::vector<double>> probe_all;
@@ -447,6 +448,9 @@ void server_steer::on_token(int slot, llama_token token, llama_pos pos_next) {
         }
     }
     s->n_sampled++;
+    if (s->request->named) {
+        s->unsent.push_back(token);
+    }
     {
         std::lock_guard<std::mutex> lock(mutex);
         const auto it = running.find(s->request->id);
@@ -539,10 +543,6 @@ int server_steer::reuse_limit(int slot, int n_past) const {
 
 bool server_steer::can_shift(int slot, const server_tokens & cached, const server_tokens & wanted) const {
     return !cached.edits.any() && !wanted.edits.any() && reuse_limit(slot, INT32_MAX) == INT32_MAX;
-}
-
-bool server_steer::is_stale(int slot, const server_tokens & cached, const server_tokens & wanted, int64_t n_checkpoint, int n_past) const {
-    return n_checkpoint > n_past && !can_shift(slot, cached, wanted);
 }
 
 void server_steer::set_taps(int slot, slot_state & s, const server_tokens & tokens) {
@@ -756,20 +756,25 @@ std::shared_ptr<server_steer_values> server_steer::take_values(int slot) {
 
 // ---- answers ----
 
-json server_steer::extra(int slot, bool whole) {
+json server_steer::extra(int slot, part_t part) {
     auto * s = slots.at(slot).get();
     if (!s || !s->request || !s->request->named) {
         return json(nullptr);
     }
     json res = json::object();
-    if (whole || !s->id_sent) {
+    if (part == WHOLE || !s->id_sent) {
         res["request_id"] = s->request->id;
         s->id_sent = true;
     }
-    if (!s->request->probes.empty()) {
+    if (part != WHOLE) {
+        // the stock server sends no chunk for a token that ends inside a character, and forgets its id
+        res["tokens"] = s->unsent;
+        s->unsent.clear();
+    }
+    if (!s->request->probes.empty() && part != STREAM_END) {
         json probe = json::object();
         for (size_t i = 0; i < s->request->probes.size(); ++i) {
-            if (whole) {
+            if (part == WHOLE) {
                 probe[s->request->probe_names[i]] = s->probe_all[i];
             } else {
                 probe[s->request->probe_names[i]] = i < s->probe_now.size() ? s->probe_now[i] : 0.0;
@@ -777,7 +782,7 @@ json server_steer::extra(int slot, bool whole) {
         }
         res["steering_probe"] = probe;
     }
-    return res.empty() ? json(nullptr) : res;
+    return res;
 }
 
 void server_steer::merge(json & answer, const json & extra) {
@@ -795,7 +800,9 @@ void server_steer::merge(json & answer, const json & extra) {
         return; // the events of other APIs have a fixed form
     }
     for (const auto & entry : extra.items()) {
-        (*target)[entry.key()] = entry.value();
+        if (entry.key() != "tokens" || target->contains("tokens")) {
+            (*target)[entry.key()] = entry.value();
+        }
     }
 }
 

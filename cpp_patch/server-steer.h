@@ -187,8 +187,6 @@ struct server_steer {
     int  reuse_limit(int slot, int n_past) const;
     // May states be moved to other positions (--cache-reuse)? Not where steering or reading has a say.
     bool can_shift(int slot, const server_tokens & cached, const server_tokens & wanted) const;
-    // A checkpoint that holds more tokens than the caches share. (The stock test is by position and lets one more through.)
-    bool is_stale(int slot, const server_tokens & cached, const server_tokens & wanted, int64_t n_checkpoint, int n_past) const;
     void on_token(int slot, llama_token token, llama_pos pos_next);
     void release(int slot, server_tokens & tokens);
     bool is_steered(int slot) const;
@@ -199,8 +197,9 @@ struct server_steer {
     llama_token force(int slot, const float * logits, int32_t n_vocab, llama_token sampled);
     std::shared_ptr<server_steer_values> take_values(int slot); // of a read or score task, else null
 
-    // What goes into the JSON of a chunk with a token, or of a whole answer; null: nothing.
-    json extra(int slot, bool whole);
+    // What goes into the JSON of a chunk with a token, of the end of a stream, or of a whole answer; null: nothing.
+    enum part_t { CHUNK, STREAM_END, WHOLE };
+    json extra(int slot, part_t part);
     static void merge(json & answer, const json & extra);
 
 private:

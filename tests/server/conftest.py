@@ -53,6 +53,10 @@ class Server:
     def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
         return self.http.post(self.url + path, json=body, timeout=120, **options)
 
+    def stream(self, path: str, body: Any) -> requests.Response:
+        """A streamed answer, on a connection of its own: llama-server closes it at the end."""
+        return requests.post(self.url + path, json={**body, "stream": True}, stream=True, timeout=120)
+
     def ok(self, path: str, body: Any) -> Any:
         answer = self.post(path, body)
         assert answer.status_code == 200, answer.text

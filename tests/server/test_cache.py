@@ -6,6 +6,7 @@ not simply off), and that the probabilities are those of the same request with n
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,8 @@ def test_live_change_leaves_its_mark_in_the_cache(one: Server) -> None:
 
 def live(server: Server, prompt: Any, first: Any, second: Any, *, after: int, n: int) -> dict[str, Any]:
     """A stream whose steering is replaced after some tokens."""
-    import json
-
-    body = {"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": True, "return_tokens": True, "stream": True}
-    answer = server.post("/completion", {**body, "steering": first, "request_id": "live"}, stream=True)
+    body = {"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+    answer = server.stream("/completion", {**body, "steering": first, "request_id": "live"})
     assert answer.headers["X-Steering-Request"] == "live"
     tokens: list[int] = []
     changed = -1
@@ -174,6 +173,20 @@ def test_checkpoints(own: Any, tmp_path: Path) -> None:
     # not simply off: an unsteered prompt with a steered response comes back from a checkpoint
     server.complete(LONG, [], 4)
     assert server.complete(LONG, term(scope="response"), 4)["cached"] > 0
+
+
+def test_a_checkpoint_beyond_the_shared_prefix_is_forgotten(own: Any, tmp_path: Path) -> None:
+    """A checkpoint whose last token is the first that differs must not come back for a later prompt."""
+    server = own("deepseek4", *ONE_SLOT, "--cache-ram", "0")
+    server.put("v", make_vector(server), tmp_path)
+    start = server.tokens(LONG)
+    first, second = server.tokens(" and so the men went home" * 3)[1:], server.tokens(" but nobody had seen the lamp" * 3)[1:]
+    for k in range(len(start) - 7, len(start)):
+        terms = term(scope=f"{k}-")
+        server.complete("Nothing of this")
+        server.complete(start, [], 2)  # leaves a checkpoint a few tokens before its end
+        server.complete(start + first, terms, 2)
+        check_fresh(server, start + second, terms, 2)
 
 
 def test_slot_files(own: Any, tmp_path: Path) -> None:
