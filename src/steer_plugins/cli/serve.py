@@ -157,9 +157,12 @@ class Staged:
 
         self._folder, self._library, self._force = folder, library, force
         self._identity: ModelIdentity = identity_of_gguf(model)
-        self._content: dict[str, str] = {}  # name -> content hash
-        self.names: list[str] = []
-        """Those that a user knows them by."""
+        self._vectors: dict[str, SteeringVector] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """What users know the vectors by."""
+        return list(self._vectors)
 
     def add_library(self) -> list[str]:
         """All vectors that the library has for the model; returns what is wrong with those that cannot be read."""
@@ -184,36 +187,25 @@ class Staged:
         from ..vectorfile import write_vector
 
         write_vector(vector, self._folder / f"{name}.safetensors")
-        self._content[name] = vector.content_hash
-        if name not in self.names:
-            self.names.append(name)
+        self._vectors[name] = vector
 
     def flags(self, steering: str | None) -> list[str]:
         """The flags that make llama-server load the folder, and steer by a text of the grammar unless a request says how."""
-        from ..grammar import format_terms, parse_options
+        from ..grammar import parse, steering_of
         from ..vectorfile import write_vector
 
         terms = []
-        for term in parse_options([steering]) if steering is not None else []:
+        for term in parse(steering) if steering is not None else []:
             data = term.to_json()
-            if term.vector not in self._content:
+            vector = self._vectors.get(term.vector)
+            if vector is None:  # a file, or a name that only the library has: it goes along under a name of its own
                 vector = self._library.resolve(term.vector, self._identity, force=self._force)
                 data["vector"] = f"c-{vector.content_hash[:24]}"
                 write_vector(vector, self._folder / f"{data['vector']}.safetensors")
-                vector_layers = vector.layers
-            else:
-                from ..vectorfile import read_vector
-
-                vector_layers = read_vector(self._folder / f"{term.vector}.safetensors").layers
-            if term.layers is not None and not any(_inside(layer, term.layers) for layer in vector_layers):
-                raise SpecError(f"the layers of {format_terms([term])!r} hold none of its directions")
+            steering_of([term], lambda _: vector)  # noqa: B023  # complains of a window without directions
             terms.append(data)
         found = ["--steering-dir", str(self._folder)]
         return [*found, "--steering", json.dumps(terms)] if terms else found
-
-
-def _inside(layer: int, window: tuple[int, int | None]) -> bool:
-    return layer >= window[0] and (window[1] is None or layer <= window[1])
 
 
 def _wait_ready(server: ServerProcess, model: Path | None, *, quiet: bool) -> None:

@@ -1,8 +1,8 @@
 """Stands between a program and the server it starts, and ends the server when the program is gone, however it went.
 
-Run as ``python guard.py COMMAND...``: standard input is the program's pipe, and its end is the sign. Nothing else works
-everywhere: a child learns of its parent's death on Linux only, and a killed parent cannot pass on a signal. Needs the standard
-library only and imports nothing of the package: it has to be small and to start at once.
+Run as ``python guard.py SECONDS COMMAND...``: standard input is the program's pipe, and its end is the sign. Nothing else
+works everywhere: a child learns of its parent's death on Linux only, and a killed parent cannot pass on a signal. A server that
+does not end by itself within so many seconds is killed. Imports nothing of the package: it has to be small and to start at once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import subprocess
 import sys
 import threading
 
-GRACE = 10.0
-"""Seconds a server gets to end by itself before it is killed."""
 
-
-def main(command: list[str]) -> int:
+def main(grace: float, command: list[str]) -> int:
     """Run the command until it or the program ends; returns its exit code, 128 + N after signal N."""
     # the program decides what Ctrl-C means; it says so by closing the pipe
     for name in ("SIGINT", "SIGHUP", "SIGBREAK"):
@@ -29,29 +26,25 @@ def main(command: list[str]) -> int:
         print(f"{command[0]}: {error.strerror or error}", flush=True)
         return 127
     if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, lambda number, frame: end(child))
-    threading.Thread(target=watch, args=(child,), daemon=True).start()
+        signal.signal(signal.SIGTERM, lambda number, frame: end(child, grace))
+    threading.Thread(target=watch, args=(child, grace), daemon=True).start()
     code = child.wait()
     return code if code >= 0 else 128 - code
 
 
-def watch(child: subprocess.Popen[bytes]) -> None:
+def watch(child: subprocess.Popen[bytes], grace: float) -> None:
     """Wait for the end of standard input, then end the child."""
     try:
         while os.read(0, 64):
             pass
     except OSError:
         pass
-    end(child)
+    end(child, grace)
 
 
-def end(child: subprocess.Popen[bytes]) -> None:
+def end(child: subprocess.Popen[bytes], grace: float) -> None:
     """Ask the child to end; kill it when it does not."""
-
-    def kill() -> None:
-        child.kill()
-
-    timer = threading.Timer(GRACE, kill)
+    timer = threading.Timer(grace, child.kill)
     timer.daemon = True
     timer.start()
     child.terminate()
@@ -59,6 +52,6 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 if __name__ == "__main__":
     # not sys.exit: the watching thread may still wait for input
-    code = main(sys.argv[1:])
+    code = main(float(sys.argv[1]), sys.argv[2:])
     sys.stdout.flush()
     os._exit(code & 0xFF)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from steer_plugins.engine.remote.http import Connection, ServerRefusal
 from steer_plugins.errors import EngineError, RuntimeMissing, SteerError
@@ -39,6 +39,7 @@ class ServerProcess:
         host: the address it listens on.
         port: the port; a free one when None.
         on_line: called with each line of its log, from a thread of its own.
+        grace: seconds it gets to end in order before it is killed.
 
     Raises:
         RuntimeMissing: there is no llama-server.
@@ -51,6 +52,7 @@ class ServerProcess:
         host: str = "127.0.0.1",
         port: int | None = None,
         on_line: Callable[[str], None] | None = None,
+        grace: float = 10.0,
     ) -> None:
         if binary is None:
             from steer_plugins.runtime import ensure_runtime
@@ -62,6 +64,7 @@ class ServerProcess:
         self.host = host
         self.port = port
         self._on_line = on_line
+        self._grace = grace
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
         self._child: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
@@ -98,7 +101,7 @@ class ServerProcess:
         environment = {**os.environ, **(env or {})}
         try:
             self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(guard), *command],
+                [sys.executable, "-I", "-S", str(guard), str(self._grace), *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -122,6 +125,7 @@ class ServerProcess:
         Raises:
             EngineError: the server ended (with its exit code and what it said last), or took too long.
         """
+        self._check_alive()
         started = time.monotonic()
         # a short silence is no news here: a loading server may be slow to answer
         connection = Connection(self.url, api_key=self._api_key, timeout=10.0)
@@ -152,7 +156,7 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             return None
 
-    def stop(self, timeout: float = 15.0) -> int:
+    def stop(self) -> int:
         """End the server, in order if it can, else by force; returns its exit code. Fine to call again."""
         child, self._child = self._child, None
         if child is None:
@@ -161,9 +165,9 @@ class ServerProcess:
         with contextlib.suppress(OSError):
             child.stdin.close()  # the guard takes this for the end of the program, and ends the server
         try:
-            code = child.wait(timeout)
+            code = child.wait(self._grace + 5)
         except subprocess.TimeoutExpired:
-            child.kill()
+            _kill(child)
             code = child.wait()
         if self._reader is not None:
             self._reader.join(5)
@@ -253,6 +257,15 @@ class ServerProcess:
         return " | ".join(line[:300] for line in chosen) or "nothing"
 
 
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """The last resort: the guard and all it started."""
+    with contextlib.suppress(OSError):
+        if sys.platform == "win32":
+            subprocess.run(["taskkill", "/F", "/T", "/PID", str(child.pid)], capture_output=True, check=False)
+        else:
+            os.killpg(child.pid, signal.SIGKILL)
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port that nobody listens on now."""
     with contextlib.closing(_socket(host)) as probe:
@@ -289,8 +302,5 @@ def _socket(host: str) -> socket.socket:
 
 def _value_of(args: Sequence[str], flag: str) -> str | None:
     """The value of a flag in llama-server's arguments; the first of several keys parted by commas."""
-    found: Any = None
-    for one, following in zip(args, [*args[1:], None], strict=True):
-        if one == flag:
-            found = following
-    return found.split(",")[0] if isinstance(found, str) else None
+    found = [following for one, following in zip(args, args[1:], strict=False) if one == flag]
+    return found[-1].split(",")[0] if found else None
