@@ -125,10 +125,12 @@ def _mark_layers(axes: Axes, vector: SteeringVector, report: Any) -> None:
 
 
 def _draw_curve(axes: Axes, record: dict[str, Any]) -> None:
-    points = [(point["strength"], point["score"]) for point in record["curve"]]
+    strengths, scores = ([point[key] for point in record["curve"]] for key in ("strength", "score"))
+    if not strengths:
+        raise ValueError
     errors = [point.get("score_se", 0.0) for point in record["curve"]]
     name = record["objective"]["name"]
-    axes.errorbar(*zip(*points, strict=True), yerr=errors, marker="o", markersize=4, capsize=2, color=_LINE, label=name)
+    axes.errorbar(strengths, scores, yerr=errors, marker="o", markersize=4, capsize=2, color=_LINE, label=name)
     axes.set_xlabel(f"strength (1.0: {record['dose']:.3g} median norms)")
     axes.set_ylabel(record["objective"]["unit"])
     plain = record["plain"]["perplexity"]

@@ -177,7 +177,10 @@ def test_ctrl_c_leaves_nothing(engine, tmp_path, capsys, after):
 
 
 BAD_INPUT = {
-    ("train", "nothing"): "No trait 'nothing' comes with the package (mood, succinctness do)",
+    (
+        "train",
+        "nothing",
+    ): "No trait 'nothing' comes with the package (caution, creativity, debugging, formality, mood, succinctness do)",
     ("train", "Bad Name", "--pairs", "pairs.jsonl"): "is not a vector name",
     ("train", "../up", "--pairs", "pairs.jsonl"): "is not a vector name",
     ("train", "calm", "--pairs", "nowhere.jsonl"): "does not exist",

@@ -459,7 +459,7 @@ def test_ended_early() -> None:
 
 def test_builtin_metrics() -> None:
     found = builtin_metrics()
-    assert sorted(found) == ["mood", "succinctness"]
+    assert sorted(found) == ["caution", "creativity", "debugging", "formality", "mood", "succinctness"]
     for name, metric in found.items():
         assert isinstance(metric, Metric)
         assert metric.name == name and metric.description

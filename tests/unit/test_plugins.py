@@ -19,6 +19,7 @@ from click.testing import CliRunner
 import steer_plugins
 from steer_plugins.cli.main import SteerGroup
 from steer_plugins.errors import SteerError, VectorError
+from steer_plugins.metrics import builtin_metrics
 from steer_plugins.plugins import Manager, PluginWarning, hookspecs, manager
 from steer_plugins.plugins.manager import COMMAND_PLUGINS, DEFAULT_PLUGINS, reset
 
@@ -98,7 +99,7 @@ def test_names_of_builtin_modules():
 
 def test_find_names_what_exists():
     assert manager().find("metrics", "mood")
-    with pytest.raises(SteerError, match="there is no metric named 'nix': choose from mood, succinctness"):
+    with pytest.raises(SteerError, match="there is no metric named 'nix': choose from caution, creativity, debugging"):
         manager().find("metrics", "nix")
 
 
@@ -213,7 +214,7 @@ def test_a_broken_plugin_is_named_and_left_out(install, code, reason):
         assert "\n" not in message
         (info,) = [info for info in plugins.infos() if info.name == "bad"]
         assert reason in (info.error or "")
-    assert registry.keys() == {"mood", "succinctness", "good"}
+    assert registry.keys() == {*builtin_metrics(), "good"}
     assert registry["mood"] is not len
 
 

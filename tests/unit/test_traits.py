@@ -227,11 +227,11 @@ def test_wrong_fields_are_refused(tmp_path: Path, change: Callable[[dict[str, An
 
 
 def test_the_bundled_traits_are_these() -> None:
-    assert bundled_traits() == ["mood", "succinctness"]
+    assert bundled_traits() == ["caution", "creativity", "debugging", "formality", "mood", "succinctness"]
     assert traits.__all__ == sorted(traits.__all__)
 
 
-@pytest.mark.parametrize("name", ["mood", "succinctness"])
+@pytest.mark.parametrize("name", ["caution", "creativity", "debugging", "formality", "mood", "succinctness"])
 def test_bundled_trait_data(name: str) -> None:
     trait = load_trait(name)
     assert trait.name == name == trait.metric
@@ -249,7 +249,7 @@ def test_bundled_trait_data(name: str) -> None:
         assert not re.search(r"cheer|sombre|\bhapp[iy]|\bsad|gloom|joy|grief|terse|brief|detail|length|sentence", prompt), prompt
 
 
-@pytest.mark.parametrize("name", ["mood", "succinctness"])
+@pytest.mark.parametrize("name", ["caution", "creativity", "debugging", "formality", "mood", "succinctness"])
 def test_bundled_prompts_are_varied(name: str) -> None:
     trait = load_trait(name)
     prompts = [*trait.train_prompts, *trait.heldout_prompts]

@@ -7,7 +7,11 @@ and are registered through the same plugin hook as anyone's.
 from __future__ import annotations
 
 from .base import Metric
+from .caution import score_caution
+from .creativity import score_creativity
+from .debugging import score_debugging
 from .fluency import EARLY_END_TOKENS, early_end_share, ended_early, repeated_ngram_share, word_count, words
+from .formality import score_formality
 from .mood import score_mood
 from .succinctness import score_succinctness
 
@@ -18,6 +22,10 @@ __all__ = [
     "early_end_share",
     "ended_early",
     "repeated_ngram_share",
+    "score_caution",
+    "score_creativity",
+    "score_debugging",
+    "score_formality",
     "score_mood",
     "score_succinctness",
     "word_count",
@@ -41,6 +49,34 @@ def builtin_metrics() -> dict[str, Metric]:
             score=score_succinctness,
             positive="terse",
             negative="expansive",
+        ),
+        Metric(
+            name="creativity",
+            description="Images, similes and things that come alive against the phrases of definitions, in English.",
+            score=score_creativity,
+            positive="imaginative",
+            negative="plain",
+        ),
+        Metric(
+            name="caution",
+            description="Warnings, conditions and checks against encouragements, in English.",
+            score=score_caution,
+            positive="cautious",
+            negative="bold",
+        ),
+        Metric(
+            name="formality",
+            description="Official phrases and long words against contractions, slang and exclamations, in English.",
+            score=score_formality,
+            positive="formal",
+            negative="casual",
+        ),
+        Metric(
+            name="debugging",
+            description="Causes, checks, values and code against vague comfort, in English.",
+            score=score_debugging,
+            positive="debug-friendly",
+            negative="vague",
         ),
     ]
     return {metric.name: metric for metric in metrics}

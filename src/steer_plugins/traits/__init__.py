@@ -1,4 +1,4 @@
-"""Traits: data about a behaviour, good for any model. Two come with the package, any other is a JSON file."""
+"""Traits: data about a behaviour, good for any model. Six come with the package, any other is a JSON file."""
 
 from __future__ import annotations
 
