@@ -403,6 +403,8 @@ class ServerStream(GenerationStream):
         self._events: EventStream | None = None
         self._begun = self._cancelled = False
         self._changes: list[Any] = []  # live changes that came before the first token
+        self.changed_from: list[int] = []
+        """For each live change that found the reply still running: the position of the first token it acts on."""
         self._lock = threading.Lock()
         self.result = Generation("", [], list(prompt), "cancelled")
 
@@ -418,7 +420,10 @@ class ServerStream(GenerationStream):
     def _change(self, steering: Any) -> None:
         path = f"/steering/requests/{self.request_id}"
         try:
-            self._engine._steered(steering, lambda fields: self._engine._http.post(path, {"steering": fields["steering"]}))
+            answer = self._engine._steered(
+                steering, lambda fields: self._engine._http.post(path, {"steering": fields["steering"]})
+            )
+            self.changed_from.append(int(answer["from_position"][0]))
         except ServerRefusal as refusal:
             if refusal.status != 404:  # it has ended: no token is left to be steered
                 raise

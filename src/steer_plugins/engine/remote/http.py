@@ -84,7 +84,7 @@ class Connection:
 
     def events(self, path: str, body: Any) -> EventStream:
         """Post JSON and follow the stream of events that answers."""
-        return EventStream(self, self._send("POST", path, json_body=body))
+        return EventStream(self, self._send("POST", path, json_body=body, keep=False))
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -92,8 +92,10 @@ class Connection:
 
     # ---- inside ----
 
-    def _send(self, method: str, path: str, *, json_body: Any = None, data: bytes | None = None) -> requests.Response:
-        headers = {}
+    def _send(
+        self, method: str, path: str, *, json_body: Any = None, data: bytes | None = None, keep: bool = True
+    ) -> requests.Response:
+        headers = {} if keep else {"Connection": "close"}  # llama-server hangs up after a stream, said or not
         if json_body is not None:
             data = json.dumps(json_body, allow_nan=False).encode()
             headers["Content-Type"] = "application/json"
