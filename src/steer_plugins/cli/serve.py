@@ -59,7 +59,7 @@ def serve(
     show_log: bool,
     as_json: bool,
 ) -> None:
-    """Run llama-server with steering until Ctrl-C. MODEL is a GGUF file (default: the demo model).
+    """Run llama-server with steering until Ctrl-C. MODEL is a GGUF file and comes first (default: the demo model).
 
     Whatever is not an option below goes to llama-server as it is: -c 8192 -ngl 99 --parallel 4. Requests name the vectors
     that act on them in their field "steering"; docs/server.md shows how.

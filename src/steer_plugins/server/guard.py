@@ -43,10 +43,11 @@ def watch(child: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def end(child: subprocess.Popen[bytes], grace: float) -> None:
-    """Ask the child to end; kill it when it does not."""
-    timer = threading.Timer(grace, child.kill)
-    timer.daemon = True
-    timer.start()
+    """Ask the child to end; when it does not, ask again, which llama-server takes for an order, and kill it in the end."""
+    for seconds, act in ((grace / 4, child.terminate), (grace, child.kill)):
+        timer = threading.Timer(seconds, act)
+        timer.daemon = True
+        timer.start()
     child.terminate()
 
 
