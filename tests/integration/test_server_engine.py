@@ -24,11 +24,12 @@ from steer_plugins.engine.local import LocalEngine
 from steer_plugins.engine.server import ServerEngine
 from steer_plugins.errors import EngineError, SteerError
 from steer_plugins.library import Library
-from steer_plugins.runtime import Runtime, ensure_runtime
+from steer_plugins.runtime import Runtime, activate, ensure_runtime
 from steer_plugins.server import ServerProcess
 from steer_plugins.steering import Term
 from steer_plugins.vector import SteeringVector
 from steer_plugins.vectorfile import read_vector
+from tests.engine import harness
 from tests.unit.steering_server import eventually
 
 PROMPT = "The weather in the old town is"
@@ -83,9 +84,8 @@ def served(runtime: Runtime, models: Callable[[str], Path]) -> Iterator[Callable
 @pytest.fixture
 def exact_local(runtime: Runtime) -> Iterator[Callable[..., LocalEngine]]:
     """In-process engines with a float32 cache."""
-    from steer_plugins.runtime import activate
-
-    llama_cpp: Any = activate(runtime)
+    llama_cpp = harness.llama_cpp = activate(runtime)
+    harness.silence()
     original = llama_cpp.llama_context_default_params
 
     def exact() -> Any:
