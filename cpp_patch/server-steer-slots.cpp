@@ -9,8 +9,8 @@
 
 namespace {
 
-constexpr size_t IDLE_CONFIGS  = 32; // kept for the next request that wants the same
-constexpr size_t IDLE_COLUMNS  = 16;
+constexpr size_t IDLE_CONFIGS  = 8; // kept for the next request that wants the same
+constexpr size_t IDLE_COLUMNS  = 4;
 constexpr size_t MAX_TAP_BYTES = (size_t) 64 << 20; // larger buffers for reading are freed when nobody reads
 
 // Position of each token; an image may take another number of positions than of tokens.

@@ -653,8 +653,12 @@ void server_steer_copy_fields(const json & from, json & to) {
     }
 }
 
+bool server_steer_is_route(const std::string & path) {
+    return path.find("/steering") != std::string::npos; // a prefix may come before it
+}
+
 int server_steer_body_status(const std::string & method, const std::string & path, const std::string & content_length) {
-    if (method != "POST" || path.find("/steering") == std::string::npos) {
+    if (method != "POST" || !server_steer_is_route(path)) {
         return 0;
     }
     if (content_length.empty() || content_length.size() > 18 || !std::all_of(content_length.begin(), content_length.end(), ::isdigit)) {

@@ -274,6 +274,8 @@ void server_steer_take_args(int & argc, char ** argv);
 // The steering fields of a body that a conversion between APIs would drop.
 void server_steer_copy_fields(const json & from, json & to);
 
+bool server_steer_is_route(const std::string & path);
+
 // Body of a steering route that is too large or of unknown length: the HTTP status to refuse it with, else 0.
 int server_steer_body_status(const std::string & method, const std::string & path, const std::string & content_length);
 

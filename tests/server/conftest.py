@@ -32,7 +32,11 @@ class Server:
         self.process = ServerProcess(binary)
         threads = () if "-t" in args else ("-t", "1", "-tb", "1")
         self.process.start(model, ["--no-warmup", *threads, *args], env)
-        self.process.wait_ready(120)
+        try:
+            self.process.wait_ready(120)
+        except BaseException:
+            self.process.stop()
+            raise
         self.url = self.process.url
         self._local = threading.local()
         self.model = self.get("/steering").json()["model"]
