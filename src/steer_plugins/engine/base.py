@@ -106,6 +106,13 @@ class Engine(ABC):
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Text of tokens; special tokens are left out."""
 
+    def pieces(self, tokens: Sequence[int]) -> list[bytes]:
+        """What each token stands for, to be shown: special tokens too, as the vocabulary writes them (``<|im_start|>``).
+
+        Bytes, since a token may end inside a character. An engine that does not know special tokens has them empty.
+        """
+        return [self.detokenize([token]).encode() for token in tokens]
+
     @abstractmethod
     def read(
         self,

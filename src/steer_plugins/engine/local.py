@@ -151,6 +151,9 @@ class LocalEngine(Engine):
     def detokenize(self, tokens: Sequence[int]) -> str:
         return self._model.detokenize(tokens)
 
+    def pieces(self, tokens: Sequence[int]) -> list[bytes]:
+        return [self._model.piece(token, special=True) for token in tokens]
+
     def _fitting(self, tokens: list[int], room: int = 0) -> list[int]:
         if len(tokens) + room > self._n_ctx:
             raise DataError(

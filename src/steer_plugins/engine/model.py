@@ -143,12 +143,12 @@ class LoadedModel:
                 raise DataError(f"Token id {t} is outside the vocabulary of {self.n_vocab}.")
         return [int(t) for t in tokens]
 
-    def piece(self, token: int) -> bytes:
-        """Bytes that a token prints; empty for special tokens."""
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """Bytes that a token prints; empty for special tokens unless ``special``."""
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
-            n = self.c.llama_token_to_piece(self.vocab, token, buffer, room, 0, False)
+            n = self.c.llama_token_to_piece(self.vocab, token, buffer, room, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
             room = -n

@@ -139,6 +139,11 @@ class ServerEngine(Engine):
         self._learn_pieces([t for t in dict.fromkeys(wanted) if t not in self._pieces])
         return b"".join(self._pieces[t] for t in wanted).decode(errors="replace")
 
+    def pieces(self, tokens: Sequence[int]) -> list[bytes]:
+        wanted = self._checked(tokens)
+        found = self._http.post("/tokenize", {"content": wanted, "with_pieces": True})["tokens"] if wanted else []
+        return [item["piece"].encode() if isinstance(item["piece"], str) else bytes(item["piece"]) for item in found]
+
     def _tokenize(self, text: str | list[Any], *, add_special: bool, parse_special: bool = True) -> list[int]:
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         return [int(t) for t in self._http.post("/tokenize", body)["tokens"]]
