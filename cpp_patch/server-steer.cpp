@@ -249,25 +249,49 @@ server_steer_terms server_steer::parse_terms(const json & value) {
     return res;
 }
 
+// one tag, or a list of them
+static std::vector<std::string> parse_tag(const json & value, const char * key) {
+    std::vector<std::string> res;
+    if (is_absent(value, key)) {
+        return res;
+    }
+    const std::string what = std::string("the ") + key + " tag";
+    const json & tags = value.at(key);
+    if (!tags.is_array()) {
+        res.push_back(text_of(tags, what));
+    }
+    for (size_t i = 0; tags.is_array() && i < std::min<size_t>(tags.size(), 17); ++i) {
+        res.push_back(text_of(tags.at(i), what));
+    }
+    if (res.size() > 16 || std::any_of(res.begin(), res.end(), [](const std::string & tag) { return tag.empty() || tag.size() > 256; })) {
+        bad(what + " has to be 1 to 256 bytes long, and a list of at most 16");
+    }
+    return res;
+}
+
 static void parse_tags(const json & value, server_steer_tags & tags) {
     if (!value.is_object()) {
         bad("steering_tags is " + shown(value) + ", not an object with open and close");
     }
     for (const auto & entry : value.items()) {
-        if (entry.key() != "open" && entry.key() != "close") {
+        static const std::set<std::string> keys = { "open", "close", "tool_open", "tool_close" };
+        if (!keys.count(entry.key())) {
             bad("steering_tags has the unknown key " + shown(entry.key()));
         }
     }
-    tags = {};
+    const auto open = parse_tag(value, "open");
+    if (open.size() > 1) {
+        bad("steering_tags names more than one tag that opens thinking");
+    }
     tags.known = true;
-    if (!is_absent(value, "open")) {
-        tags.open = text_of(value.at("open"), "the open tag");
+    if (value.contains("open") || value.contains("close")) {
+        tags.open  = open.empty() ? "" : open[0];
+        tags.close = parse_tag(value, "close");
     }
-    if (!is_absent(value, "close")) {
-        tags.close = { text_of(value.at("close"), "the close tag") };
-    }
-    if (tags.open.size() > 256 || (!tags.close.empty() && tags.close[0].size() > 256)) {
-        bad("a steering tag is longer than 256 bytes");
+    if (value.contains("tool_open") || value.contains("tool_close")) {
+        tags.tool_open  = parse_tag(value, "tool_open");
+        tags.tool_close = parse_tag(value, "tool_close");
+        tags.all_tools  = false;
     }
 }
 
@@ -349,13 +373,7 @@ server_steer_request_ptr server_steer::parse(const json & data, const std::strin
         res->tags = template_tags(data);
     }
     if (!is_absent(data, "steering_tags")) {
-        server_steer_tags tags;
-        parse_tags(data.at("steering_tags"), tags);
-        tags.generation_prompt = res->tags.generation_prompt;
-        tags.tool_open  = res->tags.tool_open;
-        tags.tool_close = res->tags.tool_close;
-        tags.all_tools  = res->tags.all_tools;
-        res->tags = tags;
+        parse_tags(data.at("steering_tags"), res->tags);
     }
     check_phases(res->terms, res->tags);
     if (probed) {

@@ -133,6 +133,47 @@ def test_tags_part_a_response(exact: Any, tmp_path: Path) -> None:
         assert np.allclose(along, expected, atol=2e-3), scope
 
 
+def test_answer_leaves_tool_calls_alone(exact: Any, tmp_path: Path) -> None:
+    server = exact()
+    server.put("one", make_vector(server, 1, dose=3.0), tmp_path)
+    prompt = server.tokens("Say:")
+    pieces = (" one", "<T>", "{f}", "</T>", " two", "<U>", " rest")
+    response = [t for piece in pieces for t in server.ok("/tokenize", {"content": piece})["tokens"]]
+    text, call, calls = "", False, [False]
+    for token in response:
+        text += server.ok("/detokenize", {"tokens": [token]})["content"]
+        call = True if text.endswith(("<T>", "<U>")) else False if text.endswith("</T>") else call
+        calls.append(call)
+    assert calls.count(True) > 5 and calls.count(False) > 5
+    tags = {"tool_open": ["<T>", "<U>"], "tool_close": "</T>"}
+    item = {"prompt": prompt, "response": response}
+    along = coefficients(server, item, [{"vector": "one", "scope": "answer"}], 1, 0, steering_tags=tags)
+    expected = [0.0] * (len(prompt) - 1) + [0.0 if c else 3.0 for c in calls]
+    assert np.allclose(along, expected, atol=2e-3)
+    for bad in ({"tool": "x"}, {"open": ["a", "b"]}, {"open": 3}, {"close": ""}, {"close": "x" * 257}, [1]):
+        server.error("/steering/read", {"prompts": [PROMPT], "steering_tags": bad})
+
+
+def test_a_demanded_tool_call_is_no_answer(exact: Any, tmp_path: Path) -> None:
+    """On a chat route the tags come from the template and the tools."""
+    server = exact()
+    server.put("v", make_vector(server, dose=40.0), tmp_path)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
+    body = {"messages": [{"role": "user", "content": "Call f"}], "max_tokens": 24, "temperature": 0, "tools": [tool]}
+
+    def run(scope: str | None, **more: Any) -> Any:
+        terms = [] if scope is None else [{"vector": "v", "scope": scope}]
+        answer = server.post("/v1/chat/completions", {**body, **more, "steering": terms, "logprobs": True, "top_logprobs": 1})
+        if answer.status_code == 500:
+            return answer.json()["error"]["message"]  # what a random model wrote is no call the server can parse
+        assert answer.status_code == 200, answer.text
+        return [p["token"] for p in answer.json()["choices"][0]["logprobs"]["content"]]
+
+    demanded = {"tool_choice": "required"}
+    assert run("answer", **demanded) == run(None, **demanded) != run("response", **demanded)
+    assert run("answer") == run("response") != run(None)
+
+
 def test_scored_text_is_steered_as_generated_text(exact: Any, tmp_path: Path) -> None:
     """The log-probabilities of a reply under its steering are those it was generated with."""
     server = exact()
