@@ -24,7 +24,7 @@ from steer_plugins.engine.local import LocalEngine
 from steer_plugins.engine.server import ServerEngine
 from steer_plugins.errors import EngineError, SteerError
 from steer_plugins.library import Library
-from steer_plugins.runtime import Runtime, activate, ensure_runtime
+from steer_plugins.runtime import Runtime, activate, find_runtime
 from steer_plugins.server import ServerProcess
 from steer_plugins.steering import Term
 from steer_plugins.vector import SteeringVector
@@ -44,9 +44,11 @@ def runtime() -> Runtime:
     if folder and not os.environ.get("STEER_RUNTIME"):
         os.environ["STEER_RUNTIME"] = folder
     try:
-        found = ensure_runtime(need_server=True)
+        found = find_runtime(need_server=True)
     except SteerError as error:
-        pytest.skip(f"no runtime with a llama-server: {error}")
+        pytest.skip(str(error))
+    if found is None:
+        pytest.skip("no runtime with a llama-server: build one with `steer build`")
     return found
 
 

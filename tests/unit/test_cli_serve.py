@@ -269,7 +269,9 @@ def test_no_server_outlives_a_killed_program(binary: Path, tmp_path: Path) -> No
 def serving(*args: str, mode: str = "") -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "steer_plugins", "serve", *args]
     environment = {**os.environ, "FAKE_MODE": mode}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     try:
         yield process
     finally:
@@ -286,7 +288,10 @@ def test_serve_ends_with_its_child(binary: Path, model: Path, tmp_path: Path, na
         assert process.stdout is not None
         first = process.stdout.readline()
         assert first.startswith("Serving tiny.gguf on CPU at http://127.0.0.1:")
-        process.send_signal(number)
+        if name == "SIGINT":
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == {"SIGINT": 130, "SIGKILL": -9}.get(name, 128 + number)
         assert err.strip() == "loading tiny.gguf ..."

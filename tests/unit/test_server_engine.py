@@ -212,8 +212,10 @@ def test_cancelling_hangs_up(engine: ServerEngine, server: FakeServer) -> None:
     dropped = engine.stream(GenerateRequest("go", max_tokens=1000))
     pieces = iter(dropped)
     next(pieces)
+    events = dropped._events
     pieces.close()  # type: ignore[attr-defined]
     eventually(lambda: dropped.request_id in server.hung_up)
+    assert events is not None, "not closed for want of references"
     server.gate = None
     assert engine.generate("go", max_tokens=3).text == "the"
 
@@ -247,7 +249,13 @@ def test_what_is_there_is_not_sent_again(server: FakeServer) -> None:
         # a name that anybody may give to another vector tomorrow is not relied on
         assert [w.content_hash] == [h for n, h in server.vectors.items() if n == f"c-{w.content_hash[:24]}"]
         assert len(server.bodies("/steering/vectors/")) == 1
-    assert server.deleted() == [f"c-{w.content_hash[:24]}"], "what others put there stays"
+        # nor a name of ours that holds something else
+        x = vector(3)
+        server.vectors[f"c-{x.content_hash[:24]}"] = w.content_hash
+        with ServerEngine(server.url) as other:
+            other.generate("x", max_tokens=1, steering=x)
+            assert server.vectors[f"c-{x.content_hash[:24]}"] == x.content_hash
+    assert server.deleted() == [f"c-{u.content_hash[:24]}" for u in (x, w)], "what others put there stays"
 
 
 def test_lost_vectors_are_sent_again(engine: ServerEngine, server: FakeServer) -> None:
@@ -285,6 +293,7 @@ def test_vectors_do_not_pile_up(engine: ServerEngine, server: FakeServer, monkey
         assert len(server.vectors) <= 8
     assert f"c-{first.content_hash[:24]}" in server.vectors
     sent = len(server.bodies("/steering/vectors/"))
+    assert sent == 30, "what is used again and again stays"
     engine.generate("x", max_tokens=1, steering=[vector(29), first])
     assert len(server.bodies("/steering/vectors/")) == sent
     # others have filled the server

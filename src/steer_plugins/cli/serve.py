@@ -109,7 +109,6 @@ def serve(
             while code is None:
                 code = server.wait(0.5)
         except _Stopped as stopped:
-            server.stop()
             click.get_current_context().exit(128 + stopped.number)
         if code != 0:
             error = EngineError(server.epitaph(code))

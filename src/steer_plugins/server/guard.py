@@ -16,10 +16,6 @@ import threading
 
 def main(grace: float, command: list[str]) -> int:
     """Run the command until it or the program ends; returns its exit code, 128 + N after signal N."""
-    # the program decides what Ctrl-C means; it says so by closing the pipe
-    for name in ("SIGINT", "SIGHUP", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     except OSError as error:
