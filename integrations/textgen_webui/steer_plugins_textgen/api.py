@@ -1,0 +1,153 @@
+"""The webui's API: the ``steering`` field of its requests, and routes that list vectors and presets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steer_plugins.errors import SpecError, SteerError
+from steer_plugins.library import Library
+
+from . import hooks, loader, webui, wishes
+from .link import current, current_or_none
+from .settings import settings
+
+REQUESTS = ("ChatCompletionRequest", "CompletionRequest", "AnthropicRequest", "LogitsRequest")
+"""The bodies that get the field: chat, completions, messages, logits."""
+
+DESCRIPTION = (
+    'Steering of this request: a text such as "mood:0.6 + succinctness:-0.3", a list of terms as JSON, '
+    'or {"preset": "NAME"}. Left out: none, unless the Steering tab says otherwise.'
+)
+
+problem = ""
+"""Why requests cannot carry the field, one sentence; "" when they can."""
+
+
+def patch() -> None:
+    """Give the request models the field, before the webui makes its routes of them, and add our routes."""
+    global problem
+    arguments = webui.shared().args
+    if not (arguments.api or arguments.public_api):
+        problem = "The API is off: start the webui with --api."
+        return
+    problem = ""
+    typing = webui.module("api.typing")
+    if all("steering" in getattr(typing, name).model_fields for name in REQUESTS):
+        return
+    if webui.loaded("api.script"):
+        problem = "The API was on before this extension: restart the webui so that its requests take the steering field."
+        return
+    for name in REQUESTS:
+        setattr(typing, name, with_steering(getattr(typing, name)))
+    _add_routes(webui.module("api.script"))
+
+
+def with_steering(model: Any) -> Any:
+    """A request model with the field ``steering``, checked while the body is read: before a stream has begun."""
+    from pydantic import Field, create_model, model_validator
+
+    def check_steering(self: Any) -> Any:
+        try:
+            self.steering = checked(self.steering)
+        except SteerError as error:
+            raise _refusal(model.__name__, str(error)) from None
+        return self
+
+    return create_model(
+        model.__name__,
+        __base__=model,
+        __module__=model.__module__,
+        __validators__={"check_steering": model_validator(mode="after")(check_steering)},
+        steering=(Any, Field(default=None, description=DESCRIPTION)),
+    )
+
+
+def checked(value: Any) -> list[dict[str, Any]] | None:
+    """The field as plain data, after everything that can be wrong with it has been looked for.
+
+    Raises:
+        SteerError: the text is wrong, a vector is missing or does not fit, or the loaded model cannot be steered.
+    """
+    if value is None:
+        return None
+    if not webui.enabled():
+        raise SpecError("The steering extension is switched off: switch it on in the Session tab, or leave steering out.")
+    terms = wishes.terms_of(value, settings())
+    models = webui.module("models")
+    if terms and hasattr(models, "load_model_if_idle_unloaded"):
+        models.load_model_if_idle_unloaded()
+    if hooks.applies():
+        hooks.check(terms)
+    elif any(term.strength != 0.0 for term in terms) or current_or_none() is not None:
+        _reason_first()
+        current().steering(terms)
+    return [term.to_json() for term in terms]
+
+
+def _reason_first() -> None:
+    """Where our server is not in use, the reason says more than that the server cannot steer."""
+    if webui.llama_server() is not None and current_or_none() is None and loader.state.problem:
+        raise SpecError(loader.state.problem)
+
+
+def _refusal(model: str, sentence: str) -> Exception:
+    """An error that the webui's own handlers turn into status 400. (pydantic lets it pass: it is no ValueError.)"""
+    if model == "AnthropicRequest":
+        error: Exception = webui.module("api.script").AnthropicError(message=sentence)
+    else:
+        error = webui.module("api.errors").InvalidRequestError(message=sentence, param="steering")
+    return error
+
+
+def facts() -> dict[str, Any]:
+    """What ``GET /v1/internal/steering`` answers."""
+    link = current_or_none()
+    return {
+        "steers": link is not None or hooks.applies(),
+        "problem": "" if link is not None or hooks.applies() else loader.state.problem or _sentence(),
+        "model": None if link is None else link.info.identity.to_dict(),
+        "device": None if link is None else link.device,
+        "vectors": vectors(),
+        "presets": {name: [term.to_json() for term in terms] for name, terms in sorted(settings().presets.items())},
+        "page": {"on": settings().on, "steering": settings().expression, "api_too": settings().api_too},
+    }
+
+
+def vectors() -> list[dict[str, Any]]:
+    """The vectors of the library that the loaded model can use."""
+    link = current_or_none()
+    if link is None:
+        return hooks.vectors()
+    found = []
+    for entry in Library().list(link.info.identity):
+        try:
+            vector = entry.read()
+        except SteerError:
+            continue
+        found.append({"name": entry.name, "layers": vector.layers, "op": vector.op, "scope": vector.default_scope})
+    return found
+
+
+def _sentence() -> str:
+    try:
+        current()
+    except SteerError as error:
+        return str(error)
+    return ""
+
+
+def _add_routes(script: Any) -> None:
+    from fastapi import Depends
+
+    def steering() -> Any:
+        return facts()
+
+    def steering_vectors() -> Any:
+        return {"vectors": vectors()}
+
+    def steering_presets() -> Any:
+        return {"presets": facts()["presets"]}
+
+    key = [Depends(script.verify_api_key)]
+    for path, answer in (("", steering), ("/vectors", steering_vectors), ("/presets", steering_presets)):
+        script.app.add_api_route(f"/v1/internal/steering{path}", answer, methods=["GET"], dependencies=key)

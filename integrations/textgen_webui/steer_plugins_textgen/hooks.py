@@ -1,0 +1,256 @@
+"""The Transformers loader: the same formula through forward hooks, for one generation at a time, removed after it.
+
+The webui holds its generation lock during a Transformers reply, so one steering is in force at a time; the reply runs in a
+thread of its own, which sees what hangs on the modules.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from steer_plugins.errors import SpecError, SteerError, VectorError
+from steer_plugins.formula import coefficients
+from steer_plugins.grammar import TermSpec, steering_of
+from steer_plugins.library import Library
+from steer_plugins.steering import Steering, Term
+from steer_plugins.vector import SteeringVector, scope_range
+
+from . import webui, wishes
+from .settings import settings
+
+SCOPES = "all, prompt, response, or positions such as 5-20"
+
+_active: list[Hooks] = []
+
+
+def applies() -> bool:
+    """Whether the loaded model is one of the Transformers loader."""
+    return webui.loader_name() == "Transformers"
+
+
+def patch() -> None:
+    """Wrap the webui's generation with Transformers. Nothing is imported that it has not imported itself."""
+    webui.wrap(webui.module("text_generation"), "generate_reply_HF", _generate_reply)
+
+
+def _generate_reply(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def generate_reply_HF(question: Any, original_question: Any, state: dict[str, Any], *rest: Any, **more: Any) -> Any:
+        if not webui.enabled() or not applies():
+            yield from original(question, original_question, state, *rest, **more)
+            return
+        wish = wishes.wish_of(state, settings()) or []
+        if wishes.from_page(state):
+            wish = usable(wish)
+        with hooked(webui.shared().model, resolve(wish)):
+            yield from original(question, original_question, state, *rest, **more)
+
+    return generate_reply_HF
+
+
+def usable(terms: list[TermSpec]) -> list[TermSpec]:
+    """The terms that this model can have; the console names the others."""
+    good = []
+    for term in terms:
+        try:
+            check([term])
+            good.append(term)
+        except SteerError as error:
+            webui.log(f"left out: {error}", error=True)
+    return good
+
+
+def check(terms: list[TermSpec]) -> None:
+    """Raise SteerError for what a hook cannot do: a vector of another shape, a scope by thinking tags, another site."""
+    n_layer = len(layers_of(webui.shared().model))
+    for term in resolve(terms).terms:
+        check_term(term, n_layer)
+
+
+def check_term(term: Term, n_layer: int) -> None:
+    """As :func:`check`, for one term."""
+    name = term.vector.name
+    if term.effective_scope in ("thinking", "answer"):
+        raise SpecError(f"{name!r} acts on {term.effective_scope}, which the Transformers loader cannot tell: use {SCOPES}.")
+    if term.vector.sites != ["resid_post"]:
+        raise SpecError(f"{name!r} acts inside the block ({', '.join(term.vector.sites)}); hooks reach resid_post only.")
+    if term.stream is not None:
+        raise SpecError(f"{name!r} names a stream, which models of the Transformers loader do not have.")
+    if term.vector.layers[-1] >= n_layer:
+        raise VectorError(f"{name!r} names layer {term.vector.layers[-1]}, and this model has 0 to {n_layer - 1}.")
+
+
+def resolve(terms: list[TermSpec]) -> Steering:
+    """The terms with their vectors. Weights in safetensors have no GGUF identity, so the shape has to do.
+
+    Raises:
+        VectorError: no vector of that name has the model's number of layers and width, or several have.
+    """
+    if not terms:
+        return Steering()
+    config = text_config(webui.shared().model)
+    shape = (int(config.num_hidden_layers), int(config.hidden_size))
+    return steering_of(terms, lambda name: vector_for(name, shape))
+
+
+def vector_for(name: str, shape: tuple[int, int]) -> SteeringVector:
+    """The library's vector of a name for a model of (n_layer, n_embd). Raises VectorError."""
+    found = [
+        entry
+        for entry in Library().list()
+        if entry.name == name and entry.identity is not None and (entry.identity.n_layer, entry.identity.n_embd) == shape
+    ]
+    if not found:
+        raise VectorError(
+            f"No vector {name!r} for a model of {shape[0]} layers and width {shape[1]}: fit it on this model's GGUF "
+            f"with: steer train {name}"
+        )
+    if len(found) > 1:
+        models = ", ".join(entry.identity.label for entry in found if entry.identity)
+        raise VectorError(f"{name!r} is in the library for several models of this shape ({models}): keep one of them.")
+    return found[0].read()
+
+
+def vectors() -> list[dict[str, Any]]:
+    """What the library has for models of this shape, for the API's list."""
+    if not applies():
+        return []
+    config = text_config(webui.shared().model)
+    found = []
+    for entry in Library().list():
+        identity = entry.identity
+        if identity and (identity.n_layer, identity.n_embd) == (config.num_hidden_layers, config.hidden_size):
+            vector = entry.read()
+            found.append({"name": entry.name, "layers": vector.layers, "op": vector.op, "scope": vector.default_scope})
+    return found
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the language model, also of one that sees pictures."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def layers_of(model: Any) -> Any:
+    """The list of decoder blocks.
+
+    Raises:
+        SpecError: a model that keeps its blocks where nobody would look.
+    """
+    for path in (
+        "model.layers",
+        "model.language_model.layers",
+        "language_model.model.layers",
+        "transformer.h",
+        "gpt_neox.layers",
+    ):
+        found = functools.reduce(lambda at, name: getattr(at, name, None), path.split("."), model)
+        if found is not None:
+            return found
+    raise SpecError(f"The blocks of {type(model).__name__} were not found, so it cannot be steered.")
+
+
+def change_running(terms: list[TermSpec]) -> None:
+    """Let the running reply follow, from its next token on."""
+    for active in list(_active):
+        active.steering = resolve(usable(terms))
+
+
+class Hooks:
+    """The hooks of one generation. ``steering`` may be replaced while it runs.
+
+    ``n_prompt`` is found out by the first pass, whose tokens are the prompt. With several sequences in a pass (beams) all are
+    steered alike.
+    """
+
+    def __init__(self, steering: Steering) -> None:
+        self.steering = steering
+        self.n_prompt: int | None = None
+        self.position = 0
+
+    def hook(self, layer: int) -> Callable[..., Any]:
+        """A forward hook for the block ``layer``: output [batch, tokens, n_embd], or a tuple that begins with it."""
+
+        def steer(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            steered = self.apply(layer, hidden, first_position(kwargs, layer, self, hidden.shape[1]))
+            if steered is hidden:
+                return None
+            return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+        return steer
+
+    def apply(self, layer: int, hidden: Any, start: int) -> Any:
+        """``hidden`` with h <- h + V (c + g * V'h) where the scopes say so; itself when nothing acts there."""
+        if self.n_prompt is None:
+            self.n_prompt = start + hidden.shape[1]
+        steering = self.steering
+        if not steering:
+            return hidden
+        import torch
+
+        positions = np.arange(start, start + hidden.shape[1])
+        columns, shifts, gains = coefficients(steering, layer)
+        acting = [term for term in steering.terms if term.strength != 0.0 and (layer, "resid_post") in term.keys()]
+        if not acting:
+            return hidden
+        masks = np.stack([acts(term, positions, self.n_prompt) for term in acting], axis=1).astype(np.float32)
+        if not masks.any():
+            return hidden
+        # float32 throughout, whatever the model computes in: a dose is small beside the hidden state
+        wide = hidden.to(torch.float32)
+        to = {"dtype": torch.float32, "device": hidden.device}
+        matrix = torch.as_tensor(columns, **to)
+        c = torch.as_tensor(masks * shifts.astype(np.float32), **to)
+        g = torch.as_tensor(masks * gains.astype(np.float32), **to)
+        edited = wide + (c + g * (wide @ matrix)) @ matrix.T
+        touched = torch.as_tensor(masks.any(axis=1), device=hidden.device)[None, :, None]
+        return torch.where(touched, edited.to(hidden.dtype), hidden)
+
+
+def acts(term: Term, positions: np.ndarray, n_prompt: int) -> np.ndarray:
+    """At which positions a term acts: bool, as ``positions``. As the engines do: ``response`` from the last prompt token."""
+    scope = term.effective_scope
+    window = scope_range(scope)
+    if window is not None:
+        lo, hi = window
+        return (positions >= lo) & (positions <= (np.inf if hi is None else hi))
+    in_response = positions >= max(1, n_prompt - 1)
+    if scope == "response":
+        return in_response
+    if scope == "prompt":
+        return (positions >= 1) & ~in_response
+    return positions >= 1
+
+
+def first_position(kwargs: dict[str, Any], layer: int, hooks: Hooks, n_tokens: int) -> int:
+    """The position of the first token of a pass: from what the model says, else counted at its first block."""
+    for key in ("cache_position", "position_ids"):
+        value = kwargs.get(key)
+        if value is not None and value.numel():
+            return int(value.reshape(-1)[0])
+    if layer == 0:
+        hooks.position += n_tokens
+    return hooks.position - n_tokens
+
+
+@contextmanager
+def hooked(model: Any, steering: Steering) -> Iterator[Hooks]:
+    """Steer what runs inside; without a steering the model is left alone, but a live change may still come."""
+    hooks = Hooks(steering)
+    handles = []
+    try:
+        for layer, block in enumerate(layers_of(model)):
+            handles.append(block.register_forward_hook(hooks.hook(layer), with_kwargs=True))
+        _active.append(hooks)
+        yield hooks
+    finally:
+        if hooks in _active:
+            _active.remove(hooks)
+        for handle in handles:
+            handle.remove()

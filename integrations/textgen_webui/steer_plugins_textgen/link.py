@@ -1,0 +1,184 @@
+"""The running steering server as the extension sees it: its model, vectors on it, replies under way."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from typing import Any
+
+from steer_plugins.engine.remote.http import Connection, ServerRefusal
+from steer_plugins.engine.remote.vectors import ServerVectors
+from steer_plugins.engine.server import ServerEngine
+from steer_plugins.errors import EngineError, SteerError
+from steer_plugins.grammar import TermSpec, steering_of
+from steer_plugins.library import Library
+from steer_plugins.steering import Steering
+
+from . import webui
+
+RETRY = 0.2
+"""Seconds until a reply that has not begun yet is asked again to change."""
+
+
+class Link:
+    """One running server. ``engine``: for training, reading and comparing; requests of the webui get :meth:`fields`.
+
+    Raises:
+        EngineError: a server without steering, or it does not answer. ModelError: a model that cannot be steered.
+    """
+
+    def __init__(self, url: str, library: Library | None = None) -> None:
+        self.library = library or Library()
+        self.engine = ServerEngine(url, library=self.library)
+        self.info = self.engine.info
+        self._connection = Connection(url)
+        facts = self.engine.status()
+        model = facts["model"]
+        opening, closing = model.get("think_open"), model.get("think_close")
+        self._tags = {"open": opening, "close": closing} if opening and closing else None
+        self._vectors = ServerVectors(self._connection, self.info, tags=self._tags is not None)
+        self.device = device_of(model)
+        self._running: dict[str, None] = {}
+        self._wanted: tuple[int, list[TermSpec]] = (0, [])
+        self._lock = threading.Lock()
+        self._worker: threading.Thread | None = None
+
+    def steering(self, terms: list[TermSpec]) -> Steering:
+        """The terms with their vectors from the library. Raises SteerError that names what is missing or does not fit."""
+        steering = steering_of(terms, lambda name: self.library.resolve(name, self.info.identity))
+        self._vectors.check(steering)
+        return steering
+
+    def fields(self, terms: list[TermSpec]) -> dict[str, Any]:
+        """What goes into a request's body. Vectors are uploaded when they are first used. Raises SteerError."""
+        sent = self._vectors.terms(self.steering(terms))
+        fields: dict[str, Any] = {"steering": sent}
+        if any(term["scope"] in ("thinking", "answer") for term in sent):
+            fields["steering_tags"] = self._tags
+        return fields
+
+    def usable(self, terms: list[TermSpec]) -> tuple[list[TermSpec], list[str]]:
+        """The terms that fit this model, and a sentence for each of the others."""
+        good, wrong = [], []
+        for term in terms:
+            try:
+                self.steering([term])
+                good.append(term)
+            except SteerError as error:
+                wrong.append(str(error))
+        return good, wrong
+
+    # ---- replies of the page that are being generated ----
+
+    def begin(self) -> str:
+        """A name for a reply that the page asks for."""
+        name = f"textgen-{uuid.uuid4().hex}"
+        with self._lock:
+            self._running[name] = None
+        return name
+
+    def end(self, name: str) -> None:
+        """The reply has ended."""
+        with self._lock:
+            self._running.pop(name, None)
+
+    def change_running(self, terms: list[TermSpec]) -> None:
+        """Let the replies of the page that are being generated follow, from their next token on. Returns at once."""
+        with self._lock:
+            if not self._running:
+                return
+            self._wanted = (self._wanted[0] + 1, list(terms))
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._follow, daemon=True, name="steering follows the sliders")
+                self._worker.start()
+
+    def _follow(self) -> None:
+        """Until each running reply has been told the latest wish; a newer one replaces it on the way."""
+        told: dict[str, int] = {}
+        while True:
+            with self._lock:
+                version, wanted = self._wanted
+                left = [name for name in self._running if told.get(name) != version]
+                if not left:
+                    self._worker = None
+                    return
+            try:
+                fields = self.fields(self.usable(wanted)[0])
+                told.update({name: version for name in left if self._change(name, fields)})
+            except SteerError as error:
+                webui.log(f"the running reply does not follow: {error}", error=True)
+                with self._lock:
+                    self._worker = None
+                return
+            if any(told.get(name) != version for name in left):
+                time.sleep(RETRY)
+
+    def _change(self, name: str, fields: dict[str, Any]) -> bool:
+        """False when the reply has not begun: it is between the webui and the server, or waits for a slot."""
+        try:
+            self._connection.post(f"/steering/requests/{name}", {"steering": fields["steering"]})
+        except ServerRefusal as refusal:
+            if refusal.status not in (404, 409):
+                raise
+            return False
+        return True
+
+
+def device_of(model: dict[str, Any]) -> str:
+    """Where the model runs, for people."""
+    if not int(model.get("n_gpu_layers") or 0):
+        return "CPU"
+    names = [
+        str(d.get("description") or d.get("name")) for d in model.get("devices", []) if d.get("type") not in ("cpu", "accel")
+    ]
+    return ", ".join(names) or "CPU"
+
+
+_links: dict[int, tuple[Any, Link | SteerError]] = {}
+_lock = threading.Lock()
+
+
+def link_of(server: Any | None) -> Link:
+    """The link to a ``LlamaServer`` object, made once for each: an unsteered reply costs a look into a dictionary.
+
+    Raises:
+        EngineError, ModelError: there is no server, or it cannot steer; the sentence is remembered with the server.
+    """
+    if server is None:
+        raise EngineError(why_not())
+    with _lock:
+        known = _links.get(server.port)
+        if known is None or known[0] is not server.process:
+            found: Link | SteerError
+            try:
+                found = Link(f"http://127.0.0.1:{server.port}")
+            except SteerError as error:
+                found = error
+            known = _links[server.port] = (server.process, found)
+    if isinstance(known[1], SteerError):
+        raise known[1]
+    return known[1]
+
+
+def current() -> Link:
+    """The link to the model that is loaded now. Raises SteerError that says why there is none."""
+    return link_of(webui.llama_server())
+
+
+def current_or_none() -> Link | None:
+    """As :func:`current`, None in place of an error."""
+    try:
+        return current()
+    except SteerError:
+        return None
+
+
+def why_not() -> str:
+    """Why the loaded model has no server that could steer."""
+    name = webui.loader_name()
+    if not name:
+        return "No model is loaded: load one in the Model tab."
+    if name == "Transformers":
+        return "Models of the Transformers loader are steered by hooks, not by a server: this needs the llama.cpp loader."
+    return f"Models of the {name} loader cannot be steered: load a GGUF with llama.cpp, or use the Transformers loader."

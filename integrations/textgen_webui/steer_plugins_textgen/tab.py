@@ -1,0 +1,4 @@
+"""The tab."""
+
+
+def build() -> None: ...

@@ -1,0 +1,1 @@
+from steer_plugins_textgen.extension import *  # noqa: F403
