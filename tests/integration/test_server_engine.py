@@ -201,11 +201,11 @@ def test_a_live_change_acts_from_where_it_says(served: Any) -> None:
                 if i == 2:
                     stream.steer(v)
             reply = stream.result
-            if stream.changed_from:
+            if stream.changed_from and stream.changed_from[0] < len(reply.prompt_tokens) + 500:
                 break
         assert len(stream.changed_from) == 1, "the change never came while the reply was running"
         first, n = stream.changed_from[0], len(reply.prompt_tokens)
-        assert n <= first < n + 600 and reply.tokens[: first - n + 1] == plain[: first - n + 1] != reply.tokens
+        assert n <= first < n + 500 and reply.tokens[: first - n + 1] == plain[: first - n + 1] != reply.tokens
         tokens = reply.prompt_tokens + reply.tokens
         again = engine.generate(tokens[: first + 1], steering=Term(v, scope=f"{first}-"), max_tokens=40)
         assert again.tokens == tokens[first + 1 : first + 41]
