@@ -1,0 +1,414 @@
+"""llama-server processes: one for each set of weights, shared by all models and variants on them, ended when nobody needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steer_plugins.errors import EngineError, SteerError
+from steer_plugins.server import ServerProcess
+
+from . import expression
+from .errors import ApiError
+from .model import Model
+from .options import FOREVER, LoadOptions, whole_number
+
+if TYPE_CHECKING:
+    from steer_plugins.engine.remote.vectors import ServerVectors
+    from steer_plugins.library import Library
+    from steer_plugins.vector import ModelIdentity, SteeringVector
+
+log = logging.getLogger("steer.ollama")
+
+Weights = tuple[Path, tuple[Path, ...], tuple[Path, ...]]
+#: Parts of llama.cpp's log that mean a file it has no code for, as Ollama's older layouts are.
+_OLD_LAYOUT = re.compile(
+    r"unknown model architecture|wrong number of tensors|missing tensor|key not found in model|unknown pre-tokenizer|"
+    r"check_tensor_dims|invalid (?:vector|split)|unsupported (?:mmproj|projector)|tensor .* not found",
+    re.IGNORECASE,
+)
+
+
+@dataclass
+class Facts:
+    """What a running server said of its model."""
+
+    n_ctx: int = 0
+    device: str = "CPU"
+    on_gpu: bool = False
+    think: tuple[str, str] | None = None
+    has_chat_template: bool = False
+    media_marker: str = ""
+    vision: bool = False
+
+
+@dataclass
+class Runner:
+    """One llama-server. ``users``: requests that need it now; ``expires``: monotonic seconds."""
+
+    weights: Weights
+    options: LoadOptions
+    process: ServerProcess
+    names: list[str]
+    last: Model
+    facts: Facts = field(default_factory=Facts)
+    users: int = 0
+    keep: float = FOREVER
+    expires: float = FOREVER
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    resolver: Resolver | None = None
+    closing: bool = False
+
+    @property
+    def url(self) -> str:
+        return self.process.url
+
+
+class Pool:
+    """All processes of a sidecar.
+
+    Args:
+        binary: the llama-server; the runtime's by default, found when the first model is loaded.
+        flags: further flags of every llama-server.
+        library: where vectors are looked up.
+        before_load: awaited with a model before its weights are loaded: whoever else holds them lets go.
+    """
+
+    def __init__(
+        self,
+        *,
+        binary: Path | None = None,
+        flags: Sequence[str] = (),
+        library: Library | None = None,
+        before_load: Callable[[Model], Awaitable[None]] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        env = os.environ if environ is None else environ
+        self._environ = env
+        self._binary = binary
+        self._flags = list(flags)
+        self._library = library
+        self._before_load = before_load
+        self.n_parallel = whole_number(env, "OLLAMA_NUM_PARALLEL", 2)
+        self._max_loaded = whole_number(env, "OLLAMA_MAX_LOADED_MODELS", 3)
+        self._runners: dict[Weights, Runner] = {}
+        self._locks: dict[Weights, asyncio.Lock] = {}
+        self._janitor: asyncio.Task[None] | None = None
+
+    # ---- use ----
+
+    def loaded(self) -> list[Runner]:
+        """The processes that serve, oldest first."""
+        return [r for r in self._runners.values() if r.process.running and not r.closing]
+
+    def holding(self, gguf: Path) -> Runner | None:
+        """The process that has these weights, if one has."""
+        return next((r for r in self.loaded() if r.weights[0] == gguf), None)
+
+    @contextlib.asynccontextmanager
+    async def use(self, model: Model, options: LoadOptions, keep: float) -> AsyncIterator[Runner]:
+        """The process for a model, loaded if need be, for as long as the block runs; then it is kept ``keep`` seconds more.
+
+        Raises:
+            SteerError: it cannot be loaded.
+        """
+        runner = await self._acquire(model, options)
+        runner.keep = keep
+        try:
+            yield runner
+        finally:
+            runner.users -= 1
+            self._touch(runner)
+            if runner.users == 0:
+                runner.idle.set()
+                if runner.keep == 0:
+                    await asyncio.shield(self._end(runner))
+
+    async def unload(self, model: Model) -> None:
+        """End a model's process: now if nobody uses it, else after the last request."""
+        runner = self._runners.get(model.weights)
+        if runner is None:
+            return
+        runner.keep, runner.expires = 0, time.monotonic()
+        if runner.users == 0:
+            await self._end(runner)
+
+    async def release_weights(self, gguf: Path) -> None:
+        """End every process that holds these weights, once it is idle."""
+        for runner in [r for r in self._runners.values() if r.weights[0] == gguf]:
+            async with self._lock(runner.weights):
+                await runner.idle.wait()
+                await self._end(runner)
+
+    async def close(self) -> None:
+        """End all processes."""
+        if self._janitor is not None:
+            self._janitor.cancel()
+        for runner in list(self._runners.values()):
+            await self._end(runner)
+
+    # ---- inside ----
+
+    def _lock(self, weights: Weights) -> asyncio.Lock:
+        return self._locks.setdefault(weights, asyncio.Lock())
+
+    async def _acquire(self, model: Model, options: LoadOptions) -> Runner:
+        async with self._lock(model.weights):
+            runner = self._runners.get(model.weights)
+            if runner is not None and not runner.process.running:
+                if not runner.closing:
+                    log.warning("the llama-server of %s has ended: %s", model.name, runner.process.log_tail[-1:])
+                self._runners.pop(model.weights, None)
+                runner = None
+            if runner is not None and (runner.closing or not options.served_by(runner.options)):
+                await runner.idle.wait()  # those who use it finish first; later ones wait at the lock
+                await self._end(runner)
+                runner = None
+            if runner is None:
+                runner = await self._load(model, options)
+            runner.users += 1
+            runner.idle.clear()
+            runner.last = model
+            if str(model.name) not in runner.names:
+                runner.names.append(str(model.name))
+            return runner
+
+    async def _load(self, model: Model, options: LoadOptions) -> Runner:
+        await self._make_room()
+        if self._before_load is not None:
+            await self._before_load(model)
+        binary = self._binary
+        if binary is None:
+            from steer_plugins.runtime import ensure_runtime
+
+            binary = self._binary = (await asyncio.to_thread(ensure_runtime, need_server=True)).server
+        process = ServerProcess(binary, on_line=lambda line: log.debug("llama-server: %s", line))
+        runner = Runner(model.weights, options, process, [str(model.name)], model)
+        runner.idle.set()
+        flags = [*options.flags(self.n_parallel, self._environ), "--no-webui"]
+        if model.adapters:
+            flags += ["--lora", ",".join(map(str, model.adapters))]
+        if model.projectors:
+            flags += ["--mmproj", str(model.projectors[0])]
+        started = time.monotonic()
+        log.info("loading %s for %s", model.gguf, model.name)
+        try:
+            await asyncio.to_thread(process.start, model.gguf, [*flags, *self._flags])
+            await asyncio.to_thread(process.wait_ready, _load_timeout(self._environ))
+            runner.facts = await asyncio.to_thread(_facts, process)
+        except BaseException as error:
+            tail = "\n".join(process.log_tail)
+            await asyncio.shield(asyncio.to_thread(process.stop))
+            if isinstance(error, EngineError):
+                raise ApiError(_why_not(model, str(error), tail)) from None
+            raise
+        self._runners[model.weights] = runner
+        log.info("loaded %s on %s in %.1f s", model.name, runner.facts.device, time.monotonic() - started)
+        if self._janitor is None or self._janitor.done():
+            self._janitor = asyncio.create_task(self._sweep())
+        return runner
+
+    async def _make_room(self) -> None:
+        while len(self._runners) >= self._max_loaded:
+            idle = [r for r in self._runners.values() if r.users == 0]
+            if not idle:
+                busy = [asyncio.create_task(r.idle.wait()) for r in self._runners.values()]
+                _, pending = await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
+                for task in pending:
+                    task.cancel()
+                continue
+            await self._end(min(idle, key=lambda r: r.expires))
+
+    def _touch(self, runner: Runner) -> None:
+        runner.expires = time.monotonic() + runner.keep
+
+    async def _end(self, runner: Runner) -> None:
+        if runner.closing:
+            return
+        runner.closing = True
+        try:
+            await asyncio.to_thread(runner.process.stop)
+        finally:
+            if self._runners.get(runner.weights) is runner:
+                del self._runners[runner.weights]
+            log.info("unloaded %s", runner.weights[0].name)
+
+    async def _sweep(self) -> None:
+        while self._runners:
+            await asyncio.sleep(0.5)
+            now = time.monotonic()
+            for runner in list(self._runners.values()):
+                if runner.users == 0 and now >= runner.expires:
+                    await self._end(runner)
+
+    # ---- steering ----
+
+    async def terms(self, runner: Runner, model: Model, text: str | None) -> list[dict[str, Any]]:
+        """llama-server's terms for a steering text, its vectors uploaded.
+
+        Raises:
+            SteerError: a vector is missing or does not fit.
+        """
+        if not text:
+            return []
+        if runner.resolver is None:
+            from steer_plugins.library import Library
+
+            runner.resolver = await asyncio.to_thread(Resolver, runner.url, self._library or Library())
+        known = runner.resolver.known(model, text)
+        if known is not None:
+            return known
+        return await asyncio.to_thread(runner.resolver.terms, model, text)
+
+
+class Resolver:
+    """Steering texts to terms, for one process. What was resolved once is not read again while its files are the same."""
+
+    MAX_CACHED = 256
+
+    def __init__(self, url: str, library: Library) -> None:
+        from steer_plugins.engine.remote.http import Connection
+        from steer_plugins.engine.remote.vectors import ServerVectors
+        from steer_plugins.engine.server import ServerEngine
+
+        engine = ServerEngine(url, library=library)
+        tags = bool(engine.status()["model"].get("think_open"))
+        self._library = library
+        self._identity: ModelIdentity = engine.info.identity
+        self._vectors: ServerVectors = ServerVectors(Connection(url), engine.info, tags=tags)
+        self._cache: OrderedDict[Any, tuple[tuple[Any, ...], list[dict[str, Any]]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def known(self, model: Model, text: str) -> list[dict[str, Any]] | None:
+        """The terms where they are known already and no file has changed."""
+        key = self._key(model, text)
+        with self._lock:
+            found = self._cache.get(key)
+        if found is None or found[0] != self._stamp(found[0]):
+            return None
+        return found[1]
+
+    def terms(self, model: Model, text: str) -> list[dict[str, Any]]:
+        """Raises SteerError."""
+        from steer_plugins.grammar import parse, steering_of
+
+        specs = parse(text)
+        files = tuple(self._file(model, spec.vector) for spec in specs)
+        stamp = self._stamp(tuple((path, None) for path in files))
+        terms = self._vectors.terms(steering_of(specs, lambda name: resolve(model, name, self._identity, self._library)))
+        with self._lock:
+            self._cache[self._key(model, text)] = (stamp, terms)
+            while len(self._cache) > self.MAX_CACHED:
+                self._cache.popitem(last=False)
+        return terms
+
+    def forget(self) -> None:
+        """Start anew: somebody deleted vectors on the server."""
+        with self._lock:
+            self._cache.clear()
+
+    def lost(self, terms: list[dict[str, Any]]) -> bool:
+        """Whether the server lacks a vector of these terms; if so they are uploaded when next asked for."""
+        lost = self._vectors.forget_lost(terms)
+        if lost:
+            self.forget()
+        return lost
+
+    def _key(self, model: Model, text: str) -> Any:
+        return text, tuple(sorted((name, str(path)) for name, path in model.vectors.items()))
+
+    def _file(self, model: Model, name: str) -> Path:
+        from steer_plugins.vector import check_name
+
+        return model.vectors.get(name) or self._library.path(check_name(name), self._identity)
+
+    @staticmethod
+    def _stamp(files: tuple[Any, ...]) -> tuple[Any, ...]:
+        found = []
+        for path, _ in files:
+            try:
+                stat = os.stat(path)
+                found.append((path, (stat.st_mtime_ns, stat.st_size)))
+            except OSError:
+                found.append((path, None))
+        return tuple(found)
+
+
+def resolve(model: Model, name: str, identity: ModelIdentity, library: Library) -> SteeringVector:
+    """The vector of a name: one that the model carries, else the library's.
+
+    Raises:
+        VectorError: it is missing (``steer ollama train`` is named) or does not fit.
+    """
+    from steer_plugins.grammar import TermSpec
+    from steer_plugins.library import MissingVector
+    from steer_plugins.vectorfile import read_vector
+
+    expression.refuse_files([TermSpec(name)])
+    carried = model.vectors.get(name)
+    if carried is not None:
+        vector = read_vector(carried)
+        vector.check_fits(identity)
+        return vector if vector.name == name else vector.replace(name=name)
+    try:
+        return library.get(name, identity)
+    except MissingVector as error:
+        raise MissingVector(f"{error} (here: steer ollama train {model.name} {name})") from None
+
+
+def _facts(process: ServerProcess) -> Facts:
+    """Ask a server that is ready. A stock server answers no ``/steering``: then it cannot be used."""
+    from steer_plugins.engine.remote.http import Connection
+
+    connection = Connection(process.url, timeout=30.0)
+    try:
+        try:
+            said = connection.get("/steering")["model"]
+        except SteerError:
+            raise EngineError("this llama-server cannot steer: build one with `steer build`") from None
+        props = connection.get("/props")
+    finally:
+        connection.close()
+    opening, closing = said.get("think_open"), said.get("think_close")
+    return Facts(
+        n_ctx=int(said.get("n_ctx") or 0),
+        device=process.device,
+        on_gpu=int(said.get("n_gpu_layers") or 0) != 0 and process.device != "CPU",
+        think=(str(opening), str(closing)) if opening and closing else None,
+        has_chat_template=bool(said.get("has_chat_template")),
+        media_marker=str(props.get("media_marker") or "<__media__>"),
+        vision=bool((props.get("modalities") or {}).get("vision")),
+    )
+
+
+def _load_timeout(environ: Mapping[str, str]) -> float:
+    from .options import keep_alive
+
+    text = environ.get("OLLAMA_LOAD_TIMEOUT", "")
+    try:
+        seconds = keep_alive(text) if text else 0.0
+    except ApiError:
+        seconds = 0.0
+    return 600.0 if not seconds else min(seconds, 24 * 3600.0)
+
+
+def _why_not(model: Model, sentence: str, log_text: str) -> str:
+    if not _OLD_LAYOUT.search(log_text):
+        return f"{model.name} cannot be loaded: {sentence}"
+    line = next((line for line in log_text.splitlines() if _OLD_LAYOUT.search(line)), "")
+    reason = " ".join(line.split())[-200:]
+    return (
+        f"{model.name} cannot be loaded: this llama.cpp does not know the layout of {model.gguf.name[:19]}… ({reason}); "
+        "Ollama published some models in layouts of its own: use a GGUF from elsewhere, or run `steer build --source` on a "
+        "llama.cpp tree that carries Ollama's compatibility code"
+    )
