@@ -130,11 +130,17 @@ def refusal(status: int, raw: bytes) -> ApiError:
 
 
 async def complete(
-    client: httpx.AsyncClient, url: str, body: Mapping[str, Any], *, tags: tuple[str, str] | None, thinking: bool = False
+    client: httpx.AsyncClient,
+    url: str,
+    body: Mapping[str, Any],
+    *,
+    tags: tuple[str, str] | None,
+    thinking: bool = False,
+    path: str = "/completion",
 ) -> AsyncIterator[Piece]:
     """The pieces of a completion; text between ``tags`` is thinking. ``thinking``: the prompt has opened it."""
     splitter = Splitter(*tags, inside=thinking) if tags else None
-    async for event in events(client, url, "/completion", body):
+    async for event in events(client, url, path, body):
         piece = Piece(tokens=list(event.get("tokens") or ()))
         text = str(event.get("content") or "")
         stop = bool(event.get("stop"))
