@@ -223,7 +223,9 @@ def test_context_shift_is_refused_while_steered(own: Any, tmp_path: Path) -> Non
     server = own("llama", "--parallel", "1", "-c", "256", "--context-shift")
     server.put("v", make_vector(server), tmp_path)
     assert len(server.complete(PROMPT, [], 300)["tokens"]) == 300
-    assert "cannot be shifted" in server.error("/completion", {"prompt": PROMPT, "n_predict": 300, "ignore_eos": True, "steering": term()})
+    assert "cannot be shifted" in server.error(
+        "/completion", {"prompt": PROMPT, "n_predict": 300, "ignore_eos": True, "steering": term()}
+    )
     assert len(server.complete(PROMPT, [], 300)["tokens"]) == 300
 
 

@@ -115,7 +115,9 @@ def test_tags_part_a_response(exact: Any, tmp_path: Path) -> None:
     server = exact()
     server.put("one", make_vector(server, 1, dose=3.0), tmp_path)
     prompt = server.tokens("Say: <A>")
-    response = [t for piece in (" one", "<A>", " two", "</A>", " three") for t in server.ok("/tokenize", {"content": piece})["tokens"]]
+    response = [
+        t for piece in (" one", "<A>", " two", "</A>", " three") for t in server.ok("/tokenize", {"content": piece})["tokens"]
+    ]
     text = ""
     thinking = [True]  # the prompt has opened it: its last token is the first of the response
     state = True
@@ -158,7 +160,10 @@ def test_a_demanded_tool_call_is_no_answer(exact: Any, tmp_path: Path) -> None:
     """On a chat route the tags come from the template and the tools."""
     server = exact()
     server.put("v", make_vector(server, dose=40.0), tmp_path)
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
+    }
     body = {"messages": [{"role": "user", "content": "Call f"}], "max_tokens": 24, "temperature": 0, "tools": [tool]}
 
     def run(scope: str | None, **more: Any) -> Any:

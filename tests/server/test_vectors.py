@@ -191,7 +191,9 @@ def resident(server: Server) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_thousand_distinct_uploads_do_not_leak(own: Any, tmp_path: Path) -> None:
-    server = own("llama", "--parallel", "2", "-c", "512", "--cache-ram", "0")  # the host cache keeps a copy of each, up to its limit
+    server = own(
+        "llama", "--parallel", "2", "-c", "512", "--cache-ram", "0"
+    )  # the host cache keeps a copy of each, up to its limit
 
     def round_of(first: int, n: int) -> None:
         for i in range(first, first + n):
@@ -274,7 +276,7 @@ def test_vectors_survive_sleep(own: Any, tmp_path: Path) -> None:
     server.put("v", make_vector(server), tmp_path)
     before = server.complete(PROMPT, term())["tokens"]
     deadline = time.monotonic() + 20
-    while "is_sleeping\":true" not in server.get("/props").text.replace(" ", ""):
+    while 'is_sleeping":true' not in server.get("/props").text.replace(" ", ""):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     listed = server.get("/steering").json()  # answered in its sleep
