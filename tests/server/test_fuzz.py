@@ -14,10 +14,9 @@ from tests.server.conftest import PROMPT, make_vector
 
 FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-leaves = (
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=20) | st.sampled_from(["v", "add", "all", "last", "mean", "response", "resid_post", "0-", "5-3", "../v", "a" * 300])
-)  # fmt: skip
+words = ["v", "add", "all", "last", "mean", "response", "resid_post", "0-", "5-3", "../v", "a" * 300]
+numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+leaves = st.none() | st.booleans() | numbers | st.text(max_size=20) | st.sampled_from(words)
 trees = st.recursive(
     leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12
 )

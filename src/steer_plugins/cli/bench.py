@@ -107,12 +107,15 @@ def server(model: str | None, threads: int, n_gpu_layers: int, rounds: int, as_j
             progress=lambda done, total: bar.update(task, completed=done),
         )
     if as_json:
-        facts = {"model": path.name, "threads": threads, "n_gpu_layers": n_gpu_layers, "rounds": rounds, "machine": platform.machine()}
-        print_json({**facts, "cores": os.cpu_count(), "rows": [asdict(r) for r in rows]})
+        facts = {"model": path.name, "threads": threads, "n_gpu_layers": n_gpu_layers, "rounds": rounds}
+        print_json({**facts, "machine": platform.machine(), "cores": os.cpu_count(), "rows": [asdict(r) for r in rows]})
         return
     print_table(
         ["arm", "unit", "unsteered", "steered", "ratio", "95 %"],
-        [(r.name, r.unit, f"{r.plain:.3g}", f"{r.steered:.3g}", f"{r.ratio:.3f}", "{:.3f} to {:.3f}".format(*r.ratio_ci)) for r in rows],
+        [
+            (r.name, r.unit, f"{r.plain:.3g}", f"{r.steered:.3g}", f"{r.ratio:.3f}", "{:.3f} to {:.3f}".format(*r.ratio_ci))
+            for r in rows
+        ],
         title=f"{path.name}, {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds",
     )
 
