@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +171,7 @@ class Call:
         return str(self.body.get("model"))
 
     @contextlib.asynccontextmanager
-    async def job(self) -> AsyncIterator[replies.Job]:
+    async def job(self) -> AsyncGenerator[replies.Job, None]:
         """The process, loaded, and what is asked of it."""
         load = options.load_options(self.options, self.service.environ)
         async with self.service.pool.use(self.model, load, self.keep) as runner:
@@ -206,7 +206,7 @@ class Call:
         empty: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if self.chat else {"response": ""}
         return {**self.head(), **empty, "done": True, "done_reason": reason}
 
-    async def pieces(self) -> AsyncIterator[tuple[Piece, dict[str, Any] | None]]:
+    async def pieces(self) -> AsyncGenerator[tuple[Piece, dict[str, Any] | None], None]:
         """Pieces of the reply; with the last one come the counts of the last line."""
         started = time.monotonic()
         told, tokens = replies.Generated(), []
@@ -223,7 +223,7 @@ class Call:
                             counts["context"] = await replies.context_of(job, told, tokens)  # type: ignore[assignment]
                     yield piece, counts
 
-    async def lines(self) -> AsyncIterator[bytes]:
+    async def lines(self) -> AsyncGenerator[bytes, None]:
         """The streamed answer."""
         async with contextlib.aclosing(self.pieces()) as pieces:
             async for piece, counts in pieces:
@@ -426,13 +426,13 @@ async def create(request: Request) -> Response:
         return error_answer(error)
 
 
-async def steps_as_lines(steps: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(steps):  # type: ignore[type-var]
+async def steps_as_lines(steps: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(steps):
         async for step in steps:
             yield line(step)
 
 
-async def _last(steps: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
+async def _last(steps: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     async for step in steps:
         found = step
@@ -441,7 +441,7 @@ async def _last(steps: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-async def _created(service: Service, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def _created(service: Service, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
     """The status lines of a create."""
     if service.daemon is None:
         prepared = await asyncio.to_thread(creating.prepare, body, service.store, service.library)
@@ -465,7 +465,7 @@ async def _created(service: Service, body: dict[str, Any]) -> AsyncIterator[dict
         yield step
 
 
-async def _pulled_first(service: Service, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def _pulled_first(service: Service, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
     """Pull the base of a steered model where it is not there yet, so that its vectors can be checked before anything is made."""
     assert service.daemon is not None
     parameters = body.get("parameters")
@@ -609,7 +609,9 @@ async def anything(request: Request) -> Response:
     service: Service = request.app.state.service
     style = "openai" if request.url.path.startswith("/v1/") else "ollama"
     if service.daemon is None:
-        return error_answer(NotFound(f"{request.url.path} needs Ollama itself, and this sidecar serves a folder without it"), style)
+        return error_answer(
+            NotFound(f"{request.url.path} needs Ollama itself, and this sidecar serves a folder without it"), style
+        )
     try:
         return await service.daemon.forward(request)
     except SteerError as error:
@@ -644,12 +646,10 @@ def make_app(service: Service) -> Starlette:
     routes.append(Route("/{path:path}", anything, methods=methods))
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
         yield
         await service.close()
 
     app = Starlette(routes=routes, lifespan=lifespan)
     app.state.service = service
     return app
-
-

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
-from steer_plugins.grammar import parse, steering_of
+from steer_plugins.grammar import TermSpec, parse, steering_of
 
 from . import expression, gotemplate
 from .errors import BadRequest, NotFound
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
 MAX_VECTORS = 64 << 20
 VECTORS = "vectors"
 """Our own key of the create body: vectors that the model carries, ``{name: base64 of a vector file}``."""
+
+CARRY = "carry"
+"""Our own key of the create body: the model carries the vectors that it uses from the library."""
 
 
 @dataclass
@@ -47,6 +49,7 @@ def prepare(body: Mapping[str, Any], store: Store, library: Library) -> Prepared
     name = parse_name(body.get("model") or body.get("name"))
     out = dict(body)
     vectors = decoded(out.pop(VECTORS, None))
+    carry = bool(out.pop(CARRY, False))
     parameters = body.get("parameters") or {}
     if not isinstance(parameters, Mapping):
         raise BadRequest("parameters must be an object")
@@ -55,7 +58,7 @@ def prepare(body: Mapping[str, Any], store: Store, library: Library) -> Prepared
     base = _base(body, store)
     lines = expression.of_parameters(parameters.get(STEERING))
     steering = base.steering if base is not None else None
-    if not lines and not carried and not vectors:
+    if not lines and not carried and not vectors and not carry:
         if steering:
             _check_template(body)
         return Prepared(name, out, steering)
@@ -66,7 +69,11 @@ def prepare(body: Mapping[str, Any], store: Store, library: Library) -> Prepared
     expression.refuse_files(parse(steering or ""))
     weights = _weights(body, base, store)
     if weights is not None:
-        check_vectors(steering or "", weights, base, vectors, library)
+        found = check_vectors(steering or "", weights, base, vectors, library)
+        if carry:
+            vectors = {**{key: vector_bytes(vector) for key, vector in found.items()}, **vectors}
+    elif carry:
+        raise BadRequest("the vectors can be carried only when the base model is here: create that one first")
     out["parameters"] = {**parameters, STEERING: steering or ""}
     kept = [one for one in licenses if not isinstance(one, str) or expression.of_license(one) is None]
     if base is not None and base.carriers:
@@ -122,7 +129,7 @@ def check_vectors(
     return found
 
 
-def carry_files(steering: str, folder: Path, identity: ModelIdentity, library: Library) -> tuple[str, dict[str, bytes]]:
+def carry_files(steering: str, folder: Path, identity: ModelIdentity | None, library: Library) -> tuple[str, dict[str, bytes]]:
     """Turn the files that a steering names (relative to ``folder``) into vectors that the model carries.
 
     Returns:
@@ -133,7 +140,8 @@ def carry_files(steering: str, folder: Path, identity: ModelIdentity, library: L
     """
     from steer_plugins.grammar import format_terms
 
-    terms, files = [], {}
+    terms: list[TermSpec] = []
+    files: dict[str, bytes] = {}
     for term in parse(steering):
         if any(mark in term.vector for mark in "/\\") or term.vector.endswith((".safetensors", ".gguf")):
             path = Path(term.vector).expanduser()
@@ -199,5 +207,3 @@ def _check_template(body: Mapping[str, Any]) -> None:
         gotemplate.Template(str(template))
     except gotemplate.TemplateError as error:
         raise BadRequest(f"TEMPLATE line {error.line}: {error.reason}") from None
-
-

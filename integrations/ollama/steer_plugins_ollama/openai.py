@@ -1,4 +1,4 @@
-"""The routes under ``/v1``: OpenAI's chat and completions, and what llama-server itself has of ``/v1/responses`` and ``/v1/messages``.
+"""The routes under ``/v1``: OpenAI's chat and completions, and llama-server's own ``/v1/responses`` and ``/v1/messages``.
 
 A model whose chat template is its GGUF's is answered by llama-server as it is; a TEMPLATE of its own is rendered here.
 """
@@ -10,7 +10,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -98,7 +98,7 @@ async def _passed_whole(call: Call, path: str) -> Any:
         return await llama.ask(job.client, job.url, path, await _server_body(call, job, path))
 
 
-async def _passed_bytes(call: Call, path: str) -> AsyncIterator[bytes]:
+async def _passed_bytes(call: Call, path: str) -> AsyncGenerator[bytes, None]:
     async with call.job() as job:
         body = await _server_body(call, job, path)
         sent = job.client.build_request("POST", job.url + path, json=body, headers={"Connection": "close"})
@@ -235,7 +235,7 @@ async def _one(call: Call, kind: str) -> dict[str, Any]:
     return {**head, "choices": [choice], "usage": _usage(end)}
 
 
-async def _chunks(call: Call, asked: Mapping[str, Any], kind: str) -> AsyncIterator[bytes]:
+async def _chunks(call: Call, asked: Mapping[str, Any], kind: str) -> AsyncGenerator[bytes, None]:
     name = kind if kind == "text_completion" else "chat.completion.chunk"
     head = {"id": _id(kind), "object": name, "created": int(time.time()), "model": call.name}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Job:
     def url(self) -> str:
         return self.runner.url
 
-    async def steered(self, make: Callable[[dict[str, Any]], AsyncIterator[Piece]]) -> AsyncIterator[Piece]:
+    async def steered(self, make: Callable[[dict[str, Any]], AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
         """The pieces of a request with steering fields; once more if the server has lost the vectors meanwhile."""
         for attempt in (1, 2):
             terms = await self.pool.terms(self.runner, self.model, self.steering)
@@ -59,7 +59,7 @@ class Job:
                 if not await asyncio.to_thread(resolver.lost, terms):
                     raise
             finally:
-                await pieces.aclose()  # type: ignore[attr-defined]
+                await pieces.aclose()
 
 
 def steering_fields(terms: list[dict[str, Any]], runner: Runner) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def conversation(model: Model, messages: list[dict[str, Any]]) -> list[dict[str,
     return [*system, *model.messages, *messages]
 
 
-async def chat(job: Job) -> AsyncIterator[Piece]:
+async def chat(job: Job) -> AsyncGenerator[Piece, None]:
     """The reply to ``/api/chat``. Old messages are left out where the context is too short, unless ``truncate`` is false."""
     messages = conversation(job.model, checked_messages(job.body.get("messages")))
     tools = job.body.get("tools") or None
@@ -197,12 +197,12 @@ async def chat(job: Job) -> AsyncIterator[Piece]:
                 raise
             messages = shorter
         finally:
-            await pieces.aclose()  # type: ignore[attr-defined]
+            await pieces.aclose()
 
 
 def _chat_once(
     job: Job, messages: list[dict[str, Any]], tools: Any, template: gotemplate.Template | None
-) -> AsyncIterator[Piece]:
+) -> AsyncGenerator[Piece, None]:
     if template is not None:
         prompt, images = _rendered(job, template, messages)
         return _complete(job, prompt, images)
@@ -236,7 +236,7 @@ def _check_images(job: Job, messages: list[dict[str, Any]]) -> None:
         raise BadRequest(f'"{job.model.name}" does not support images: it has no projector')
 
 
-async def _server_chat(job: Job, messages: list[dict[str, Any]], tools: Any = None) -> AsyncIterator[Piece]:
+async def _server_chat(job: Job, messages: list[dict[str, Any]], tools: Any = None) -> AsyncGenerator[Piece, None]:
     body: dict[str, Any] = {**options.sampling(job.options), "messages": llama.chat_messages(messages)}
     if tools:
         body["tools"] = tools
@@ -273,7 +273,7 @@ def _with_top(piece: Piece, top: int | None) -> Piece:
 
 async def _complete(
     job: Job, prompt: str, images: list[str] | None = None, before: list[int] | None = None, **more: Any
-) -> AsyncIterator[Piece]:
+) -> AsyncGenerator[Piece, None]:
     """A rendered prompt's completion; ``before``: tokens in front of it."""
     body: dict[str, Any] = {**options.sampling(job.options), "return_tokens": True, **more}
     if images:
@@ -302,7 +302,7 @@ class Generated:
     known: bool = False
 
 
-async def generate(job: Job, told: Generated) -> AsyncIterator[Piece]:
+async def generate(job: Job, told: Generated) -> AsyncGenerator[Piece, None]:
     """The reply to ``/api/generate``."""
     body = job.body
     prompt, suffix = _text(body, "prompt"), _text(body, "suffix")
@@ -365,7 +365,7 @@ def _given_template(body: Mapping[str, Any]) -> gotemplate.Template | None:
         raise BadRequest(f"template {error}") from None
 
 
-async def _insert(job: Job, template: gotemplate.Template | None, prompt: str, suffix: str) -> AsyncIterator[Piece]:
+async def _insert(job: Job, template: gotemplate.Template | None, prompt: str, suffix: str) -> AsyncGenerator[Piece, None]:
     """Fill the gap between two texts: by the TEMPLATE where it knows how, else by the model's own marks."""
     job.think = None
     if template is not None and "suffix" in template.uses:
@@ -383,7 +383,7 @@ async def _insert(job: Job, template: gotemplate.Template | None, prompt: str, s
         raise BadRequest(f'"{job.model.name}" does not support insert') from None
 
 
-async def _cut_to_fit(job: Job, prompt: str, before: list[int]) -> AsyncIterator[Piece]:
+async def _cut_to_fit(job: Job, prompt: str, before: list[int]) -> AsyncGenerator[Piece, None]:
     """A completion whose prompt loses its middle where it is too long, unless ``truncate`` is false."""
     try:
         async for piece in _complete(job, prompt, before=before):

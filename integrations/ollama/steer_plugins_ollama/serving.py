@@ -62,7 +62,9 @@ def make_service(wanted: ServeOptions) -> tuple[Service, str]:
     folder = wanted.folder or default_folder()
     if wanted.folder is not None and not folder.is_dir():
         raise ModelError(f"there is no folder {folder}: make it and put GGUF files into it")
-    return Service(FolderStore(folder, {} if wanted.folder else _demo()), pool, library, environ=wanted.environ), f"the folder {folder}"
+    return Service(
+        FolderStore(folder, {} if wanted.folder else _demo()), pool, library, environ=wanted.environ
+    ), f"the folder {folder}"
 
 
 def _demo() -> dict[str, Path]:
