@@ -183,28 +183,30 @@ def test_mean_over_streams_is_the_mean(exact: Any) -> None:
 
 def test_live_change_acts_from_the_next_token_on(own: Any, tmp_path: Path) -> None:
     """The reply before the change is that of the first steering, after it that of the second, token by token."""
-    server = own("llama", "--parallel", "2", "-c", "2048", "--no-kv-unified", "--cache-ram", "0", weights="q8_0")
+    server = own("llama", "--parallel", "2", "-c", "4096", "--no-kv-unified", "--cache-ram", "0", weights="q8_0")
     server.put("v", make_vector(server), tmp_path)
     prompt = server.tokens(LONG)
-    changed = live(server, LONG, term(1.0), term(-1.0), after=4, n=300)
+    changed = live(server, LONG, term(1.0), term(-1.0))
     at = changed["from"]  # first position computed under the second
-    first = server.complete(LONG, term(1.0), 300, cache_prompt=False)["tokens"]
+    n = len(changed["tokens"])
+    first = server.complete(LONG, term(1.0), n, cache_prompt=False)["tokens"]
     kept = at - len(prompt) + 1  # the token computed at `at` was sampled before
     assert changed["tokens"][:kept] == first[:kept]
     assert changed["tokens"][kept:] != first[kept:]
     # the same by positions: scopes that end and begin where the change was
     terms = [*term(1.0, f"1-{at - 1}"), *term(-1.0, f"{at}-")]
-    assert server.complete(LONG, terms, 300, cache_prompt=False)["tokens"] == changed["tokens"]
+    assert server.complete(LONG, terms, n, cache_prompt=False)["tokens"] == changed["tokens"]
 
 
 def test_live_change_from_and_to_nothing(own: Any, tmp_path: Path) -> None:
-    server = own("llama", "--parallel", "2", "-c", "2048", "--no-kv-unified", "--cache-ram", "0", weights="q8_0")
+    server = own("llama", "--parallel", "2", "-c", "4096", "--no-kv-unified", "--cache-ram", "0", weights="q8_0")
     server.put("v", make_vector(server), tmp_path)
     for before, after in (([], term(1.0)), (term(1.0), [])):
-        changed = live(server, LONG, before, after, after=4, n=300)
+        changed = live(server, LONG, before, after)
         at = changed["from"]
         terms = term(1.0, f"{at}-") if not before else term(1.0, f"1-{at - 1}")
-        assert server.complete(LONG, terms, 300, cache_prompt=False)["tokens"] == changed["tokens"]
+        n = len(changed["tokens"])
+        assert server.complete(LONG, terms, n, cache_prompt=False)["tokens"] == changed["tokens"]
 
 
 def test_a_slider_that_never_rests(own: Any, tmp_path: Path) -> None:
