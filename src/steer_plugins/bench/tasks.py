@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..metrics import word_count, words
-from . import code as _code
+from . import pycode
 
 MAX_REPLY = 1_000_000
 
@@ -69,14 +69,14 @@ def score_code(task: Task, reply: str, run_code: bool) -> Scored:
 
     Measures: ``comments`` per line of code, ``lines`` of code, ``words`` around it.
     """
-    code = _code.find_code(reply[:MAX_REPLY], task.data["signature"])
+    code = pycode.find_code(reply[:MAX_REPLY], task.data["signature"])
     name = task.data["signature"].split("(")[0]
-    good = _code.defines(code, name)
+    good = pycode.defines(code, name)
     if good and run_code:
-        good = _code.run_checks(code, task.data["checks"])
+        good = pycode.run_checks(code, task.data["checks"])
     lines = sum(bool(line.strip()) for line in code.splitlines())
-    measures = {"comments": _code.comment_density(code), "lines": float(lines)}
-    return Scored(float(good), {**measures, "words": float(word_count(_code.without_fences(reply)))})
+    measures = {"comments": pycode.comment_density(code), "lines": float(lines)}
+    return Scored(float(good), {**measures, "words": float(word_count(pycode.without_fences(reply)))})
 
 
 # ---- documentation ----
@@ -93,7 +93,7 @@ def score_docs(task: Task, reply: str, run_code: bool) -> Scored:
     The facts: the function's name, each of its parameters, and each group of words of which one must occur. Measures:
     ``words``, ``structure`` (headings and list items), ``readability`` (Flesch reading ease).
     """
-    text = _code.without_fences(reply[:MAX_REPLY])
+    text = pycode.without_fences(reply[:MAX_REPLY])
     n_words = word_count(text)
     facts: list[list[str]] = task.data["facts"]
     kept = sum(any(_mentions(text, word) for word in group) for group in facts)

@@ -9,12 +9,13 @@ from typing import Any
 import click
 
 from ..plugins import hookimpl
+from .bench_control import compare, control
 from .common import console, json_option, model_option, model_path, print_json, print_table
 
 
 @click.group()
 def bench() -> None:
-    """Measure what steering costs."""
+    """Measure what steering does, and what it costs."""
 
 
 @bench.command(epilog="\b\nExample:\n  steer bench speed --threads 1 --rounds 40")
@@ -118,6 +119,10 @@ def server(model: str | None, threads: int, n_gpu_layers: int, rounds: int, as_j
         ],
         title=f"{path.name}, {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds",
     )
+
+
+bench.add_command(control)
+bench.add_command(compare)
 
 
 @hookimpl
