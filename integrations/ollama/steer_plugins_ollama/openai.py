@@ -95,7 +95,8 @@ def _passed(call: Call, path: str, streams: bool) -> Response:
 
 async def _passed_whole(call: Call, path: str) -> Any:
     async with call.job() as job:
-        return await llama.ask(job.client, job.url, path, await _server_body(call, job, path))
+        answer = await llama.ask(job.client, job.url, path, await _server_body(call, job, path))
+        return {**answer, "model": call.name} if isinstance(answer, dict) else answer
 
 
 async def _passed_bytes(call: Call, path: str) -> AsyncGenerator[bytes, None]:

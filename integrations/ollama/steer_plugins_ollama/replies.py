@@ -378,7 +378,7 @@ async def _insert(job: Job, template: gotemplate.Template | None, prompt: str, s
         async for piece in job.steered(lambda fields: infill({**body, **fields})):
             yield piece
     except ApiError as error:
-        if "infill" not in str(error):
+        if "infill" not in str(error).lower():
             raise
         raise BadRequest(f'"{job.model.name}" does not support insert') from None
 
