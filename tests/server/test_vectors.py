@@ -302,3 +302,27 @@ def test_untested_architecture(own: Any, server_binary: Path, tmp_path: Path) ->
         assert "cannot be steered" in server.error("/steering/read", {"prompts": ["a"]})
     finally:
         server.process.stop()
+
+
+def test_router_mode(server_binary: Path) -> None:
+    """A server that spawns servers does not steer itself, and says so."""
+    from steer_plugins.server import ServerProcess
+
+    with ServerProcess(server_binary) as process:
+        process.start(None, ["--no-models-autoload"])
+        process.wait_ready(60)
+        for method, path in (("GET", "/steering"), ("POST", "/steering/read"), ("DELETE", "/steering/vectors/a")):
+            answer = requests.request(method, process.url + path, json={}, timeout=20)
+            assert answer.status_code == 501 and "router" in answer.json()["error"]["message"], answer.text
+
+
+def test_api_key_guards_the_steering_routes(server_binary: Path, tiny_model: Any) -> None:
+    from steer_plugins.server import ServerProcess
+
+    with ServerProcess(server_binary) as process:
+        process.start(tiny_model("llama"), ["--no-warmup", "--parallel", "1", "-c", "256", "--api-key", "secret"])
+        process.wait_ready(60)
+        for method, path in (("GET", "/steering"), ("POST", "/steering/read"), ("POST", "/steering/vectors/a")):
+            assert requests.request(method, process.url + path, json={}, timeout=20).status_code == 401
+        known = {"Authorization": "Bearer secret"}
+        assert requests.get(process.url + "/steering", headers=known, timeout=20).json()["protocol"] == 1
