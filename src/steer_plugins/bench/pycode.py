@@ -51,14 +51,16 @@ def without_fences(text: str) -> str:
 def find_code(reply: str, signature: str) -> str:
     """The code meant by a reply that was asked to complete ``def SIGNATURE:``.
 
-    The first ``` block that defines the function, else the first block, else the whole reply. Lines of a body alone get
-    their ``def``. Prose after unfenced code is left off.
+    The first ``` block that defines the function, else the first block, else the whole reply. Lines of a body alone, with
+    no ``def`` or ``class`` at their left edge, get their ``def``. Prose after unfenced code is left off.
     """
     name = signature.split("(")[0]
     blocks = [match[1] for match in _FENCE.finditer(reply)]
     defines = re.compile(rf"^[ \t]*def[ \t]+{re.escape(name)}\b", re.MULTILINE)
     code = next((block for block in blocks if defines.search(block)), blocks[0] if blocks else reply)
     found = defines.search(code)
+    if found is None and re.search(r"^(?:def|class)\b", code, re.MULTILINE):
+        return code.strip("\n") + "\n"  # something else was defined
     if found is None:
         body = textwrap.indent(textwrap.dedent(code.strip("\n")), "    ")
         return f"def {signature}:\n{body}\n"

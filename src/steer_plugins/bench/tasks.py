@@ -90,25 +90,30 @@ FEWEST_WORDS = 8
 def score_docs(task: Task, reply: str, run_code: bool) -> Scored:
     """Success: the share of required facts in the text, 0 for fewer than eight words outside of code.
 
-    The facts: the function's name, each of its parameters, and each group of words of which one must occur. Measures:
-    ``words``, ``structure`` (headings and list items), ``readability`` (Flesch reading ease).
+    The facts: the function's name, each of its parameters (but ``a``, an English word), and each group of words of which
+    one must occur. Measures: ``words``, ``structure`` (headings and list items), ``readability`` (Flesch reading ease).
     """
     text = pycode.without_fences(reply[:MAX_REPLY])
     n_words = word_count(text)
+    names: list[str] = task.data["names"]
     facts: list[list[str]] = task.data["facts"]
-    kept = sum(any(_mentions(text, word) for word in group) for group in facts)
-    success = kept / len(facts) if n_words >= FEWEST_WORDS else 0.0
+    kept = sum(_names(text, name) for name in names) + sum(any(_mentions(text, word) for word in group) for group in facts)
+    success = kept / (len(names) + len(facts)) if n_words >= FEWEST_WORDS else 0.0
     structure = len(_BULLET.findall(text)) + len(_HEADING.findall(text))
     measures = {"words": float(n_words), "structure": float(structure), "readability": reading_ease(text)}
     return Scored(success, measures)
 
 
+def _names(text: str, name: str) -> bool:
+    """Whether a name of code stands in the text, whole; a capital may begin a sentence."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) is not None
+
+
 def _mentions(text: str, word: str) -> bool:
-    """Whether a word of the text begins with ``word``; names of code match whole. Signs may stand anywhere."""
-    if not re.match(r"\w", word):
+    """Whether a word of the text begins with ``word``; numbers match whole, signs may stand anywhere."""
+    if not word[0].isalnum():
         return word in text
-    exact = r"(?!\w)" if len(word) < 3 or "_" in word or word.isdigit() else ""
-    return re.search(rf"(?<!\w){re.escape(word)}{exact}", text, re.IGNORECASE) is not None
+    return _names(text, word) if word.isdigit() else re.search(rf"(?<!\w){re.escape(word)}", text, re.IGNORECASE) is not None
 
 
 def reading_ease(text: str) -> float:
@@ -180,14 +185,14 @@ def builtin_families() -> list[Family]:
 
 
 def read_functions() -> Iterator[dict[str, Any]]:
-    """The functions of ``data/functions.txt``: name, signature, purpose, body, checks and facts."""
+    """The functions of ``data/functions.txt``: name, signature, purpose, body, checks, names and facts."""
     found: list[dict[str, Any]] = []
     for line in data_lines("functions.txt"):
         sign, _, rest = line.partition(" ")
         if sign == "##":
             name, parameters = rest.rstrip(")").split("(")
-            facts = [[name], *([p.strip()] for p in parameters.split(","))]
-            found.append({"name": name, "signature": rest, "purpose": "", "body": [], "checks": [], "facts": facts})
+            names = [name, *(p for p in map(str.strip, parameters.split(",")) if p != "a")]
+            found.append({"name": name, "signature": rest, "purpose": "", "body": [], "checks": [], "names": names, "facts": []})
         elif sign == ":":
             found[-1]["purpose"] = rest
         elif sign == "|":
