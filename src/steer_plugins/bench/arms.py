@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.base import Engine, Prompt
-from ..errors import VectorError
+from ..errors import DataError, VectorError
 from ..steering import Steering, Term
 from ..traits import Trait
 from ..vector import SteeringVector
@@ -94,7 +94,7 @@ def shuffled_vector(
     """The vector that the trait's examples give when the sides of each pair are drawn at random.
 
     Fitted as ``vector`` was as far as its provenance says, at its layers, with its scales. None if nothing can be fitted:
-    the vector acts at a site where examples cannot be read.
+    the vector acts at a site where examples cannot be read, or nothing is left of the poles.
     """
     from ..extract import builtin_methods, fit_directions, read_contrast
     from ..extract.base import FitOptions
@@ -120,7 +120,10 @@ def shuffled_vector(
     methods = {m.name: m for m in builtin_methods()}
     fit = FitOptions(layers=tuple(vector.layers), positions=positions, site=sites.pop(), seed=seed)
     chosen = methods.get(method) or next(iter(methods.values()))
-    result = fit_directions(chosen, read_contrast(engine, data, fit), fit)
+    try:
+        result = fit_directions(chosen, read_contrast(engine, data, fit), fit)
+    except DataError:  # the poles read the same once they are mixed
+        return None
     directions = {key: result.directions[key[0]] for key in vector.directions if key[0] in result.directions}
     if not directions:
         return None
