@@ -94,7 +94,13 @@ class World(FakeEngine):
 
 
 def case(sign: int = 1, **more: Any) -> Case:
-    parts = {"trait": TRAIT, "vector": vector(), "random": random_vector(vector(), 5), "shuffled": None, "metric": happiness}
+    parts = {
+        "trait": TRAIT,
+        "vector": vector(),
+        "randoms": (random_vector(vector(), 5), random_vector(vector(), 6)),
+        "shuffled": None,
+        "metric": happiness,
+    }
     return Case(**{**parts, "sign": sign, **more})
 
 
@@ -247,6 +253,16 @@ def test_dose_and_response() -> None:
     assert full["times_random"] is None or full["times_random"] >= 1.0
 
 
+def test_random_vectors_are_pooled_by_prompt() -> None:
+    """Two opposite vectors do something each, and nothing together."""
+    both = (vector(), vector().scaled(-1.0))
+    full = found(run(World(cliff=5.0), randoms=both))["dose"]["full"]
+    assert full["+1"]["random"][0] == 0.0 and full["+1"]["times_random"] is None
+    assert found(run(World(cliff=5.0), randoms=both[:1]))["dose"]["full"]["-1"]["times_random"] == 1.0
+    assert case(randoms=both).random_arms == ("random", "random 2")
+    assert case(randoms=both).steering("random 2", 0.5).terms[0].vector is both[1]
+
+
 def test_conversations_keep_their_history() -> None:
     engine = World()
     results = run(engine)
@@ -274,12 +290,11 @@ def test_side_effects() -> None:
 
         def logprobs(self, items: Any, *, steering: Any = None, **more: Any) -> Any:
             _, dose = self._pull(steering)
-            self.count = getattr(self, "count", 0)
             values = []
-            for i, (prompt, answer) in enumerate(items):
+            for i, (prompt, _) in enumerate(items):
                 choice = "Complete the sentence" in str(prompt)
                 best = (1 if dose else 0) if choice else None
-                values.append(np.full(max(1, len(answer)), -1.0 - dose - (0.5 if choice and i % 4 != best else 0.0)))
+                values.append(np.full(1, -1.0 - dose - (0.5 if choice and i % 4 != best else 0.0)))
             return values
 
     effects = found(run(Sided()))["side_effects"]

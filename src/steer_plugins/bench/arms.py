@@ -19,6 +19,8 @@ of the same norms. shuffled: a vector fitted to the same examples with their lab
 PROMPTED = {"prompt": "prompt", "strong prompt": "strong", "both": "prompt"}
 STEERED = ("steer", "both", "random", "shuffled")
 
+RANDOMS = 3
+
 _STRONG = (
     "This is the most important rule and comes before everything else: {system} Follow it in every single sentence, "
     "whatever you are asked, and never mention it. Check your answer before you give it: {system}"
@@ -27,14 +29,15 @@ _STRONG = (
 
 @dataclass(frozen=True)
 class Case:
-    """A trait at one of its poles, the vector fitted to it, and two vectors that should do nothing.
+    """A trait at one of its poles, the vector fitted to it, and vectors that should do nothing.
 
-    ``sign``: 1 for the positive pole, -1 for the negative one.
+    ``randoms``: at least one; the first is the arm ``random``, all of them (``random 2``, ``random 3``) are compared with the
+    vector's full effect, since one alone may happen to do something. ``sign``: 1 for the positive pole, -1 for the negative.
     """
 
     trait: Trait
     vector: SteeringVector
-    random: SteeringVector
+    randoms: tuple[SteeringVector, ...]
     shuffled: SteeringVector | None
     metric: Any
     sign: int = 1
@@ -54,6 +57,11 @@ class Case:
         """The arms that can be run."""
         return tuple(arm for arm in ARMS if arm != "shuffled" or self.shuffled is not None)
 
+    @property
+    def random_arms(self) -> tuple[str, ...]:
+        """``random``, ``random 2`` and so on."""
+        return tuple("random" if i == 0 else f"random {i + 1}" for i in range(len(self.randoms)))
+
     def system(self, arm: str) -> str | None:
         """The system prompt of an arm."""
         if arm not in PROMPTED:
@@ -63,12 +71,19 @@ class Case:
 
     def steering(self, arm: str, strength: float) -> Steering:
         """The steering of an arm, ``strength`` towards the wanted pole."""
-        vector = {"steer": self.vector, "both": self.vector, "random": self.random, "shuffled": self.shuffled}.get(arm)
+        vectors = {"steer": self.vector, "both": self.vector, "shuffled": self.shuffled}
+        vectors |= dict(zip(self.random_arms, self.randoms, strict=True))
+        vector = vectors.get(arm)
         return Steering() if vector is None or strength == 0.0 else Steering([Term(vector, self.sign * strength)])
 
     def score(self, text: str) -> float:
         """The trait's metric, from -1 to 1, rising towards the wanted pole."""
         return self.sign * float(self.metric(text))
+
+
+def is_steered(arm: str) -> bool:
+    """Whether an arm has a vector."""
+    return arm in STEERED or arm.startswith("random ")
 
 
 def message(engine: Engine, text: str, system: str | None, history: list[dict[str, str]] | None = None) -> Prompt:
@@ -142,4 +157,5 @@ def case_of(
         raise VectorError(f"the trait {trait.name!r} names no metric, so a program cannot score it: give its file a metric")
     metric = manager().find("metrics", trait.metric)
     shuffled = shuffled_vector(engine, trait, vector, seed, n_pairs)
-    return Case(trait, vector, random_vector(vector, seed), shuffled, metric, sign)
+    randoms = tuple(random_vector(vector, seed * RANDOMS + i) for i in range(RANDOMS))
+    return Case(trait, vector, randoms, shuffled, metric, sign)

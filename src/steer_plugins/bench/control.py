@@ -19,7 +19,7 @@ from ..calibrate import perplexity
 from ..engine.base import Engine, GenerateRequest, Generation, Prompt
 from ..metrics import repeated_ngram_share
 from ..steering import Steering
-from .arms import STEERED, Case, message
+from .arms import Case, is_steered, message
 from .stats import Estimate, estimate, harmonic_mean, paired, spearman
 from .tasks import Family, Scored, Task, data_lines, read_choices
 
@@ -138,7 +138,7 @@ class Control:
 
     def _key(self, case: Case | None, ask: _Ask) -> Any:
         who = None if case is None or ask.arm == "plain" else (case.name, ask.arm)
-        strength = ask.strength if ask.arm in STEERED else 0.0
+        strength = ask.strength if is_steered(ask.arm) else 0.0
         return ask.family.name, ask.task.id, who, strength, ask.decoding
 
     def _prompt(self, case: Case | None, ask: _Ask) -> Prompt:
@@ -182,7 +182,7 @@ class Control:
             "task": ask.task.id,
             "half": ask.half,
             "arm": ask.arm,
-            "strength": ask.strength if ask.arm in STEERED else 0.0,
+            "strength": ask.strength if is_steered(ask.arm) else 0.0,
             "decoding": ask.decoding,
             "text": reply.text,
             "finish_reason": reply.finish_reason,
@@ -313,7 +313,8 @@ class Control:
             )
         effects = {}
         for strength in (-1.0, 1.0):
-            own, random = self._effect(case, rows("steer", strength), zero), self._effect(case, rows("random", strength), zero)
+            own = self._effect(case, rows("steer", strength), zero)
+            random = self._effect(case, *self._pooled([rows(arm, strength) for arm in case.random_arms], zero))
             effects[f"{strength:+g}"] = {
                 "effect": own.to_list(),
                 "random": random.to_list(),
@@ -322,6 +323,11 @@ class Control:
             }
         rank = spearman([p["strength"] for p in points], [p["metric"][0] for p in points])
         return {"family": family.name, "points": points, "spearman": rank, "full": effects}
+
+    @staticmethod
+    def _pooled(runs: Sequence[Sequence[dict[str, Any]]], zero: Sequence[dict[str, Any]]) -> tuple[list[Any], Sequence[Any]]:
+        """One row for each prompt, with the mean metric of several runs."""
+        return [{"metric": statistics.fmean(row["metric"] for row in same)} for same in zip(*runs, strict=True)], zero
 
     def _effect(self, case: Case, rows: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]]) -> Estimate:
         return paired([case.sign * r["metric"] for r in rows], [case.sign * r["metric"] for r in zero], self.plan.seed)
@@ -375,14 +381,15 @@ class Control:
         for arm in ("plain", "prompt", "strong prompt", "steer", "both", "random"):
             system, steering = case.system(arm), case.steering(arm, strength)
             items = [
-                (message(self.engine, f"Complete the sentence: {start}", system), ending)
+                (message(self.engine, f"Complete the sentence: {start} ...", system), f"{start} {ending}.")
                 for start, endings in questions
                 for ending in endings
             ]
-            means = [float(values.mean()) for values in self.engine.logprobs(items, steering=steering)]
+            # of whole sentences: a chat model says them again, and what they share cancels
+            sums = [float(values.sum()) for values in self.engine.logprobs(items, steering=steering)]
             right[arm] = []
             for start, endings in questions:
-                scores, means = means[: len(endings)], means[len(endings) :]
+                scores, sums = sums[: len(endings)], sums[len(endings) :]
                 right[arm].append(float(int(np.argmax(scores)) == 0))
                 self.results.rows.append(
                     {"kind": "choice", "trait": case.name, "arm": arm, "question": start, "right": right[arm][-1]}

@@ -170,7 +170,8 @@ def _dose(dose: dict[str, Any]) -> str:
         f"<h3>Dose and response</h3>{_curve(points)}"
         f'<p class="soft">Metric by strength, on prompts of {escape(dose["family"])}. Spearman {number(dose["spearman"])}.</p>'
         + _table(("strength", "metric", "effect", "perplexity / plain", "repeated"), rows)
-        + _table(("strength", "effect", "random vector", "times random", "interval excludes 0"), full)
+        + "<p></p>"
+        + _table(("at full strength", "effect", "random vectors", "times random", "interval excludes 0"), full)
     )
 
 
@@ -244,7 +245,11 @@ def _bars(arms: Sequence[tuple[str, Sequence[float | None]]]) -> str:
 
 def _curve(points: Sequence[tuple[float, Sequence[float | None]]]) -> str:
     """A metric between -1 and 1 over strengths, with intervals."""
-    left, right, top, bottom = 40, _WIDTH - 15, 10, 200
+
+    def signed(value: float) -> str:
+        return f"{value:+g}" if value else "0"
+
+    left, right, top, bottom = 52, _WIDTH - 20, 10, 200
     known = [(s, m, low, high) for s, (m, low, high, *_) in points if m is not None and low is not None and high is not None]
     if len(known) < 2:
         return ""
@@ -264,7 +269,7 @@ def _curve(points: Sequence[tuple[float, Sequence[float | None]]]) -> str:
     for strength, mean, low, high in known:
         (x, y), y_low, y_high = at(strength, mean), at(strength, low)[1], at(strength, high)[1]
         out.append(f'<line class="b" x1="{x:.1f}" x2="{x:.1f}" y1="{y_low:.1f}" y2="{y_high:.1f}"/>')
-        mark = f"{strength:+g}: {mean:+.2f} ({low:+.2f} to {high:+.2f})"
+        mark = f"{signed(strength)}: {mean:+.2f} ({low:+.2f} to {high:+.2f})"
         out.append(f'<circle class="b" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{mark}</title></circle>')
-        out.append(f'<text class="soft" x="{x:.1f}" y="{bottom + 22}" text-anchor="middle">{strength:+g}</text>')
+        out.append(f'<text class="soft" x="{x:.1f}" y="{bottom + 22}" text-anchor="middle">{signed(strength)}</text>')
     return "".join([*out, "</svg>"])

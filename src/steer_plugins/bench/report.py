@@ -62,7 +62,7 @@ def make_report(
         "vectors": {
             case.name: {
                 "content_sha256": case.vector.content_hash,
-                "random": case.random.content_hash,
+                "random": [vector.content_hash for vector in case.randoms],
                 "shuffled": None if case.shuffled is None else case.shuffled.content_hash,
                 "calibrated": case.vector.calibration is not None,
                 "pole": case.pole,
