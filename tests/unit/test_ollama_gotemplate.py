@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from steer_plugins_ollama.gotemplate import Template, TemplateError
 
 CHATML_TURNS = (

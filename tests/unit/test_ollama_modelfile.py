@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-
-from steer_plugins.errors import SpecError
 from steer_plugins_ollama import expression, modelfile
 from steer_plugins_ollama.errors import BadRequest
 from steer_plugins_ollama.modelfile import ModelfileError
 from steer_plugins_ollama.names import parse_name
+
+from steer_plugins.errors import SpecError
 
 WHOLE = '''\ufeff# a comment
 FROM llama3.2:1b\r

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from steer_plugins import Library, tinygguf
-from steer_plugins.errors import ModelError, SteerError
-from steer_plugins.identity import identity_of_gguf
-from steer_plugins.vector import SteeringVector
 from steer_plugins_ollama import creating
 from steer_plugins_ollama.errors import BadRequest, NotFound
 from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.gguf import facts_of
 from steer_plugins_ollama.names import parse_name
 from steer_plugins_ollama.store import OllamaStore, store_root
+
+from steer_plugins import Library, tinygguf
+from steer_plugins.errors import ModelError, SteerError
+from steer_plugins.identity import identity_of_gguf
+from steer_plugins.vector import SteeringVector
 
 _MEDIA = "application/vnd.ollama.image."
 
