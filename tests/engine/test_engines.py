@@ -508,3 +508,28 @@ def test_reading_does_not_disturb_generating(engines: Any) -> None:
         if i == 6:
             engine.logprobs([(PROMPT, " x")], steering=v)
     assert stream.result.tokens == want
+
+
+@pytest.mark.parametrize("arch", BOTH)
+def test_projections_of_a_running_reply(engines: Any, arch: str) -> None:
+    """Each token comes with the projection of the state that produced it, the steering included."""
+    engine = engines(arch)
+    probe = vector(engine, (1, 2), dose=3.0).replace(name="probe")
+    steering = Term(vector(engine, (1,), seed=5), 0.5)
+    request = GenerateRequest(prompt=PROMPT, steering=steering, probe=[probe], max_tokens=6)
+    stream = engine.stream(request)
+    seen = []
+    for _ in stream:
+        n = len(stream.result.tokens)
+        seen.append((n, dict(stream.projections)))
+    assert seen and all(set(p) == {"probe"} for _, p in seen)
+    tokens = [*stream.result.prompt_tokens, *stream.result.tokens]
+    n_prompt = len(stream.result.prompt_tokens)
+    pair = (stream.result.prompt_tokens, stream.result.tokens)
+    positions = list(range(n_prompt - 1, len(tokens) - 1))
+    rows = engine.read_pairs([pair], layers=[1, 2], positions=positions, steering=steering)[0].values
+    places = [(il, "resid_post") for il in (1, 2)]
+    expected = np.mean([rows[p[0]] @ probe.directions[p].astype(np.float64) / probe.scales[p] for p in places], axis=0)
+    for n, projections in seen:
+        assert projections["probe"] == pytest.approx(expected[n - 1], abs=2e-3)
+    assert len(engine.generate(PROMPT, max_tokens=2).tokens) > 0  # nothing is left behind

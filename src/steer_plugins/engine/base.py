@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from steer_plugins.steering import Steering
-from steer_plugins.vector import ModelIdentity
+from steer_plugins.vector import ModelIdentity, SteeringVector
 
 Prompt = str | list[dict[str, str]] | list[int]
 """Raw text (special tokens are parsed), chat messages (``role``, ``content``), or token ids."""
@@ -72,7 +72,10 @@ class Generation:
 
 @dataclass
 class GenerateRequest:
-    """One request for :meth:`Engine.generate_many`. ``temperature`` 0 is greedy. ``steering``: anything ``Steering.of`` takes."""
+    """One request for :meth:`Engine.generate_many`. ``temperature`` 0 is greedy. ``steering``: anything ``Steering.of`` takes.
+
+    ``probe``: vectors that ``GenerationStream.projections`` follows (:meth:`Engine.stream` only).
+    """
 
     prompt: Prompt
     steering: Any = None
@@ -85,6 +88,7 @@ class GenerateRequest:
     seed: int = 0
     stop: Sequence[str] = field(default_factory=tuple)
     thinking: bool | None = None
+    probe: Sequence[SteeringVector] = field(default_factory=tuple)
 
 
 class Engine(ABC):
@@ -201,9 +205,14 @@ class Engine(ABC):
 
 
 class GenerationStream(ABC):
-    """A reply that is being generated: iterate for pieces of text; ``result`` is complete when the iterator ends."""
+    """A reply that is being generated: iterate for pieces of text; ``result`` is complete when the iterator ends.
+
+    ``projections``: for each vector of ``GenerateRequest.probe``, by name, the projection of the hidden state that produced the
+    newest token, over the vector's dose at strength 1, averaged over its places: one more is what strength 1 adds.
+    """
 
     result: Generation
+    projections: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
     def __iter__(self) -> Iterator[str]: ...

@@ -27,6 +27,7 @@ from steer_plugins.engine.batching import Text, log_softmax_at, read_texts, run_
 from steer_plugins.engine.model import LoadedModel, shared_log
 from steer_plugins.engine.sampler import Sampler
 from steer_plugins.engine.session import Entry, Limits, SequenceSteering, Session
+from steer_plugins.engine.tables import check_fits
 from steer_plugins.errors import DataError, EngineError, SpecError
 from steer_plugins.runtime import activate, ensure_runtime
 from steer_plugins.vector import SteeringVector
@@ -513,6 +514,7 @@ class LocalStream(GenerationStream):
         self._cancelled = False
         self._pending: list[Any] = []
         self.result = Generation("", [], prompt, "cancelled")
+        self._probe = _Probe(engine, request.probe) if request.probe else None
 
     def steer(self, steering: Any) -> None:
         steering = as_steering(steering)
@@ -531,6 +533,8 @@ class LocalStream(GenerationStream):
                 entries = reply.start()
                 if engine._read_callback is not None:
                     session.steer.want(0, 0, -1)
+                if self._probe is not None:
+                    self._probe.start(session, len(reply.prompt) - 1)
                 n_batch = session.limits.n_batch
                 for start in range(0, len(entries), n_batch):
                     session.decode(entries[start : start + n_batch])
@@ -538,6 +542,8 @@ class LocalStream(GenerationStream):
                 while True:
                     reply.sample(index)
                     self.result = reply.result()
+                    if self._probe is not None:
+                        self.projections = self._probe.newest()
                     if piece := held.release():
                         yield piece
                     if reply.finished or self._cancelled:
@@ -550,6 +556,44 @@ class LocalStream(GenerationStream):
         finally:
             engine._running = None
             reply.close()
+            if self._probe is not None:
+                self._probe.stop(session)
+
+
+class _Probe:
+    """Projections of the newest hidden state on some vectors, taken by the read callback."""
+
+    def __init__(self, engine: LocalEngine, vectors: Sequence[SteeringVector]) -> None:
+        if engine._read_callback is not None:
+            raise EngineError("Hidden states are read by a callback already: take it away with on_read(None) before probing.")
+        self._places: dict[tuple[int, str], list[tuple[str, npt.NDArray[np.float64]]]] = {}
+        for vector in vectors:
+            check_fits(vector, engine._model)
+            for key, v in vector.directions.items():
+                unit = abs(vector.scales[key]) or 1.0
+                share = v.astype(np.float64) / (unit * len(vector.directions))
+                self._places.setdefault(key, []).append((vector.name, share))
+        self._sums: dict[str, float] = {}
+        self._position = -1
+
+    def start(self, session: Session, first: int) -> None:
+        places = list(self._places)
+        session.steer.set_taps([il for il, _ in places], [native.SITES[site] for _, site in places], keep=False)
+        session.steer.on_read(self._take)
+        session.steer.want(0, first, -1)
+
+    def stop(self, session: Session) -> None:
+        session.steer.on_read(None)
+        session.steer.set_taps([], [])
+
+    def newest(self) -> dict[str, float]:
+        return dict(self._sums)
+
+    def _take(self, rows: native.ReadRows) -> None:
+        if self._position != int(rows.positions[-1]):
+            self._position, self._sums = int(rows.positions[-1]), {}
+        for name, share in self._places.get((rows.layer, rows.site), ()):
+            self._sums[name] = self._sums.get(name, 0.0) + float(rows.values[-1] @ share)
 
 
 class _Holder:

@@ -28,7 +28,7 @@ from steer_plugins.engine.batching import wanted_positions
 from steer_plugins.engine.chat import ChatTemplate, check_messages
 from steer_plugins.engine.remote.activations import decode_read
 from steer_plugins.engine.remote.http import Connection, EventStream, ServerBusy, ServerRefusal
-from steer_plugins.engine.remote.vectors import ServerVectors
+from steer_plugins.engine.remote.vectors import ServerVectors, content_name
 from steer_plugins.errors import DataError, EngineError, ModelError, SpecError, SteerError, VectorError
 from steer_plugins.vector import ModelIdentity
 
@@ -385,7 +385,9 @@ class ServerStream(GenerationStream):
             raise SpecError(f"temperature {request.temperature} is out of range: 0 is greedy, 1 is the model's own spread.")
         self._engine = engine
         self._steering = as_steering(request.steering)
+        self._probe = tuple(request.probe)
         engine._vectors.check(self._steering)  # complain now, not in the middle of a reply
+        engine._vectors.check(as_steering(list(self._probe)))
         self.request_id = f"py-{uuid.uuid4().hex}"
         """The reply's name on the server, for ``POST /steering/requests/ID``."""
         self._body = {
@@ -449,7 +451,7 @@ class ServerStream(GenerationStream):
             return
         engine, reply = self._engine, self.result
         self._events = events = engine._steered(
-            self._steering, lambda fields: engine._http.events("/completion", {**self._body, **fields})
+            self._steering, lambda fields: engine._http.events("/completion", {**self._body, **fields, **self._probe_field()})
         )
         engine._running.append(self)
         try:
@@ -463,6 +465,8 @@ class ServerStream(GenerationStream):
                     final = event
                     break
                 self._begin()
+                if probed := event.get("steering_probe"):
+                    self.projections = {v.name: float(probed[content_name(v)]) for v in self._probe}
                 if text := event.get("content", ""):
                     held = []
                     reply.text += text
@@ -478,6 +482,9 @@ class ServerStream(GenerationStream):
             engine._running.remove(self)
             self._events = None
             events.close()
+
+    def _probe_field(self) -> dict[str, Any]:
+        return {"steering_probe": [self._engine._vectors.name_of(v) for v in self._probe]} if self._probe else {}
 
     def _guarded(self, events: EventStream) -> Iterator[dict[str, Any]]:
         """The events; a connection that we have cut ourselves is no error."""

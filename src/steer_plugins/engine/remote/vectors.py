@@ -72,7 +72,7 @@ class ServerVectors:
             scope = "response"  # nothing but answer there
         # op and scope are always said: they are no part of the content that the name stands for
         data: dict[str, Any] = {
-            "vector": self._name(term.vector),
+            "vector": self.name_of(term.vector),
             "strength": term.strength,
             "op": term.effective_op,
             "scope": scope,
@@ -83,7 +83,8 @@ class ServerVectors:
             data["stream"] = term.stream
         return data
 
-    def _name(self, vector: SteeringVector) -> str:
+    def name_of(self, vector: SteeringVector) -> str:
+        """The name of a vector over there; it is uploaded when it is missing. Raises VectorError."""
         name = content_name(vector)
         with self._lock:
             if name in self._there:
