@@ -78,6 +78,9 @@ async def handle(request: Request) -> Response:
             if model.template and not body.get("tools"):
                 call.body = chat_body(call.body)
                 return _own(call, body, streams, "chat.completion")
+        needed = "messages" if path == "/v1/messages" else "input" if path == "/v1/responses" else None
+        if needed and not body.get(needed):
+            raise BadRequest(f"{needed} is required")
         return _passed(call, path, streams)
     except SteerError as error:
         return error_answer(error, "openai")

@@ -20,8 +20,9 @@ from .model import STEERING, Model
 from .names import Name, parse_name
 
 _MEDIA = "application/vnd.ollama.image."
-VECTOR_MEDIA = "application/vnd.steer-plugins.vector"
-"""Our own layers: Ollama ignores them and keeps them through show, cp, FROM and prune."""
+VECTOR_MEDIA = "application/vnd.steer-plugins.vector; name="
+"""Our own layers: Ollama ignores them and keeps them through show, cp, FROM and prune. Of their keys FROM keeps the type and the
+digest only, so the type says the vector's name."""
 
 MAX_MANIFEST = 4 << 20
 MAX_TEXT_BLOB = 16 << 20
@@ -106,9 +107,9 @@ class OllamaStore:
             adapters=self._files(name, layers, "adapter"),
             projectors=self._files(name, layers, "projector"),
             vectors={
-                str(layer["name"]): self._blob_of(name, layer)
+                layer["mediaType"].removeprefix(VECTOR_MEDIA): self._blob_of(name, layer)
                 for layer in layers
-                if layer["mediaType"] == VECTOR_MEDIA and isinstance(layer.get("name"), str)
+                if layer["mediaType"].startswith(VECTOR_MEDIA)
             },
             parent=str(layers[0].get("from") or ""),
             carriers=carriers,
@@ -180,14 +181,14 @@ class OllamaStore:
         """
         path = self.manifest_path(parse_name(name))
         manifest, _ = self.manifest(path, name)
-        layers = [la for la in manifest["layers"] if la["mediaType"] != VECTOR_MEDIA or la.get("name") not in files]
+        layers = [la for la in manifest["layers"] if la["mediaType"].removeprefix(VECTOR_MEDIA) not in files]
         try:
             for key, data in files.items():
                 digest = hashlib.sha256(data).hexdigest()
                 blob = self.root / "blobs" / f"sha256-{digest}"
                 if not blob.is_file():
                     write_atomically(blob, data)
-                layers.append({"mediaType": VECTOR_MEDIA, "digest": f"sha256:{digest}", "size": len(data), "name": key})
+                layers.append({"mediaType": VECTOR_MEDIA + key, "digest": f"sha256:{digest}", "size": len(data)})
             write_atomically(path, json.dumps({**manifest, "layers": layers}).encode())
         except OSError as error:
             raise SteerError(
