@@ -44,6 +44,7 @@ class Job:
     tokens: int = 0
     total: int = 0
     started: float = 0.0
+    seconds: float = 0.0
     error: str = ""
     vector: SteeringVector | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
@@ -132,7 +133,8 @@ class Trainer:
 
         report("measuring the speed", 0)
         training = Training(job.link.engine, job.name, job.source, TrainOptions(calibrate=job.calibrate))
-        job.total = max(1, training.plan().tokens)
+        plan = training.plan()
+        job.total, job.seconds = max(1, plan.tokens), plan.seconds
         vector = training.run(report)
         report("writing", 0)
         job.link.library.put(vector, job.link.info.identity, overwrite=job.overwrite)

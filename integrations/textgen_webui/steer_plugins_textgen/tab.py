@@ -170,7 +170,12 @@ class Tab:
                     ["Descriptions", "Prompt pairs"], value="Descriptions", label="Contrast by", scale=2, min_width=220
                 )
                 self.level = gr.Dropdown(
-                    ["none", "quick", "full"], value="quick", label="Calibrate", elem_classes="slim-dropdown", min_width=110
+                    ["none", "quick", "full"],
+                    value="quick",
+                    label="Calibrate",
+                    elem_classes="slim-dropdown",
+                    elem_id="steering-level",
+                    min_width=110,
                 )
                 self.count = gr.Slider(4, jobs.max_prompts(), value=24, step=1, label="Prompts to fit on", scale=2, min_width=160)
             with gr.Row():
@@ -537,7 +542,8 @@ def status(link: Link | None) -> str:
         model = escape(webui.shared().model_name or link.info.name)
         active = len(settings().active)
         what = f"{active} active" if active else ("nothing set" if settings().on else "switched off")
-        return f'<div class="steer-status good"><i></i><b>Ready</b><span>{model} on {escape(link.device)}</span><span>{what}</span></div>'
+        where = f"{model} on {escape(link.device)}"
+        return f'<div class="steer-status good"><i></i><b>Ready</b><span>{where}</span><span>{what}</span></div>'
     if hooks.applies():
         return (
             '<div class="steer-status good"><i></i><b>Ready</b><span>Transformers loader, through hooks; '
@@ -546,7 +552,8 @@ def status(link: Link | None) -> str:
     sentence = why_not() if webui.llama_server() is None else loader.state.problem
     if not webui.loader_name() and loader.state.problem:
         sentence = f"{sentence} {loader.state.problem}"
-    return f'<div class="steer-status warn"><i></i><b>Not available</b><span>{coded(sentence or "This server cannot steer.")}</span></div>'
+    why = coded(sentence or "This server cannot steer.")
+    return f'<div class="steer-status warn"><i></i><b>Not available</b><span>{why}</span></div>'
 
 
 def details(link: Link | None) -> str:
@@ -584,12 +591,14 @@ def progress() -> str:
         if job.state == "failed":
             parts.append(bad(f"{job.name}: {job.error}"))
         elif job.state == "done" and job.vector is not None:
-            parts.append(f'<div class="steer-job done"><b>{name}</b> {escape(charts.summary(job.vector))}</div>')
+            parts.append(f'<div class="steer-job done"><b>Fitted</b> {escape(charts.summary(job.vector))}</div>')
         elif job.state == "cancelled":
             parts.append(f'<div class="steer-job"><b>{name}</b> cancelled</div>')
         else:
             percent = f"{100 * job.share:.0f}"
             seconds = f", {time.monotonic() - job.started:.0f} s" if job.started else ""
+            if job.seconds:
+                seconds += f" of about {job.seconds:.0f}"
             parts.append(
                 f'<div class="steer-job"><b>{name}</b> {escape(job.stage)}{seconds}'
                 f'<div class="steer-bar"><i style="width:{percent}%"></i></div></div>'

@@ -1,0 +1,105 @@
+"""What the Ollama sidecar costs: tokens/s and the time to the first token through it, against the llama-server behind it.
+
+    python benchmarks/ollama_overhead.py [--rounds 15] [--tokens 128] [--model FILE] [--steering mood:0.5]
+
+Both sides are asked for the same greedy reply of the same process, in turn, in an order that changes each round; medians of the
+rounds' ratios and differences are printed, with the quartiles. Needs a steering llama-server (`steer build`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "integrations" / "ollama"), str(ROOT)]
+
+from steer_plugins.models import default_model_path  # noqa: E402
+from tests.integration.ollama_sidecar import sidecar  # noqa: E402
+
+PROMPT = "Describe a walk in the forest"
+
+
+def timed(client: httpx.Client, url: str, body: dict[str, Any]) -> tuple[float, float]:
+    """Seconds to the first token, and tokens per second after it, as a client sees them."""
+    started = time.perf_counter()
+    first, count, last = 0.0, 0, 0.0
+    with client.stream("POST", url, json=body) as answer:
+        answer.raise_for_status()
+        for text in tokens(answer):
+            last = time.perf_counter()
+            first = first or last
+            count += bool(text)
+    return first - started, (count - 1) / (last - first)
+
+
+def tokens(answer: httpx.Response) -> Iterator[str]:
+    """The texts of the chunks of either program."""
+    for line in answer.iter_lines():
+        if not line or line == "data: [DONE]":
+            continue
+        found = json.loads(line.removeprefix("data: "))
+        choices = found.get("choices")
+        text = (choices[0]["delta"].get("content") if choices else None) if "choices" in found else found["message"]["content"]
+        if text:
+            yield text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--steering", default="")
+    parser.add_argument("--threads", type=int, default=1)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = (asked.model or default_model_path()).resolve()
+        (Path(folder) / "bench.modelfile").write_text(f"FROM {model}\nPARAMETER temperature 0\n")
+        with sidecar(Path(folder), "--folder", folder, flags=["-t", str(asked.threads), "-tb", "2"]) as url:
+            run(url, asked)
+
+
+def run(url: str, asked: argparse.Namespace) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    format_ = {"type": "array", "items": {"type": "integer"}, "minItems": 1000}  # a reply that does not end by itself
+    ours = {"model": "bench", "messages": messages, "options": {"num_predict": asked.tokens, "steering": asked.steering}}
+    ours |= {"format": format_}
+    with httpx.Client(trust_env=False, timeout=600) as client:
+        client.post(f"{url}/api/chat", json={**ours, "stream": False}).raise_for_status()
+        (entry,) = client.get(f"{url}/api/ps").json()["models"]
+        vectors = client.get(f"{entry['steer_server']}/steering").json()["vectors"]
+        terms = [{"vector": v["name"], "strength": float(asked.steering.partition(":")[2] or 1)} for v in vectors]
+        theirs = {
+            **{"messages": messages, "temperature": 0, "top_p": 0.9, "min_p": 0.0, "max_tokens": asked.tokens, "stream": True},
+            **{"response_format": {"type": "json_schema", "json_schema": {"schema": format_}}, "steering": terms},
+        }
+        sides = {"sidecar": (f"{url}/api/chat", ours), "direct": (f"{entry['steer_server']}/v1/chat/completions", theirs)}
+        seen: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for number in range(asked.rounds + 1):
+            for name in sorted(sides, reverse=number % 2 == 1):
+                seen[name].append(timed(client, *sides[name]))
+    pairs = list(zip(seen["sidecar"][1:], seen["direct"][1:], strict=True))  # the first round warms up
+    report("tokens/s, sidecar over direct", [a[1] / b[1] for a, b in pairs], "")
+    report("first token, sidecar minus direct", [(a[0] - b[0]) * 1000 for a, b in pairs], " ms")
+    speed = statistics.median(b[1] for _, b in pairs)
+    first = statistics.median(b[0] for _, b in pairs) * 1000
+    print(f"direct: {speed:.1f} tokens/s, first token {first:.1f} ms")
+
+
+def report(what: str, values: list[float], unit: str) -> None:
+    low, middle, high = statistics.quantiles(values, n=4)
+    print(f"{what}: {middle:.3f}{unit} (quartiles {low:.3f} to {high:.3f}, {len(values)} rounds)")
+
+
+if __name__ == "__main__":
+    main()
