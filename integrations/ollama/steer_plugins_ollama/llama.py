@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from .errors import ApiError, BadRequest
+
+MAX_PART = 64 << 20
+"""Bytes of one part of an answer."""
 
 
 class TooLong(BadRequest):
@@ -65,33 +71,69 @@ async def ask(client: httpx.AsyncClient, url: str, path: str, body: Mapping[str,
     return response.json()
 
 
-async def events(client: httpx.AsyncClient, url: str, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-    """The events of a streamed answer. Closing the iterator cancels the request.
+async def stream(url: str, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
+    """The parts of a streamed answer as they come. Closing the iterator cancels the request.
+
+    Plain asyncio: httpx takes as long for a part as a small model does for a tenth of a token. One connection for each answer,
+    since llama-server hangs up after a stream anyway.
 
     Raises:
         BadRequest, TooLong, ServerGone: also in the middle.
     """
-    # llama-server hangs up after a stream: a connection that goes back to the pool would fail the next request
-    request = client.build_request("POST", url + path, json={**body, "stream": True}, headers={"Connection": "close"})
+    parts = urlsplit(url)
+    data = json.dumps({**body, "stream": True}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    writer: asyncio.StreamWriter | None = None
     try:
-        response = await client.send(request, stream=True)
-    except httpx.HTTPError as error:
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=MAX_PART)
+        writer.write(head.encode() + data)
+        await writer.drain()
+        status, headers = await _head(reader)
+        chunks = _chunks(reader) if headers.get("transfer-encoding") == "chunked" else _plain(reader, headers)
+        async with contextlib.aclosing(chunks):
+            if status != 200:
+                raise refusal(status, b"".join([part async for part in chunks]))
+            async for part in chunks:
+                yield part
+    except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
         raise gone(error) from None
-    try:
-        if response.status_code != 200:
-            raise refusal(response.status_code, await response.aread())
-        buffer = b""
-        async for part in response.aiter_raw():
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    pairs = (line.partition(":") for line in lines if line)
+    return int(first.split()[1]), {key.strip().lower(): value.strip().lower() for key, _, value in pairs}
+
+
+async def _chunks(reader: asyncio.StreamReader) -> AsyncGenerator[bytes, None]:
+    while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+        if size > MAX_PART:
+            raise ValueError("a part is too long")
+        yield (await reader.readexactly(size + 2))[:-2]
+
+
+async def _plain(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncGenerator[bytes, None]:
+    left = int(headers.get("content-length") or MAX_PART)
+    while left > 0 and (part := await reader.read(min(left, 1 << 16))):
+        left -= len(part)
+        yield part
+
+
+async def events(url: str, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    """The events of a streamed answer, as :func:`stream`."""
+    buffer = b""
+    async with contextlib.aclosing(stream(url, path, body)) as parts:
+        async for part in parts:
             buffer += part
             *whole, buffer = buffer.split(b"\n\n")
             for block in whole:
                 event = _event(block)
                 if event is not None:
                     yield event
-    except httpx.HTTPError as error:
-        raise gone(error) from None
-    finally:
-        await response.aclose()
 
 
 def _event(block: bytes) -> dict[str, Any] | None:
@@ -130,7 +172,6 @@ def refusal(status: int, raw: bytes) -> ApiError:
 
 
 async def complete(
-    client: httpx.AsyncClient,
     url: str,
     body: Mapping[str, Any],
     *,
@@ -140,7 +181,7 @@ async def complete(
 ) -> AsyncGenerator[Piece, None]:
     """The pieces of a completion; text between ``tags`` is thinking. ``thinking``: the prompt has opened it."""
     splitter = Splitter(*tags, inside=thinking) if tags else None
-    async for event in events(client, url, path, body):
+    async for event in events(url, path, body):
         piece = Piece(tokens=list(event.get("tokens") or ()))
         text = str(event.get("content") or "")
         stop = bool(event.get("stop"))
@@ -221,11 +262,11 @@ def _end(reason: str, timings: Any) -> End:
 # ---- /v1/chat/completions ----
 
 
-async def chat(client: httpx.AsyncClient, url: str, body: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+async def chat(url: str, body: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
     """The pieces of a chat that llama-server renders and parses itself; tool calls come whole, with the last piece."""
     calls: dict[int, dict[str, str]] = {}
     reason = "stop"
-    async for event in events(client, url, "/v1/chat/completions", {**body, "stream_options": {"include_usage": True}}):
+    async for event in events(url, "/v1/chat/completions", {**body, "stream_options": {"include_usage": True}}):
         piece = Piece()
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import httpx
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -105,20 +104,9 @@ async def _passed_whole(call: Call, path: str) -> Any:
 async def _passed_bytes(call: Call, path: str) -> AsyncGenerator[bytes, None]:
     async with call.job() as job:
         body = await _server_body(call, job, path)
-        sent = job.client.build_request("POST", job.url + path, json=body, headers={"Connection": "close"})
-        try:
-            response = await job.client.send(sent, stream=True)
-        except httpx.HTTPError as error:
-            raise llama.gone(error) from None
-        try:
-            if response.status_code != 200:
-                raise llama.refusal(response.status_code, await response.aread())
-            async for part in response.aiter_raw():
+        async with contextlib.aclosing(llama.stream(job.url, path, body)) as parts:
+            async for part in parts:
                 yield part
-        except httpx.HTTPError as error:
-            raise llama.gone(error) from None
-        finally:
-            await response.aclose()
 
 
 async def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any]:

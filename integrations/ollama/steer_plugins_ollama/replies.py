@@ -249,7 +249,7 @@ async def _server_chat(job: Job, messages: list[dict[str, Any]], tools: Any = No
     top = logprob_count(job.body)
     if top is not None:
         body.update(logprobs=True, top_logprobs=max(1, top))
-    async for piece in job.steered(lambda fields: llama.chat(job.client, job.url, {**body, **fields})):
+    async for piece in job.steered(lambda fields: llama.chat(job.url, {**body, **fields})):
         yield _with_top(piece, top)
 
 
@@ -288,7 +288,7 @@ async def _complete(
         body["n_probs"] = max(1, top)
     tags = (job.runner.facts.think or ("<think>", "</think>")) if job.think else None
     inside = tags is not None and prompt.rstrip().endswith(tags[0].strip())
-    make = functools.partial(llama.complete, job.client, job.url, tags=tags, thinking=inside)
+    make = functools.partial(llama.complete, job.url, tags=tags, thinking=inside)
     async for piece in job.steered(lambda fields: make({**body, **fields})):
         yield _with_top(piece, top)
 
@@ -373,7 +373,7 @@ async def _insert(job: Job, template: gotemplate.Template | None, prompt: str, s
             yield piece
         return
     body = {**options.sampling(job.options), "input_prefix": prompt, "input_suffix": suffix, "prompt": "", "return_tokens": True}
-    infill = functools.partial(llama.complete, job.client, job.url, tags=None, path="/infill")
+    infill = functools.partial(llama.complete, job.url, tags=None, path="/infill")
     try:
         async for piece in job.steered(lambda fields: infill({**body, **fields})):
             yield piece
