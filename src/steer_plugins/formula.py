@@ -21,6 +21,8 @@ def coefficients(steering: Any, layer: int, site: str = "resid_post") -> tuple[n
     ``add``: c = strength * scale, g = 0. ``project``: c = 0, g = -strength (1 removes, 2 reflects).
     ``clamp``: c = strength * scale, g = -1. K may be 0 (then n_embd is 0 too if the steering has no terms).
     """
+    if Steering.of(steering).gates:
+        raise SpecError("a gate is decided on a prompt: decide it first (Steering.decided)")
     terms = [term for term in Steering.of(steering).terms if term.strength != 0.0 and (layer, site) in term.keys()]
     if not terms:
         n_embd = next((term.vector.n_embd for term in Steering.of(steering).terms), 0)
