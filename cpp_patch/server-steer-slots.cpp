@@ -498,6 +498,28 @@ llama_pos server_steer::change(int slot, const server_steer_terms & terms, const
     return from;
 }
 
+// The first time a config is used, each place it names must have fired: a silent no-op is the worst failure of steering.
+void server_steer::prove(slot_state & s) {
+    const uint64_t active = s.active_at(s.last_pos);
+    const auto it = configs.find(config_for(s.terms, { s.last_pos, -1, active, 0 }));
+    if (it == configs.end() || it->second.proved) {
+        return;
+    }
+    for (size_t i = 0; i < s.terms.size(); ++i) {
+        const auto & t = s.terms[i];
+        for (size_t k = 0; (active >> i & 1) && k < t.vector->n(); ++k) {
+            const int32_t il   = t.vector->layers[k];
+            const int32_t site = t.vector->sites[k];
+            const bool inside  = il >= t.il_first && (t.il_last < 0 || il <= t.il_last);
+            if (inside && llama_steer_config_acts(ctx, it->second.id, il, site) && llama_steer_fired(ctx, il, site) == 0) {
+                throw server_steer_error(500, string_format("steering was asked for at layer %d, but this model never passed through that hook: "
+                            "leave the layer out, and please report the architecture", il));
+            }
+        }
+    }
+    it->second.proved = true;
+}
+
 void server_steer::on_token(int slot, llama_token token, llama_pos pos_next) {
     auto * s = slots.at(slot).get();
     if (!s || !s->request) {
@@ -513,6 +535,9 @@ void server_steer::on_token(int slot, llama_token token, llama_pos pos_next) {
         for (size_t i = 0; i < s->probe_now.size(); ++i) {
             s->probe_all[i].push_back(s->probe_now[i]);
         }
+    }
+    if (s->n_sampled == 0 && s->steered) {
+        prove(*s);
     }
     s->n_sampled++;
     if (s->request->named) {

@@ -247,6 +247,7 @@ private:
         int32_t  id   = 0;
         int32_t  refs = 0; // slots that use it
         uint64_t last = 0;
+        bool     proved = false; // every place of it has been seen to fire
         std::vector<std::string> columns; // content hashes
     };
     struct column_use {
@@ -261,6 +262,7 @@ private:
     std::vector<segment> segments(const server_steer_request & request, const server_tokens & tokens, slot_state & s);
     void    set_ranges(int slot, slot_state & s, const std::vector<segment> & segments);
     void    set_gates(slot_state & s, const server_tokens & tokens);
+    void    prove(slot_state & s);
     void    set_taps(int slot, slot_state & s, const server_tokens & tokens);
     void    check_phases(const server_steer_terms & terms, const server_steer_tags & tags) const;
     void    load_configured();

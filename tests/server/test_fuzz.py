@@ -16,11 +16,12 @@ from tests.server.conftest import PROMPT, direction, make_vector
 
 FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-leaves = (
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20)
-    | st.sampled_from(["v", "add", "all", "last", "mean", "response", "resid_post", "0-", "5-3", "../v", "a" * 300])
-)  # fmt: skip
-trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12)
+words = ["v", "add", "all", "last", "mean", "response", "resid_post", "0-", "5-3", "../v", "a" * 300]
+numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+leaves = st.none() | st.booleans() | numbers | st.text(max_size=20) | st.sampled_from(words)
+trees = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12
+)
 
 good_term = {
     "vector": st.just("v"), "strength": st.floats(-2, 2), "layers": st.sampled_from([[1, 2], [2, None], None]),
@@ -31,22 +32,27 @@ good_term = {
 }  # fmt: skip
 odd_term = st.fixed_dictionaries({}, optional={k: v | leaves | trees for k, v in good_term.items()} | {"x": leaves})
 terms = st.lists(odd_term | trees, max_size=4) | trees
+token_ids = st.lists(st.integers(-3, 800), max_size=8)
+message = st.fixed_dictionaries({"role": st.just("user"), "content": st.text(max_size=9)})
+positions = st.sampled_from(["last", "all", "mean", "response", "response_mean"]) | st.lists(st.integers(-4, 9), max_size=4)
+item = st.fixed_dictionaries({}, optional={"prompt": leaves | trees, "response": leaves | trees})
+tags = st.fixed_dictionaries({}, optional={k: leaves | trees for k in ("open", "close", "tool_open", "tool_close")})
 FIELDS: dict[str, dict[str, Any]] = {
     "/steering/read": {
-        "prompts": st.lists(st.text(max_size=12) | st.lists(st.integers(-3, 800), max_size=8) | trees, max_size=3) | trees,
-        "messages": st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": st.text(max_size=9)}), max_size=2) | trees,
+        "prompts": st.lists(st.text(max_size=12) | token_ids | trees, max_size=3) | trees,
+        "messages": st.lists(message, max_size=2) | trees,
         "layers": st.lists(st.integers(-1, 6), max_size=4) | trees,
-        "positions": st.sampled_from(["last", "all", "mean", "response", "response_mean"]) | st.lists(st.integers(-4, 9), max_size=4) | trees,
+        "positions": positions | trees,
         "site": leaves, "stream": leaves, "steering": terms, "steering_tags": trees, "request_id": leaves,
     },
     "/steering/logprobs": {
-        "items": st.lists(st.fixed_dictionaries({}, optional={"prompt": leaves | trees, "response": leaves | trees}) | trees, max_size=3) | trees,
+        "items": st.lists(item | trees, max_size=3) | trees,
         "steering": terms, "steering_tags": trees, "request_id": leaves,
     },
     "/steering/requests/some": {"steering": terms, "x": leaves},
     "/completion": {
         "steering": terms, "steering_probe": st.lists(leaves, max_size=3) | trees, "request_id": leaves,
-        "steering_tags": st.fixed_dictionaries({}, optional={k: leaves | trees for k in ("open", "close", "tool_open", "tool_close")}) | trees,
+        "steering_tags": tags | trees,
     },
 }  # fmt: skip
 
@@ -73,7 +79,10 @@ def test_any_body(exact: Any, tmp_path: Path, path: str, data: st.DataObject) ->
 
 
 @FUZZ
-@given(raw=st.binary(max_size=60) | st.text(max_size=40).map(str.encode), path=st.sampled_from([p for p in FIELDS if p != "/completion"]))
+@given(
+    raw=st.binary(max_size=60) | st.text(max_size=40).map(str.encode),
+    path=st.sampled_from([p for p in FIELDS if p != "/completion"]),
+)
 def test_any_bytes(exact: Any, raw: bytes, path: str) -> None:
     server = exact()
     answer = server.http.post(server.url + path, data=raw, headers={"Content-Type": "application/json"}, timeout=30)
@@ -83,7 +92,14 @@ def test_any_bytes(exact: Any, raw: bytes, path: str) -> None:
 
 def test_deep_and_wide_bodies(exact: Any) -> None:
     server = exact()
-    for text in ("[" * 100_000, '{"steering":' * 5_000, json.dumps({"prompts": ["a"] * 5000}), json.dumps({"prompts": [[1] * 600]})):
-        answer = server.http.post(f"{server.url}/steering/read", data=text, headers={"Content-Type": "application/json"}, timeout=60)
+    for text in (
+        "[" * 100_000,
+        '{"steering":' * 5_000,
+        json.dumps({"prompts": ["a"] * 5000}),
+        json.dumps({"prompts": [[1] * 600]}),
+    ):
+        answer = server.http.post(
+            f"{server.url}/steering/read", data=text, headers={"Content-Type": "application/json"}, timeout=60
+        )
         assert answer.status_code == 400, answer.text[:300]
     assert server.get("/health").status_code == 200

@@ -64,7 +64,9 @@ def test_eight_at_once_equal_each_alone(own: Any, tmp_path: Path) -> None:
             assert a == b, i
 
 
-@pytest.mark.parametrize(("arch", "set_up"), [*(("llama", name) for name in SET_UPS), ("deepseek4", "plain"), ("deepseek4", "unified")])
+@pytest.mark.parametrize(
+    ("arch", "set_up"), [*(("llama", name) for name in SET_UPS), ("deepseek4", "plain"), ("deepseek4", "unified")]
+)
 def test_no_steering_leaks_into_another(own: Any, tmp_path: Path, arch: str, set_up: str) -> None:
     """Elsewhere: scores of a given text are no further from those alone than unsteered ones are."""
     server = loaded(own(arch, *EIGHT, *SET_UPS[set_up]), tmp_path)
@@ -75,8 +77,8 @@ def test_no_steering_leaks_into_another(own: Any, tmp_path: Path, arch: str, set
         return list(server.ok("/steering/logprobs", {"items": [item], "steering": terms})["logprobs"][0])
 
     plain_alone = [score(i, []) for i in range(8)]
-    plain_together = server.many([partial(score, i, []) for i in range(8)])
-    noise = np.abs(np.array(plain_alone) - plain_together).max()
+    runs = [server.many([partial(score, i, []) for i in range(8)]) for _ in range(3)]
+    noise = np.abs(np.array(runs) - plain_alone).max()
 
     alone = [score(i, s) for i, s in enumerate(steerings())]
     together = server.many([partial(score, i, s) for i, s in enumerate(steerings())])
@@ -85,7 +87,8 @@ def test_no_steering_leaks_into_another(own: Any, tmp_path: Path, arch: str, set
     difference = np.quantile(np.abs(np.array(alone) - together), within, axis=1).max()
     effect = [np.abs(np.array(a) - p).max() for a, p in zip(alone, plain_alone, strict=True)]
     assert min(effect[1:]) > 0.2
-    assert difference <= 4 * noise + 2e-3, (difference, noise)
+    # how requests fall into batches differs from run to run, and with it the noise; a leak has the size of an effect
+    assert difference <= 4 * noise + 0.02, (difference, noise)
 
 
 @pytest.mark.parametrize("arch", ["llama", "deepseek4"])
@@ -111,9 +114,8 @@ def test_trace_of_a_busy_batch(own: Any, tmp_path: Path, arch: str) -> None:
         for _ in range(4):
             for i, rows in enumerate(server.many([partial(one, i) for i in range(8)])):
                 n = len(texts[i])
-                first, last = {
-                    "all": (1, n - 1), "prompt": (1, n - 2), "response": (n - 1, n - 1), "2-5": (2, 5), "0-": (0, n - 1), "7-": (7, n - 1),
-                }[scopes[i]]  # fmt: skip
+                ends = {"all": (1, n - 1), "prompt": (1, n - 2), "response": (n - 1, n - 1), "2-5": (2, 5)}
+                first, last = ends[scopes[i]] if scopes[i] in ends else (int(scopes[i][0]), n - 1)
                 expected = np.array([3.0 * strengths[i] if first <= p <= last else 0.0 for p in range(n)])
                 along = (rows.astype(np.float64) - plain[i]) @ v
                 assert np.allclose(along, expected, atol=0.05), (i, along, expected)
@@ -136,7 +138,9 @@ def test_reading_leaves_generation_alone(own: Any, tmp_path: Path) -> None:
     thread = threading.Thread(target=read)
     thread.start()
     try:
-        calls = [partial(server.complete, p, s, 60, cache_prompt=False) for p, s in list(zip(PROMPTS, steerings(), strict=True))[:4]]
+        calls = [
+            partial(server.complete, p, s, 60, cache_prompt=False) for p, s in list(zip(PROMPTS, steerings(), strict=True))[:4]
+        ]
         for _ in range(3):
             assert [a["tokens"] for a in server.many(calls)] == alone[:4]
     finally:
@@ -179,28 +183,30 @@ def test_mean_over_streams_is_the_mean(exact: Any) -> None:
 
 def test_live_change_acts_from_the_next_token_on(own: Any, tmp_path: Path) -> None:
     """The reply before the change is that of the first steering, after it that of the second, token by token."""
-    server = own("llama", "--parallel", "2", "-c", "2048", "--no-kv-unified", "--cache-ram", "0", weights="q8_0")
+    server = own("llama", "--parallel", "2", "-c", "4096", "--no-kv-unified", "--cache-ram", "0", weights="q8_0")
     server.put("v", make_vector(server), tmp_path)
     prompt = server.tokens(LONG)
-    changed = live(server, LONG, term(1.0), term(-1.0), after=4, n=300)
+    changed = live(server, LONG, term(1.0), term(-1.0))
     at = changed["from"]  # first position computed under the second
-    first = server.complete(LONG, term(1.0), 300, cache_prompt=False)["tokens"]
+    n = len(changed["tokens"])
+    first = server.complete(LONG, term(1.0), n, cache_prompt=False)["tokens"]
     kept = at - len(prompt) + 1  # the token computed at `at` was sampled before
     assert changed["tokens"][:kept] == first[:kept]
     assert changed["tokens"][kept:] != first[kept:]
     # the same by positions: scopes that end and begin where the change was
     terms = [*term(1.0, f"1-{at - 1}"), *term(-1.0, f"{at}-")]
-    assert server.complete(LONG, terms, 300, cache_prompt=False)["tokens"] == changed["tokens"]
+    assert server.complete(LONG, terms, n, cache_prompt=False)["tokens"] == changed["tokens"]
 
 
 def test_live_change_from_and_to_nothing(own: Any, tmp_path: Path) -> None:
-    server = own("llama", "--parallel", "2", "-c", "2048", "--no-kv-unified", "--cache-ram", "0", weights="q8_0")
+    server = own("llama", "--parallel", "2", "-c", "4096", "--no-kv-unified", "--cache-ram", "0", weights="q8_0")
     server.put("v", make_vector(server), tmp_path)
     for before, after in (([], term(1.0)), (term(1.0), [])):
-        changed = live(server, LONG, before, after, after=4, n=300)
+        changed = live(server, LONG, before, after)
         at = changed["from"]
         terms = term(1.0, f"{at}-") if not before else term(1.0, f"1-{at - 1}")
-        assert server.complete(LONG, terms, 300, cache_prompt=False)["tokens"] == changed["tokens"]
+        n = len(changed["tokens"])
+        assert server.complete(LONG, terms, n, cache_prompt=False)["tokens"] == changed["tokens"]
 
 
 def test_a_slider_that_never_rests(own: Any, tmp_path: Path) -> None:

@@ -191,7 +191,9 @@ def resident(server: Server) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_thousand_distinct_uploads_do_not_leak(own: Any, tmp_path: Path) -> None:
-    server = own("llama", "--parallel", "2", "-c", "512", "--cache-ram", "0")  # the host cache keeps a copy of each, up to its limit
+    server = own(
+        "llama", "--parallel", "2", "-c", "512", "--cache-ram", "0"
+    )  # the host cache keeps a copy of each, up to its limit
 
     def round_of(first: int, n: int) -> None:
         for i in range(first, first + n):
@@ -274,7 +276,7 @@ def test_vectors_survive_sleep(own: Any, tmp_path: Path) -> None:
     server.put("v", make_vector(server), tmp_path)
     before = server.complete(PROMPT, term())["tokens"]
     deadline = time.monotonic() + 20
-    while "is_sleeping\":true" not in server.get("/props").text.replace(" ", ""):
+    while 'is_sleeping":true' not in server.get("/props").text.replace(" ", ""):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     listed = server.get("/steering").json()  # answered in its sleep
@@ -300,3 +302,27 @@ def test_untested_architecture(own: Any, server_binary: Path, tmp_path: Path) ->
         assert "cannot be steered" in server.error("/steering/read", {"prompts": ["a"]})
     finally:
         server.process.stop()
+
+
+def test_router_mode(server_binary: Path) -> None:
+    """A server that spawns servers does not steer itself, and says so."""
+    from steer_plugins.server import ServerProcess
+
+    with ServerProcess(server_binary) as process:
+        process.start(None, ["--no-models-autoload"])
+        process.wait_ready(60)
+        for method, path in (("GET", "/steering"), ("POST", "/steering/read"), ("DELETE", "/steering/vectors/a")):
+            answer = requests.request(method, process.url + path, json={}, timeout=20)
+            assert answer.status_code == 501 and "router" in answer.json()["error"]["message"], answer.text
+
+
+def test_api_key_guards_the_steering_routes(server_binary: Path, tiny_model: Any) -> None:
+    from steer_plugins.server import ServerProcess
+
+    with ServerProcess(server_binary) as process:
+        process.start(tiny_model("llama"), ["--no-warmup", "--parallel", "1", "-c", "256", "--api-key", "secret"])
+        process.wait_ready(60)
+        for method, path in (("GET", "/steering"), ("POST", "/steering/read"), ("POST", "/steering/vectors/a")):
+            assert requests.request(method, process.url + path, json={}, timeout=20).status_code == 401
+        known = {"Authorization": "Bearer secret"}
+        assert requests.get(process.url + "/steering", headers=known, timeout=20).json()["protocol"] == 1

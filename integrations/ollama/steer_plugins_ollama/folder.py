@@ -20,7 +20,7 @@ from steer_plugins.files import write_atomically
 
 from . import expression, modelfile
 from .errors import BadRequest, NotFound
-from .model import STEERING, Model
+from .model import Model
 from .names import HOST, NAMESPACE, Name, parse_name
 from .store import MAX_TEXT_BLOB
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ async def ask(client: httpx.AsyncClient, url: str, path: str, body: Mapping[str,
     return response.json()
 
 
-async def events(client: httpx.AsyncClient, url: str, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def events(client: httpx.AsyncClient, url: str, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a streamed answer. Closing the iterator cancels the request.
 
     Raises:
@@ -130,11 +130,17 @@ def refusal(status: int, raw: bytes) -> ApiError:
 
 
 async def complete(
-    client: httpx.AsyncClient, url: str, body: Mapping[str, Any], *, tags: tuple[str, str] | None, thinking: bool = False
-) -> AsyncIterator[Piece]:
+    client: httpx.AsyncClient,
+    url: str,
+    body: Mapping[str, Any],
+    *,
+    tags: tuple[str, str] | None,
+    thinking: bool = False,
+    path: str = "/completion",
+) -> AsyncGenerator[Piece, None]:
     """The pieces of a completion; text between ``tags`` is thinking. ``thinking``: the prompt has opened it."""
     splitter = Splitter(*tags, inside=thinking) if tags else None
-    async for event in events(client, url, "/completion", body):
+    async for event in events(client, url, path, body):
         piece = Piece(tokens=list(event.get("tokens") or ()))
         text = str(event.get("content") or "")
         stop = bool(event.get("stop"))
@@ -215,7 +221,7 @@ def _end(reason: str, timings: Any) -> End:
 # ---- /v1/chat/completions ----
 
 
-async def chat(client: httpx.AsyncClient, url: str, body: Mapping[str, Any]) -> AsyncIterator[Piece]:
+async def chat(client: httpx.AsyncClient, url: str, body: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
     """The pieces of a chat that llama-server renders and parses itself; tool calls come whole, with the last piece."""
     calls: dict[int, dict[str, str]] = {}
     reason = "stop"

@@ -1,7 +1,7 @@
 """Ollama's Modelfile language, and ``PARAMETER steering`` on top of it.
 
-Instructions: FROM LICENSE TEMPLATE SYSTEM ADAPTER DRAFT RENDERER PARSER PARAMETER MESSAGE REQUIRES. A value ends at the end of its
-line, or, when it begins with a quote (``"`` or three of them), at the first line that ends with the same quote. ``#`` begins a
+Instructions: FROM LICENSE TEMPLATE SYSTEM ADAPTER DRAFT RENDERER PARSER PARAMETER MESSAGE REQUIRES. A value ends with its line,
+or, when it begins with a quote (``"`` or three of them), at the first line that ends with the same quote. ``#`` begins a
 comment at the start of a line only. Every error names its line.
 """
 
@@ -35,7 +35,7 @@ DEPRECATED = ("penalize_newline", "low_vram", "f16_kv", "logits_all", "vocab_onl
 
 _WORD = re.compile(r"[A-Za-z]+")
 _KEY = re.compile(r"[A-Za-z0-9_]+")
-_COMMANDS = ("from", "license", "template", "system", "adapter", "draft")
+_COMMANDS: tuple[str, ...] = ("from", "license", "template", "system", "adapter", "draft")
 _COMMANDS += ("renderer", "parser", "parameter", "message", "requires")
 _SEMVER = re.compile(r"v?(0|[1-9]\d*)(\.(0|[1-9]\d*)){0,2}(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
 _TRUE, _FALSE = ("1", "t", "T", "TRUE", "true", "True"), ("0", "f", "F", "FALSE", "false", "False")

@@ -45,7 +45,9 @@ def parse_name(text: object) -> Name:
     if not isinstance(text, str) or not text:
         raise BadRequest("model is required")
     rest = text.removeprefix("https://").removeprefix("http://")
-    head, _, last = rest.rpartition("/")
+    head, slash, last = rest.rpartition("/")
+    if slash and not head:
+        raise BadRequest(f"invalid model name: {text[:200]!r}")
     model, colon, tag = last.partition(":")
     host, _, namespace = head.rpartition("/") if head else ("", "", "")
     name = Name(host or HOST, namespace or NAMESPACE, model, tag if colon else TAG)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import BadRequest
-from .modelfile import PARAMETERS
 from .model import STEERING
+from .modelfile import PARAMETERS
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_KEEP_ALIVE = 300.0

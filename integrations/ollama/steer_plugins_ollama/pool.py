@@ -1,4 +1,4 @@
-"""llama-server processes: one for each set of weights, shared by all models and variants on them, ended when nobody needs them."""
+"""llama-server processes: one for each set of weights, shared by all variants on them, ended when nobody needs them."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ class Resolver:
 
     @staticmethod
     def _stamp(files: tuple[Any, ...]) -> tuple[Any, ...]:
-        found = []
+        found: list[tuple[Any, tuple[int, int] | None]] = []
         for path, _ in files:
             try:
                 stat = os.stat(path)

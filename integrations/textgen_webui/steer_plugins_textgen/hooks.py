@@ -25,6 +25,8 @@ from .settings import settings
 
 SCOPES = "all, prompt, response, or positions such as 5-20"
 
+BLOCKS = ("model.layers", "model.language_model.layers", "language_model.model.layers", "transformer.h", "gpt_neox.layers")
+
 _active: list[Hooks] = []
 
 

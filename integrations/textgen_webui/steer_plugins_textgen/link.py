@@ -39,7 +39,7 @@ class Link:
         self._tags = {"open": opening, "close": closing} if opening and closing else None
         self._vectors = ServerVectors(self._connection, self.info, tags=self._tags is not None)
         self.device = device_of(model)
-        self._running: dict[str, None] = {}
+        self._running: dict[str, list[TermSpec]] = {}
         self._wanted: tuple[int, list[TermSpec]] = (0, [])
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
@@ -71,17 +71,17 @@ class Link:
 
     # ---- replies of the page that are being generated ----
 
-    def begin(self) -> str:
-        """A name for a reply that the page asks for."""
+    def begin(self, terms: list[TermSpec]) -> str:
+        """A name for a reply that the page asks for with these terms."""
         name = f"textgen-{uuid.uuid4().hex}"
         with self._lock:
-            self._running[name] = None
+            self._running[name] = terms
         return name
 
-    def end(self, name: str) -> None:
-        """The reply has ended."""
+    def end(self, name: str) -> list[TermSpec]:
+        """The reply has ended; returns the terms that it began with."""
         with self._lock:
-            self._running.pop(name, None)
+            return self._running.pop(name, [])
 
     def change_running(self, terms: list[TermSpec]) -> None:
         """Let the replies of the page that are being generated follow, from their next token on. Returns at once."""

@@ -15,7 +15,7 @@ from typing import Any
 from steer_plugins.errors import SteerError
 from steer_plugins.grammar import TermSpec
 
-from . import webui, wishes
+from . import replies, webui, wishes
 from .link import Link, current_or_none, link_of
 from .settings import settings
 
@@ -83,13 +83,16 @@ def _prepare_payload(original: Any) -> Any:
 def _generate_with_streaming(original: Any) -> Any:
     @functools.wraps(original)
     def generate_with_streaming(self: Any, prompt: Any, state: dict[str, Any]) -> Any:
+        text = ""
         try:
-            yield from original(self, prompt, state)
+            for text in original(self, prompt, state):
+                yield text
         finally:
             name = state.pop("steering_request", None)
             link = current_or_none() if name else None
             if link is not None:
-                link.end(name)
+                terms = link.end(name)
+                replies.remember(prompt, state, text, terms)
 
     return generate_with_streaming
 
@@ -116,12 +119,13 @@ def _fields(server: Any, generation: dict[str, Any]) -> dict[str, Any]:
 
 def _page_fields(link: Link, wish: list[TermSpec], generation: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    good: list[TermSpec] = []
     if wish:
         good, wrong = link.usable(wish)
         for sentence in wrong:
             webui.log(f"left out: {sentence}", error=True)
         fields = link.fields(good)
-    generation["steering_request"] = fields["request_id"] = link.begin()
+    generation["steering_request"] = fields["request_id"] = link.begin(good)
     return fields
 
 

@@ -1,3 +1,43 @@
 """Styles of the tab. Colours come from the webui's own variables, so that both themes fit."""
 
-CSS = ""
+CSS = """
+#steering-tab { max-width: 1100px; margin: 0 auto; gap: 18px; }
+#steering-tab h3 { margin: 0; font-size: 1.05rem; }
+#steering-tab code { overflow-wrap: anywhere; }
+.steer-head { align-items: center; flex-wrap: nowrap !important; }
+.steer-head > :first-child { flex: 1 1 auto; }
+.steer-head > :last-child { flex: 0 0 auto !important; width: auto; }
+.steer-row { align-items: center; flex-wrap: nowrap !important; gap: 8px; }
+.steer-row button { align-self: center !important; }
+.steer-status { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 12px; padding: 8px 12px; border-radius: 8px;
+  background: var(--bg-input, var(--background-fill-secondary)); color: var(--body-text-color); overflow-wrap: anywhere; }
+.steer-status i { width: 10px; height: 10px; border-radius: 50%; background: #2ea043; align-self: center; flex: none; }
+.steer-status.warn i { background: #d29922; }
+.steer-status span { color: var(--body-text-color-subdued); }
+.steer-note.bad { border-left: 3px solid #d1671f; padding: 4px 10px; margin: 4px 0; overflow-wrap: anywhere; }
+.steer-quiet { color: var(--body-text-color-subdued); margin: 4px 0; }
+.steer-job { margin: 6px 0; overflow-wrap: anywhere; }
+.steer-bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); margin-top: 4px; overflow: hidden; }
+.steer-bar i { display: block; height: 100%; background: var(--accent, #4a72ff); transition: width .4s; }
+.steer-charts { display: flex; flex-wrap: wrap; gap: 24px; }
+.steer-chart { flex: 1 1 320px; min-width: 0; max-width: 520px; margin: 0; color: var(--body-text-color); }
+.steer-chart figcaption { font-weight: 600; margin-bottom: 4px; }
+.steer-chart svg { width: 100%; height: auto; display: block; }
+.steer-chart text { font-size: 11px; fill: currentColor; opacity: .8; }
+.steer-chart .grid { stroke: currentColor; opacity: .13; }
+.steer-chart .band { fill: #4a72ff; opacity: .13; }
+.steer-chart polyline { fill: none; stroke-width: 2; }
+.steer-chart polyline.a { stroke: #4a72ff; } .steer-chart circle.a { fill: #4a72ff; }
+.steer-chart polyline.b { stroke: #d1671f; stroke-dasharray: 4 3; } .steer-chart circle.b { fill: #d1671f; }
+.steer-chart text.b { fill: #d1671f; opacity: 1; }
+.steer-chart .key { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .85rem; }
+.steer-chart .key span::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px;
+  vertical-align: middle; background: #4a72ff; }
+.steer-chart .key span.b::before { background: #d1671f; }
+#steering-tab .small-button { min-width: 84px !important; white-space: nowrap; }
+#steering-tab .form { gap: 12px; }
+#steering-picture { overflow-x: auto; }
+#steering-picture table { margin: 0; }
+#steering-picture td, #steering-picture th { border: 0; }
+#steering-picture td { padding: 0; }
+"""

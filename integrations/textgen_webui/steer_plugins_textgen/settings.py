@@ -39,6 +39,8 @@ class Settings:
         self.presets: dict[str, list[TermSpec]] = {}
         self.characters: dict[str, str] = {}
         self.problem = ""
+        self.touched = False
+        """Whether the terms have ever been set, here or in an earlier session."""
         self._load()
 
     # ---- the active steering ----
@@ -58,6 +60,7 @@ class Settings:
         """Replace the whole list."""
         with self._lock:
             self.terms = list(terms)
+            self.touched = True
         self._changed()
 
     def change_term(self, index: int, **changes: Any) -> None:
@@ -152,6 +155,7 @@ class Settings:
             characters = {str(who): str(name) for who, name in data.get("characters", {}).items() if name in presets}
             self.terms = from_json(data.get("steering", []))
             self.on = data.get("on") is not False
+            self.touched = True
             self.api_too, self.cpu_too = data.get("api_too") is True, data.get("cpu_too") is True
             self.presets, self.characters = presets, characters
         except (OSError, ValueError, AttributeError, TypeError, RecursionError, SteerError) as error:

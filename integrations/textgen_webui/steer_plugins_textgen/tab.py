@@ -1,4 +1,604 @@
-"""The tab."""
+"""The Steering tab, for gradio 4.37 as the webui has it. What a widget shows is kept in :mod:`.settings`, not in the page."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from steer_plugins.errors import SpecError, SteerError
+from steer_plugins.grammar import TermSpec, parse
+from steer_plugins.library import Library
+from steer_plugins.vector import OPS, check_name
+
+from . import charts, hooks, jobs, loader, replies, webui
+from .link import Link, current, current_or_none, why_not
+from .settings import settings
+
+MAX_ROWS = 12
+"""Sliders that are there, shown or not; gradio 4 cannot add any while it runs. More terms act all the same."""
+
+OWN = "the vector's own"
+FIT = "Fit in the background"
+WINDOW = "from-to, such as 10-20; empty: all"
 
 
-def build() -> None: ...
+def build() -> None:
+    """Make the tab's components and connect them."""
+    if webui.multi_user():
+        gr.Markdown(
+            "Steering by slider is off in multi-user mode: one slider would move everybody's replies. "
+            "Requests of the API carry their own `steering`."
+        )
+        return
+    Tab()
+
+
+def told(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler whose errors the user is told; everything is then shown as it is."""
+
+    @functools.wraps(handler)
+    def wrapped(self: Tab, *values: Any) -> Any:
+        try:
+            handler(self, *values)
+        except SteerError as error:
+            return self.view(problem=str(error))
+        return self.view()
+
+    return wrapped
+
+
+class Tab:
+    """One page's tab. ``view()`` gives a value for every component in ``self.all``, in that order."""
+
+    def __init__(self) -> None:
+        self.all: list[Any] = []
+        self.rows: list[tuple[Any, Any, Any, Any]] = []
+        with gr.Column(elem_id="steering-tab"):
+            self.status = self._add(gr.HTML(elem_id="steering-status"))
+            with gr.Row():
+                with gr.Column(scale=3, min_width=320):
+                    self._sliders()
+                    self._expression()
+                    self._advanced()
+                with gr.Column(scale=2, min_width=320):
+                    self._presets()
+                    self._traits()
+            self._compare()
+            self._train()
+            self._activations()
+            self._server()
+        self._connect()
+        jobs.trainer.on_done = add_slider
+
+    def _add(self, component: Any) -> Any:
+        self.all.append(component)
+        return component
+
+    # ---- parts of the page ----
+
+    def _sliders(self) -> None:
+        with gr.Row(elem_classes="steer-head"):
+            gr.Markdown("### Sliders")
+            self.on = self._add(gr.Checkbox(label="Steering on", elem_id="steering-on", scale=0, min_width=140))
+        self.empty = self._add(gr.HTML())
+        for i in range(MAX_ROWS):
+            with gr.Row(visible=False, elem_classes="steer-row") as row:
+                slider = gr.Slider(-1, 1, step=0.05, elem_id=f"steering-slider-{i}", scale=6, min_width=180)
+                zero = gr.Button("0", elem_classes="refresh-button", scale=0, min_width=36)
+                remove = gr.Button("✕", elem_classes="refresh-button", scale=0, min_width=36)
+            self._add(row)
+            self._add(slider)
+            self.rows.append((row, slider, zero, remove))
+        with gr.Row():
+            self.choice = self._add(
+                gr.Dropdown([], label="Add a vector", elem_classes="slim-dropdown", elem_id="steering-choice", scale=4)
+            )
+            self.add = gr.Button("Add", elem_classes="small-button", scale=1, min_width=80, elem_id="steering-add")
+            self.refresh = gr.Button("↻", elem_classes="refresh-button", scale=0, min_width=36, elem_id="steering-refresh")
+
+    def _expression(self) -> None:
+        self.text = self._add(
+            gr.Textbox(
+                label="Expression",
+                info="The same as text, for the API and the command line: mood:0.6 + succinctness:-0.3@10-20?response + !hedging",
+                elem_id="steering-expression",
+                lines=1,
+                max_lines=4,
+            )
+        )
+        self.note = self._add(gr.HTML(elem_id="steering-note"))
+
+    def _advanced(self) -> None:
+        with gr.Accordion("Advanced: layers, operation, scope", open=False, elem_classes="tgw-accordion"):
+            self.term = self._add(gr.Dropdown([], label="Term", elem_classes="slim-dropdown", type="index"))
+            with gr.Row():
+                self.window = gr.Textbox(label="Layers", info=WINDOW, min_width=120)
+                self.op = gr.Dropdown([OWN, *OPS], value=OWN, label="Operation", elem_classes="slim-dropdown", min_width=120)
+                self.scope = gr.Textbox(label="Scope", info="all, prompt, response, thinking, answer, or 5-20", min_width=120)
+            self.apply = gr.Button("Apply", elem_classes="small-button")
+
+    def _presets(self) -> None:
+        gr.Markdown("### Presets")
+        with gr.Row():
+            self.preset = self._add(
+                gr.Dropdown(
+                    [], label="Preset", allow_custom_value=True, elem_classes="slim-dropdown", elem_id="steering-preset", scale=4
+                )
+            )
+        with gr.Row():
+            self.load = gr.Button("Load", elem_classes="small-button", min_width=60)
+            self.save = gr.Button("Save", elem_classes="small-button", min_width=60, elem_id="steering-save-preset")
+            self.delete = gr.Button("Delete", elem_classes="small-button", min_width=60)
+        self.character = self._add(gr.Checkbox(label="Load this preset with the chat's character", elem_id="steering-character"))
+
+    def _traits(self) -> None:
+        gr.Markdown("### Traits to fit on this model")
+        self.traits = self._add(
+            gr.CheckboxGroup(
+                [],
+                label="A vector belongs to one model. These come with the package and have none for it yet:",
+                elem_id="steering-traits",
+            )
+        )
+        self.traits_note = self._add(gr.HTML())
+        with gr.Row():
+            self.fit = self._add(gr.Button(FIT, elem_classes="small-button", elem_id="steering-fit"))
+            self.cancel = gr.Button("Cancel", elem_classes="small-button", elem_id="steering-cancel")
+        self.progress = self._add(gr.HTML(elem_id="steering-progress"))
+
+    def _compare(self) -> None:
+        with gr.Accordion("Compare: the same prompt unsteered and steered", open=False, elem_id="steering-compare"):
+            with gr.Row():
+                self.prompt = gr.Textbox(value="Describe a walk in the forest.", label="Prompt", scale=5, lines=1, max_lines=6)
+                self.length = gr.Slider(16, 512, value=96, step=16, label="Tokens", scale=2, min_width=140)
+                self.run = gr.Button("Compare", elem_classes="small-button", scale=0, min_width=100, elem_id="steering-run")
+            with gr.Row():
+                self.plain = gr.Textbox(label="Unsteered", lines=7, interactive=False, elem_id="steering-plain")
+                self.steered = gr.Textbox(label="Steered", lines=7, interactive=False, elem_id="steering-steered")
+            self.compare_note = gr.HTML()
+
+    def _train(self) -> None:
+        with gr.Accordion("Train a vector on the loaded model", open=False, elem_id="steering-train"):
+            with gr.Row():
+                self.name = gr.Textbox(label="Name", placeholder="politeness", scale=2, elem_id="steering-name")
+                self.kind = gr.Radio(
+                    ["Descriptions", "Prompt pairs"], value="Descriptions", label="Contrast by", scale=2, min_width=220
+                )
+                self.level = gr.Dropdown(
+                    ["none", "quick", "full"], value="quick", label="Calibrate", elem_classes="slim-dropdown", min_width=110
+                )
+                self.count = gr.Slider(4, jobs.max_prompts(), value=24, step=1, label="Prompts to fit on", scale=2, min_width=160)
+            with gr.Row():
+                self.positive = gr.Textbox(
+                    label="Positive, strength 1",
+                    info="A description on each line, or a whole prompt on each line",
+                    placeholder="polite, warm and full of respect",
+                    lines=4,
+                    elem_id="steering-positive",
+                )
+                self.negative = gr.Textbox(
+                    label="Negative, strength −1",
+                    info="Line by line the counterpart",
+                    placeholder="rude, cold and full of contempt",
+                    lines=4,
+                    elem_id="steering-negative",
+                )
+            with gr.Row():
+                self.overwrite = gr.Checkbox(label="Replace a vector of this name", scale=0, min_width=240)
+                self.train = gr.Button("Train", elem_classes="small-button", elem_id="steering-start")
+                self.stop = gr.Button("Cancel", elem_classes="small-button")
+            self.train_progress = self._add(gr.HTML(elem_id="steering-train-progress"))
+            self.shown = self._add(gr.Dropdown([], label="Report of", elem_classes="slim-dropdown", elem_id="steering-report-of"))
+            self.report = gr.HTML(elem_id="steering-report")
+
+    def _activations(self) -> None:
+        with gr.Accordion("Activations of the last reply", open=False, elem_id="steering-activations"):
+            with gr.Row():
+                self.along = self._add(
+                    gr.Dropdown([], label="Along the vector", elem_classes="slim-dropdown", elem_id="steering-along", scale=4)
+                )
+                self.read = gr.Button("Read", elem_classes="small-button", scale=0, min_width=90, elem_id="steering-read")
+            self.picture = gr.HTML(elem_id="steering-picture")
+
+    def _server(self) -> None:
+        with gr.Accordion("Server and API", open=False, elem_id="steering-server"):
+            self.details = self._add(gr.HTML())
+            self.api_too = self._add(
+                gr.Checkbox(
+                    label="Steer requests of the API that have no steering field of their own", elem_id="steering-api-too"
+                )
+            )
+            self.cpu_too = self._add(gr.Checkbox(label="Use the steering server although it runs on the CPU only"))
+            self.adopt = gr.Button("Look for the steering server again", elem_classes="small-button", elem_id="steering-adopt")
+
+    # ---- what leads to what ----
+
+    def _connect(self) -> None:
+        shared = webui.shared()
+        quick: dict[str, Any] = {"show_progress": "hidden"}
+        self.on.input(self.switch, [self.on], self.all, **quick)
+        for i, (_, slider, zero, remove) in enumerate(self.rows):
+            # always_last: a slider that is dragged on while a change is under way ends where it was let go
+            slider.input(functools.partial(self.slide, i), [slider], [self.text, self.note], trigger_mode="always_last", **quick)
+            zero.click(functools.partial(self.zero, i), None, self.all, **quick)
+            remove.click(functools.partial(self.drop, i), None, self.all, **quick)
+        self.add.click(self.add_vector, [self.choice], self.all, **quick)
+        self.refresh.click(self.view, None, self.all, **quick)
+        self.text.submit(self.typed, [self.text], self.all, **quick)
+        self.text.blur(self.typed, [self.text], self.all, **quick)
+        self.term.input(self.show_term, [self.term], [self.window, self.op, self.scope], **quick)
+        self.apply.click(self.change_term, [self.term, self.window, self.op, self.scope], self.all, **quick)
+        self.preset.input(self.choose_preset, [self.preset], [self.character], **quick)
+        self.load.click(self.load_preset, [self.preset], self.all, **quick)
+        self.save.click(self.save_preset, [self.preset], self.all, **quick)
+        self.delete.click(self.delete_preset, [self.preset], self.all, **quick)
+        watch: dict[str, Any] = {"concurrency_limit": None, **quick}
+        self.fit.click(self.fit_traits, [self.traits], self.all, **quick).then(self.watch, None, self.all, **watch)
+        start = [self.name, self.kind, self.level, self.count, self.positive, self.negative, self.overwrite]
+        self.train.click(self.start_training, start, self.all, **quick).then(self.watch, None, self.all, **watch)
+        for button in (self.cancel, self.stop):
+            button.click(jobs.trainer.cancel, None, None, **quick)
+        self.shown.change(self.show_report, [self.shown], [self.report], **quick)
+        self.run.click(
+            self.compare,
+            [self.prompt, self.length],
+            [self.plain, self.steered, self.compare_note],
+            concurrency_limit=None,
+            **quick,
+        )
+        self.read.click(self.show_activations, [self.along], [self.picture], show_progress="minimal")
+        self.api_too.input(functools.partial(self.flag, "api_too"), [self.api_too], self.all, **quick)
+        self.cpu_too.input(functools.partial(self.flag, "cpu_too"), [self.cpu_too], self.all, **quick)
+        self.adopt.click(self.look_again, None, self.all, show_progress="minimal")
+        character = shared.gradio.get("character_menu")
+        if character is not None:
+            character.change(self.new_character, [character], self.all, **quick)
+            self.character.input(self.bind_character, [self.character, self.preset, character], self.all, **quick)
+        page = shared.gradio.get("interface")
+        if page is not None:
+            page.load(self.view, None, self.all, **quick).then(self.watch, None, self.all, **watch)
+        tab = getattr(gr.context.Context, "block", None)
+        if tab is not None and hasattr(tab, "select"):
+            tab.select(self.view, None, self.all, **quick)  # a model may have come or gone meanwhile
+
+    # ---- handlers ----
+
+    @told
+    def switch(self, on: bool) -> None:
+        settings().set_flag("on", on)
+        follow()
+
+    def slide(self, i: int, value: float) -> tuple[Any, Any]:
+        settings().change_term(i, strength=float(value))
+        follow()
+        return settings().expression, note()
+
+    def zero(self, i: int) -> list[Any]:
+        return self._with(lambda: settings().change_term(i, strength=0.0))
+
+    def drop(self, i: int) -> list[Any]:
+        return self._with(lambda: settings().set_terms([t for k, t in enumerate(settings().terms) if k != i]))
+
+    @told
+    def add_vector(self, name: str | None) -> None:
+        if not name:
+            raise SpecError("Choose a vector to add.")
+        settings().set_terms([*settings().terms, TermSpec(name, 0.0)])
+        follow()
+
+    @told
+    def typed(self, text: str) -> None:
+        if (text or "").strip() == settings().expression:
+            return
+        settings().set_terms(parse(text or ""))
+        follow()
+
+    def show_term(self, index: int | None) -> tuple[str, str, str]:
+        terms = settings().terms
+        if index is None or not 0 <= index < len(terms):
+            return "", OWN, ""
+        term = terms[index]
+        return window_text(term), term.op or OWN, term.scope or ""
+
+    @told
+    def change_term(self, index: int | None, window: str, op: str, scope: str) -> None:
+        terms = settings().terms
+        if index is None or not 0 <= index < len(terms):
+            raise SpecError("Choose a term first.")
+        # through the grammar, which checks all of it
+        layers = f"@{window.strip()}" if window.strip() else ""
+        tail = f"?{scope.strip()}" if scope.strip() else ""
+        checked = parse(f"x{layers}{tail}" + ("" if op in (OWN, None) else f"%{op}"))[0]
+        settings().change_term(index, layers=checked.layers, op=checked.op, scope=checked.scope)
+        follow()
+
+    def choose_preset(self, name: str | None) -> Any:
+        return name in settings().characters.values() if name else False
+
+    @told
+    def load_preset(self, name: str | None) -> None:
+        settings().set_terms(settings().preset(name or ""))
+        follow()
+
+    @told
+    def save_preset(self, name: str | None) -> None:
+        settings().save_preset(name or "")
+
+    @told
+    def delete_preset(self, name: str | None) -> None:
+        settings().delete_preset(name or "")
+
+    @told
+    def bind_character(self, bound: bool, preset: str | None, character: str | None) -> None:
+        if not character:
+            raise SpecError("The chat has no character: choose one in the Chat tab.")
+        if bound and preset not in settings().presets:
+            raise SpecError("Save the sliders as a preset first, or choose one.")
+        settings().set_character(character, preset if bound else None)
+
+    def new_character(self, character: str | None) -> list[Any]:
+        name = settings().characters.get(character or "")
+        if name is not None:
+            settings().set_terms(settings().preset(name))
+            follow()
+        return self.view()
+
+    @told
+    def fit_traits(self, names: list[str] | None) -> None:
+        if not names:
+            raise SpecError("Choose at least one trait to fit.")
+        link = current()
+        for name in names:
+            jobs.trainer.add(link, name, jobs.load_trait(name))
+
+    @told
+    def start_training(
+        self, name: str, kind: str, level: str, count: float, positive: str, negative: str, overwrite: bool
+    ) -> None:
+        name = check_name((name or "").strip())
+        source: jobs.Source
+        if kind == "Descriptions":
+            source = jobs.trait_of(name, positive, negative, int(count))
+        else:
+            source = jobs.pairs_of(positive, negative)
+        jobs.trainer.add(current(), name, source, calibrate=level, overwrite=bool(overwrite))
+
+    def watch(self) -> Iterator[list[Any]]:
+        """The progress of what is being fitted, until nothing is any more. Another page may watch the same."""
+        if not jobs.trainer.active:
+            return
+        at = [i for i, component in enumerate(self.all) if component in (self.progress, self.train_progress)]
+        while jobs.trainer.active:
+            values = [gr.skip() for _ in self.all] if hasattr(gr, "skip") else [gr.update() for _ in self.all]
+            for i in at:
+                values[i] = gr.update(value=progress())
+            yield values
+            time.sleep(0.5)
+        done = [job for job in jobs.trainer.jobs if job.state == "done"]
+        yield self.view(show=done[-1].name if done else None)
+
+    def show_report(self, name: str | None) -> str:
+        try:
+            return report(name) if name else ""
+        except SteerError as error:
+            return bad(str(error))
+
+    def compare(self, prompt: str, length: float) -> Iterator[tuple[Any, Any, Any]]:
+        try:
+            terms = settings().active
+            if not terms:
+                raise SpecError("Nothing is steered: move a slider, or switch steering on.")
+            for plain, steered in replies.compare(current(), prompt or "", terms, int(length)):
+                yield plain, steered, ""
+        except SteerError as error:
+            yield gr.update(), gr.update(), bad(str(error))
+
+    def show_activations(self, name: str | None) -> str:
+        try:
+            if not name:
+                raise SpecError("Choose a vector.")
+            return replies.activations(current(), name)
+        except SteerError as error:
+            return bad(str(error))
+
+    def flag(self, name: str, value: bool) -> list[Any]:
+        return self._with(lambda: settings().set_flag(name, value))
+
+    @told
+    def look_again(self) -> None:
+        loader.devices.cache_clear()
+        loader.adopt()
+
+    def _with(self, change: Callable[[], None]) -> list[Any]:
+        change()
+        follow()
+        return self.view()
+
+    # ---- what is shown ----
+
+    def view(self, *, problem: str = "", show: str | None = None) -> list[Any]:
+        """A value for each of ``self.all``. ``problem``: what the last action came to; ``show``: the report to open."""
+        link = current_or_none()
+        first_use(link)
+        terms, names = settings().terms, names_of(link)
+        missing = jobs.missing_traits(link) if link is not None else []
+        values: dict[Any, Any] = {
+            self.status: status(link),
+            self.on: settings().on,
+            self.empty: "" if terms else '<p class="steer-quiet">No sliders yet: add a vector, or fit a trait.</p>',
+            self.choice: gr.update(choices=names, value=next((n for n in names if n not in {t.vector for t in terms}), None)),
+            self.text: settings().expression,
+            self.note: bad(problem) if problem else note(),
+            self.term: gr.update(choices=[f"{i + 1}. {t.vector}" for i, t in enumerate(terms)]),
+            self.preset: gr.update(choices=sorted(settings().presets)),
+            self.character: gr.update(),
+            self.traits: gr.update(choices=missing, value=missing, visible=bool(missing)),
+            self.traits_note: traits_note(link, missing),
+            self.fit: gr.update(value=FIT, interactive=bool(missing)),
+            self.progress: progress(),
+            self.train_progress: progress(),
+            self.shown: gr.update(choices=names, **({"value": show} if show else {})),
+            self.along: gr.update(choices=names, **({"value": names[0]} if names else {})),
+            self.details: details(link),
+            self.api_too: settings().api_too,
+            self.cpu_too: gr.update(value=settings().cpu_too, visible=settings().cpu_too or "CPU only" in loader.state.problem),
+        }
+        for i, (row, slider, _, _) in enumerate(self.rows):
+            shown = i < len(terms)
+            values[row] = gr.update(visible=shown)
+            values[slider] = slider_of(terms[i]) if shown else gr.update()
+        return [values[component] for component in self.all]
+
+
+def slider_of(term: TermSpec) -> Any:
+    """A slider as wide as its strength needs: what was typed beyond 1 is shown as it is."""
+    low, high = jobs.poles_of(term.vector)
+    info = f"−1 {low} · 0 off · 1 {high}" if low else None
+    if term.op == "project":
+        info = "0 off · 1 removed"
+    reach = max(1.0, abs(term.strength))
+    return gr.update(label=term.vector, info=info, value=term.strength, minimum=-reach, maximum=reach)
+
+
+def window_text(term: TermSpec) -> str:
+    """The layers as they are written in the grammar."""
+    if term.layers is None:
+        return ""
+    lo, hi = term.layers
+    return f"{lo}" if lo == hi else f"{lo}-{'' if hi is None else hi}"
+
+
+def follow() -> None:
+    """Let the running reply follow what has just been set."""
+    link = current_or_none()
+    if link is not None:
+        link.change_running(settings().active)
+    elif hooks.applies():
+        hooks.change_running(settings().active)
+
+
+def first_use(link: Link | None) -> None:
+    """Sliders at 0 for the bundled traits that the model has vectors for, before the user has set anything."""
+    if link is None or settings().touched:
+        return
+    there = set(jobs.library_names(link))
+    settings().set_terms([TermSpec(name, 0.0) for name in jobs.bundled_traits() if name in there])
+
+
+def add_slider(job: jobs.Job) -> None:
+    """A vector that has just been made gets a slider, at 0."""
+    if all(term.vector != job.name for term in settings().terms):
+        settings().set_terms([*settings().terms, TermSpec(job.name, 0.0)])
+
+
+def names_of(link: Link | None) -> list[str]:
+    """The vectors that can be added."""
+    if link is not None:
+        return jobs.library_names(link)
+    return [vector["name"] for vector in hooks.vectors()] if hooks.applies() else []
+
+
+def bad(sentence: str) -> str:
+    """A sentence that something is wrong."""
+    return f'<div class="steer-note bad" role="alert">{coded(sentence)}</div>'
+
+
+def coded(sentence: str) -> str:
+    """The sentence as HTML; a command to type stands out."""
+    head, mark, command = sentence.partition("with: ")
+    if mark:
+        return f"{escape(head)}with: <code>{escape(command)}</code>"
+    return escape(sentence)
+
+
+def note() -> str:
+    """What keeps terms from acting on this model; "" when all is well."""
+    link = current_or_none()
+    wrong = settings().problem and [settings().problem] or []
+    if link is not None:
+        wrong = [*wrong, *link.usable(settings().active)[1]]
+    elif hooks.applies():
+        for term in settings().active:
+            try:
+                hooks.check([term])
+            except SteerError as error:
+                wrong.append(str(error))
+    return "".join(bad(sentence) for sentence in wrong)
+
+
+def status(link: Link | None) -> str:
+    """One line: whether the loaded model can be steered, and where it runs."""
+    if link is not None:
+        model = escape(webui.shared().model_name or link.info.name)
+        active = len(settings().active)
+        what = f"{active} active" if active else ("nothing set" if settings().on else "switched off")
+        return f'<div class="steer-status good"><i></i><b>Ready</b><span>{model} on {escape(link.device)}</span><span>{what}</span></div>'
+    if hooks.applies():
+        return (
+            '<div class="steer-status good"><i></i><b>Ready</b><span>Transformers loader, through hooks; '
+            "training, comparing and activations need llama.cpp</span></div>"
+        )
+    sentence = why_not() if webui.llama_server() is None else loader.state.problem
+    if not webui.loader_name() and loader.state.problem:
+        sentence = f"{sentence} {loader.state.problem}"
+    return f'<div class="steer-status warn"><i></i><b>Not available</b><span>{coded(sentence or "This server cannot steer.")}</span></div>'
+
+
+def details(link: Link | None) -> str:
+    """The server in use, and what is lost with it."""
+    from . import api
+
+    lines = []
+    if link is not None:
+        lines.append(f"llama-server with steering: <code>{escape(loader.state.server)}</code>, on {escape(link.device)}.")
+        lines.append(coded(loader.LOST))
+    elif loader.state.problem:
+        lines.append(coded(loader.state.problem))
+    if api.problem:
+        lines.append(escape(api.problem))
+    else:
+        lines.append(
+            'API requests take <code>"steering": "mood:0.6"</code>; '
+            "<code>GET /v1/internal/steering</code> lists vectors and presets."
+        )
+    return "".join(f"<p>{line}</p>" for line in lines)
+
+
+def traits_note(link: Link | None, missing: list[str]) -> str:
+    """What there is to say when nothing is left to fit, or nothing can be."""
+    if link is None:
+        return '<p class="steer-quiet">Needs a model on the steering server.</p>'
+    return "" if missing else '<p class="steer-quiet">All bundled traits have a vector for this model.</p>'
+
+
+def progress() -> str:
+    """A bar for each job of this session that has something to say."""
+    parts = []
+    for job in jobs.trainer.jobs:
+        name = escape(job.name)
+        if job.state == "failed":
+            parts.append(bad(f"{job.name}: {job.error}"))
+        elif job.state == "done" and job.vector is not None:
+            parts.append(f'<div class="steer-job done"><b>{name}</b> {escape(charts.summary(job.vector))}</div>')
+        elif job.state == "cancelled":
+            parts.append(f'<div class="steer-job"><b>{name}</b> cancelled</div>')
+        else:
+            percent = f"{100 * job.share:.0f}"
+            seconds = f", {time.monotonic() - job.started:.0f} s" if job.started else ""
+            parts.append(
+                f'<div class="steer-job"><b>{name}</b> {escape(job.stage)}{seconds}'
+                f'<div class="steer-bar"><i style="width:{percent}%"></i></div></div>'
+            )
+    return "".join(parts)
+
+
+def report(name: str) -> str:
+    """Charts of a vector's fit and calibration."""
+    vector = Library().resolve(name, current().info.identity)
+    drawn = charts.report_chart(vector) + charts.curve_chart(vector)
+    return f'<p>{escape(charts.summary(vector))}</p><div class="steer-charts">{drawn}</div>'

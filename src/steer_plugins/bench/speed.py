@@ -133,9 +133,7 @@ def bench_speed(
     return [_row(arm, arms[0], rng) for arm in arms]
 
 
-def _run(
-    arms: list[_Arm], tokens: list[int], rounds: int, rng: np.random.Generator, progress: Progress | None
-) -> None:
+def _run(arms: list[_Arm], tokens: list[int], rounds: int, rng: np.random.Generator, progress: Progress | None) -> None:
     for round_ in range(-1, rounds):  # round -1 warms up and is not counted
         order = list(rng.permutation(len(arms)))
         for i in order:

@@ -125,5 +125,6 @@ def _print(found: Inspection) -> None:
     from ..pictures import to_terminal
 
     screen = console()
-    colour = screen.is_terminal and screen.color_system is not None and not screen.no_color
+    # sixteen colours are too few to tell a hint from nothing
+    colour = screen.is_terminal and screen.color_system in ("256", "truecolor") and not screen.no_color
     screen.print(to_terminal(found, colour=colour, width=screen.width), soft_wrap=False)

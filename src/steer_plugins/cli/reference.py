@@ -52,6 +52,6 @@ def _help(path: str, command: click.Command) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     write_atomically(Path(sys.argv[1]), render().encode())

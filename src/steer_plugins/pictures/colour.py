@@ -6,7 +6,7 @@ RGB = tuple[int, int, int]
 
 NEGATIVE: RGB = (42, 111, 219)
 POSITIVE: RGB = (230, 120, 0)
-STRONGEST = 0.78
+STRONGEST = 0.68
 """How much of the colour is mixed into the background at the end of the scale: text stays readable on it."""
 
 

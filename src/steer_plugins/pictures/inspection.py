@@ -175,7 +175,7 @@ def inspect_prompt(
         layers=chosen,
         levels=[level[il] for il in chosen],
         tokens=sequence,
-        texts=[legible(piece) for piece in engine.pieces(sequence)],
+        texts=legible(engine.pieces(sequence)),
         n_prompt=n_prompt,
         before=before,
         after=measure(wanted)[1] if wanted else None,

@@ -96,14 +96,14 @@ def _shade(value: float, limit: float) -> tuple[float, float, float]:
 def _key(axes: Axes, inspection: Inspection, first: int) -> None:
     axes.axis("off")
     cut = f"   (the last {len(inspection.texts) - first} of {len(inspection.texts)} tokens)" if first else ""
-    axes.set_title(f"{inspection.vector}   ({inspection.model}){cut}", fontsize=11, parse_math=False)
+    axes.set_title(_printable(f"{inspection.vector}   ({inspection.model}){cut}"), fontsize=11, parse_math=False)
     axes.set_xlim(-2.5, 2.5)
     axes.set_ylim(0, 1)
     for step in range(-40, 40):
         axes.axvspan(step / 40, (step + 1) / 40, 0.2, 0.7, color=_shade((step + 0.5) / 40, 1.0), linewidth=0)
     low, high, limit = *inspection.poles, f"{inspection.limit:g}"
-    axes.text(-1.05, 0.45, f"{low} −{limit}", ha="right", va="center", fontsize=9, parse_math=False)
-    axes.text(1.05, 0.45, f"+{limit} {high}", ha="left", va="center", fontsize=9, parse_math=False)
+    axes.text(-1.05, 0.45, _printable(f"{low} −{limit}"), ha="right", va="center", fontsize=9, parse_math=False)
+    axes.text(1.05, 0.45, _printable(f"+{limit} {high}"), ha="left", va="center", fontsize=9, parse_math=False)
 
 
 def _tokens(
@@ -112,7 +112,7 @@ def _tokens(
     from matplotlib.patches import Rectangle
 
     means = inspection.means(reading)
-    axes.set_title(heading, fontsize=10, loc="left", parse_math=False)
+    axes.set_title(_printable(heading), fontsize=10, loc="left", parse_math=False)
     axes.set_xlim(0, _COLUMNS)
     axes.set_ylim(lines[-1][0] + 1, 0)
     axes.axis("off")
@@ -154,4 +154,4 @@ def _heatmap(axes: Axes, inspection: Inspection, reading: Reading, heading: str,
     axes.tick_params(axis="x", labelsize=7)
     if first < inspection.n_prompt < n:
         axes.axvline(inspection.n_prompt - 0.5, color="black", linewidth=1)
-    axes.set_title(f"layers, {heading}", fontsize=10, loc="left", parse_math=False)
+    axes.set_title(_printable(f"layers, {heading}"), fontsize=10, loc="left", parse_math=False)

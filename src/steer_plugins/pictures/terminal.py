@@ -19,8 +19,8 @@ _TICK = 10  # columns between the numbers under a heatmap
 def to_terminal(inspection: Inspection, *, colour: bool = True, width: int = 80) -> Group:
     """Something rich prints: ``Console().print(to_terminal(inspection))``.
 
-    ``colour`` False gives a table of numbers, one row a token, for pipes and terminals without colours. ``width``: columns;
-    a heatmap of a longer text is folded.
+    ``colour`` False gives a table of numbers, one row a token, for pipes and terminals of fewer than 256 colours.
+    ``width``: columns; a heatmap of a longer text is folded.
     """
     from rich.console import Group
     from rich.text import Text
@@ -75,8 +75,10 @@ def _heatmap(inspection: Inspection, reading: Reading, width: int) -> Text:
         for row in reversed(range(len(inspection.layers))):
             out.append(f"{inspection.layers[row]:>4} ")
             for i in range(first, last):
-                sink = i == 0
-                out.append(":" if sink else " ", "dim" if sink else _style(float(reading.projections[row, i]), inspection.limit))
+                value = float(reading.projections[row, i])
+                # a sign as well as a colour, for printouts and for eyes that see no colours
+                mark = " " if abs(value) < inspection.limit / 3 else "+" if value > 0 else "-"
+                out.append(":" if i == 0 else mark, "dim" if i == 0 else _style(value, inspection.limit))
             out.append("\n")
         ticks = "".join(f"{i:<{_TICK}}" for i in range(first, last, _TICK))
         out.append(" " * 5 + ticks.rstrip() + ("\n" if last < n else ""), "dim")

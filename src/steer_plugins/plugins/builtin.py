@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from ..bench.report import BenchReport
+    from ..bench.tasks import Family
     from ..formats import Format
 
 
@@ -37,3 +39,21 @@ def register_metrics(register: Callable[[str, Callable[[str], float]], None]) ->
 
     for name, metric in builtin_metrics().items():
         register(name, metric)
+
+
+@hookimpl
+def register_tasks(register: Callable[[str, Family], None]) -> None:
+    """The task families of ``steer bench control``."""
+    from ..bench.tasks import builtin_families
+
+    for family in builtin_families():
+        register(family.name, family)
+
+
+@hookimpl
+def register_reporters(register: Callable[[str, Callable[[BenchReport], dict[str, bytes]]], None]) -> None:
+    """The files that ``steer bench control`` writes."""
+    from ..bench.report import builtin_reporters
+
+    for name, reporter in builtin_reporters().items():
+        register(name, reporter)

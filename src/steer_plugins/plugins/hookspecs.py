@@ -10,6 +10,8 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from ..bench.report import BenchReport
+    from ..bench.tasks import Family
     from ..formats import Format
 
 hookspec = pluggy.HookspecMarker("steer_plugins")
@@ -34,6 +36,16 @@ def register_formats(register: Callable[[Format], None]) -> None:
 @hookspec
 def register_metrics(register: Callable[[str, Callable[[str], float]], None]) -> None:
     """Register text metrics: ``register(name, score)``, where ``score(text)`` grows towards the positive pole."""
+
+
+@hookspec
+def register_tasks(register: Callable[[str, Family], None]) -> None:
+    """Register task families of ``steer bench control``: ``register(name, family)``, a ``steer_plugins.bench.tasks.Family``."""
+
+
+@hookspec
+def register_reporters(register: Callable[[str, Callable[[BenchReport], dict[str, bytes]]], None]) -> None:
+    """Register reporters: ``register(name, reporter)``, where ``reporter(report)`` returns files by name, for its folder."""
 
 
 @hookspec

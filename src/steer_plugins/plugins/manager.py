@@ -27,12 +27,12 @@ ENTRY_POINT_GROUP = "steer_plugins"
 #: Built-in commands: command name -> plugin module, imported only when the command is needed: starting stays quick.
 COMMAND_PLUGINS = {
     name: f"steer_plugins.cli.{name.replace('-', '_')}"
-    for name in "build doctor demo train train-gate generate read inspect show plot convert serve bench plugins".split()
+    for name in "build doctor demo train train-gate generate read inspect show plot convert serve bench textgen plugins".split()
 }
 #: Built-in plugins that bring methods, formats and metrics.
 DEFAULT_PLUGINS = ("steer_plugins.plugins.builtin",)
 
-Kind = Literal["methods", "formats", "metrics", "hosts"]
+Kind = Literal["methods", "formats", "metrics", "tasks", "reporters", "hosts"]
 
 
 class PluginWarning(UserWarning):
@@ -166,8 +166,8 @@ def _collector(kind: str, taken: dict[str, Any], mine: dict[str, Any]) -> Callab
             raise ValueError(f"{name!r} is no name for one of the {kind}")
         if name in taken or name in mine:
             raise ValueError(f"{name!r} is already registered in {kind}")
-        if kind == "metrics" and not callable(thing):
-            raise TypeError(f"the metric {name!r} cannot be called")
+        if kind in ("metrics", "reporters") and not callable(thing):
+            raise TypeError(f"the {kind.removesuffix('s')} {name!r} cannot be called")
         mine[name] = thing
 
     # A format carries its own name and suffixes; everything else is registered under a name.

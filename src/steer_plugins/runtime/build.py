@@ -44,6 +44,7 @@ from .patching import DoesNotFit, PatchedTree, PatchSet, patch_sets
 from .process import Log, Reporter, first_error, run_logged
 from .sources import SourceOrigin, folder_origin, llama_cpp_version, prepare_tree, sdist_origin
 
+_SERVER = "llama-server.exe" if sys.platform == "win32" else "llama-server"
 _RUNTIME_FORMAT = 1
 _KEPT_LOGS = 20
 
@@ -273,8 +274,9 @@ def build_runtime(options: BuildOptions, reporter: Reporter | None = None) -> Bu
             _clean_leftovers(cache)
             # Another process may have built it while we waited.
             found = None if options.force else _finished(plan, cache)
-            stock = found.path / "stock" / "lib" if found else None
-            if found and (not options.stock_twin or (stock and stock.is_dir())):
+            stock = found.stock_lib_dir if found else None
+            twin = stock is not None and found is not None and (found.stock_server is not None or not plan.server)
+            if found and (twin or not options.stock_twin):
                 return BuildResult(found, time.monotonic() - started, True, stock if options.stock_twin else None)
             return _Build(plan, options, cache, reporter, started).run(found)
     except OSError as error:
@@ -386,12 +388,15 @@ class _Build:
         self._look_at_host()
         patch, content = self._fit()
         stock = self.work / "stock"
-        if self.options.stock_twin and find_library(stock, "llama") is None:
+        if self.options.stock_twin and not self._has_twin(stock):
             # First, so that in a fresh tree only what the patch touches is compiled twice.
             self.tree.put({})
-            self._compile(["llama"], "compiling llama.cpp (unpatched)")
+            self._compile(["llama", *(["llama-server"] if self.plan.server else [])], "compiling llama.cpp (unpatched)")
             remove_tree(stock)
-            self._copy_libraries(self._outputs(), stock, lambda name: _base_name(name) == "llama")
+            own = {"llama", "llama-common", "llama-server-impl"} if self.plan.server else {"llama"}
+            self._copy_libraries(self._outputs(), stock, lambda name: _base_name(name) in own)
+            if self.plan.server:
+                shutil.copy2(self._outputs() / _SERVER, stock / _SERVER)
         self.tree.put(content)
         runtime = finished
         if runtime is None:
@@ -565,6 +570,9 @@ class _Build:
                     raise self._failure(f"{path} does not compile with the patch", lines)
         return list(files)
 
+    def _has_twin(self, stock: Path) -> bool:
+        return find_library(stock, "llama") is not None and (not self.plan.server or (stock / _SERVER).is_file())
+
     # the result
 
     def _outputs(self) -> Path:
@@ -662,13 +670,11 @@ class _Build:
 
     def _stage_server(self, stage: Path, outputs: Path, modules: bool) -> str:
         """Put llama-server in place; its path inside the runtime."""
-        windows = sys.platform == "win32"
-        name = "llama-server.exe" if windows else "llama-server"
         # Windows looks for libraries beside the program and nowhere else of ours; ggml does so for its modules.
-        folder = "lib" if windows or modules else "bin"
+        folder = "lib" if sys.platform == "win32" or modules else "bin"
         make_dir(stage / folder)
-        shutil.copy2(outputs / name, stage / folder / name)
-        return f"{folder}/{name}"
+        shutil.copy2(outputs / _SERVER, stage / folder / _SERVER)
+        return f"{folder}/{_SERVER}"
 
     def _stage_headers(self, include: Path) -> None:
         ggml = self.src / "ggml" / "include"
@@ -692,7 +698,7 @@ class _Build:
         return prefix / "include" if prefix else self.src / "ggml" / "include"
 
     def _install_stock(self, runtime: Runtime, stock: Path) -> Path:
-        """Put the unpatched library beside the patched one, with links to the same ggml."""
+        """Put the unpatched library, and llama-server if it was built, beside the patched ones, with links to the same ggml."""
         target = runtime.path / "stock"
         partial = runtime.path / ".stage-stock"
         remove_tree(partial)
@@ -706,6 +712,8 @@ class _Build:
             remove_tree(partial)
             why = report.get("error", "it is patched")
             raise BuildError(f"the unpatched twin is unusable ({why}); remove {self.work}")
+        if self.plan.server:
+            self._stage_server(partial, stock, bool(report.get("modules")))
         os.replace(partial, target)
         return target / "lib"
 

@@ -63,6 +63,13 @@ class Runtime:
         folder = self.path / "stock" / "lib"
         return folder if find_library(folder, "llama") else None
 
+    @property
+    def stock_server(self) -> Path | None:
+        """The unpatched twin's llama-server, where it was built."""
+        name = "llama-server.exe" if sys.platform == "win32" else "llama-server"
+        places = [self.path / "stock" / folder / name for folder in ("bin", "lib")]
+        return next((place for place in places if place.is_file()), None)
+
     def problem(self) -> str | None:
         """What is wrong with its files, as the end of a sentence; None when they are as they were built."""
         if find_library(self.lib_dir, "llama") is None:

@@ -1,0 +1,655 @@
+"""The sidecar's HTTP surface: Ollama's API, of which it answers what steered models need and passes on the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from steer_plugins import __version__
+from steer_plugins.errors import EngineError, ModelError, SteerError
+
+from . import creating, expression, llama, openai, options, replies
+from .daemon import Daemon
+from .errors import BadRequest, NotFound, Unavailable
+from .folder import FolderStore
+from .llama import Piece
+from .model import STEERING, Model, rfc3339
+from .names import parse_name
+from .pool import Pool, Runner
+from .store import OllamaStore
+from .streams import Streamed, Whole, error_answer
+
+if TYPE_CHECKING:
+    from steer_plugins.library import Library
+
+log = logging.getLogger("steer.ollama")
+
+MAX_BODY = 256 << 20
+#: What a sidecar without Ollama says its version is: that of the API it follows.
+API_VERSION = "0.12.0"
+
+
+class Service:
+    """What the routes share.
+
+    Args:
+        store: where models are looked up.
+        daemon: Ollama; None: a folder is served without it.
+        pool: the llama-servers.
+        serve_all: run every model here, not only steered ones.
+    """
+
+    def __init__(
+        self,
+        store: OllamaStore | FolderStore,
+        pool: Pool,
+        library: Library,
+        *,
+        daemon: Daemon | None = None,
+        serve_all: bool = False,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.store, self.pool, self.library, self.daemon = store, pool, library, daemon
+        self.serve_all = serve_all or daemon is None
+        self.environ = os.environ if environ is None else environ
+        self.client = llama.new_client()
+        if daemon is not None:
+            pool._before_load = self.free_daemon
+
+    async def close(self) -> None:
+        """End the processes and connections."""
+        await self.pool.close()
+        await self.client.aclose()
+        if self.daemon is not None:
+            await self.daemon.close()
+
+    async def free_daemon(self, model: Model) -> None:
+        """Have Ollama unload the weights that are about to be loaded here."""
+        assert self.daemon is not None
+        for name in await self.daemon.loaded():
+            with contextlib.suppress(SteerError):
+                if (await asyncio.to_thread(self.store.get, name)).gguf == model.gguf:
+                    log.info("Ollama unloads %s, whose weights are loaded here", name)
+                    await self.daemon.unload(name)
+
+    async def find(self, name: str) -> Model:
+        """Raises SteerError."""
+        return await asyncio.to_thread(self.store.get, name)
+
+    async def mine(self, body: Mapping[str, Any], steering: Any) -> Model | None:
+        """The model of a request, where the sidecar answers it; None where Ollama does.
+
+        Raises:
+            SteerError: the model cannot be steered, and the request or the model wants to be.
+        """
+        name = body.get("model") or body.get("name")
+        try:
+            model = await self.find(name or "")
+        except (NotFound, BadRequest, ModelError):
+            if self.daemon is None or steering is not None:
+                raise
+            return None  # Ollama knows better what is wrong with it, or runs it elsewhere
+        wanted = steering is not None or model.steering is not None or self.serve_all
+        return model if wanted or self.pool.holding(model.gguf) is not None else None
+
+
+# ---- small answers ----
+
+
+async def read_body(request: Request) -> tuple[bytes, dict[str, Any]]:
+    """The body and its JSON object. Raises BadRequest."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY:
+            raise BadRequest(f"the request is longer than {MAX_BODY >> 20} MiB")
+        parts.append(part)
+    raw = b"".join(parts)
+    if not raw.strip():
+        raise BadRequest("missing request body")
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the request is no JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the request must be a JSON object")
+    return raw, body
+
+
+def now() -> str:
+    """The time as Ollama writes it."""
+    return rfc3339(time.time())
+
+
+def durations(started: float, loaded: float, end: llama.End) -> dict[str, int]:
+    """Ollama's counts and times, nanoseconds."""
+    return {
+        "total_duration": int((time.monotonic() - started) * 1e9),
+        "load_duration": int((loaded - started) * 1e9),
+        "prompt_eval_count": end.n_prompt,
+        "prompt_eval_duration": int(end.prompt_ms * 1e6),
+        "eval_count": end.n_reply,
+        "eval_duration": int(end.reply_ms * 1e6),
+    }
+
+
+def line(value: Mapping[str, Any]) -> bytes:
+    """A line of NDJSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+# ---- chat and generate ----
+
+
+@dataclass
+class Call:
+    """A request for text that the sidecar answers."""
+
+    service: Service
+    model: Model
+    body: dict[str, Any]
+    options: dict[str, Any]
+    steering: str | None
+    keep: float
+    chat: bool
+
+    @property
+    def name(self) -> str:
+        return str(self.body.get("model"))
+
+    @contextlib.asynccontextmanager
+    async def job(self) -> AsyncGenerator[replies.Job, None]:
+        """The process, loaded, and what is asked of it."""
+        load = options.load_options(self.options, self.service.environ)
+        async with self.service.pool.use(self.model, load, self.keep) as runner:
+            think = replies.checked_think(self.body.get("think"), self.model, runner)
+            yield replies.Job(
+                self.service.pool, self.service.client, runner, self.model, self.body, self.options, self.steering, think
+            )
+
+    def head(self) -> dict[str, Any]:
+        return {"model": self.name, "created_at": now()}
+
+    def part(self, piece: Piece) -> dict[str, Any]:
+        """A reply's line that is not the last."""
+        if not self.chat:
+            found = {**self.head(), "response": piece.content}
+            if piece.thinking:
+                found["thinking"] = piece.thinking
+        else:
+            message: dict[str, Any] = {"role": "assistant", "content": piece.content}
+            if piece.thinking:
+                message["thinking"] = piece.thinking
+            if piece.tool_calls:
+                message["tool_calls"] = piece.tool_calls
+            found = {**self.head(), "message": message}
+        found["done"] = False
+        if piece.logprobs:
+            found["logprobs"] = piece.logprobs
+        return found
+
+    def ended(self, reason: str) -> dict[str, Any]:
+        """The last line, without its counts."""
+        empty: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if self.chat else {"response": ""}
+        return {**self.head(), **empty, "done": True, "done_reason": reason}
+
+    async def pieces(self) -> AsyncGenerator[tuple[Piece, dict[str, Any] | None], None]:
+        """Pieces of the reply; with the last one come the counts of the last line."""
+        started = time.monotonic()
+        told, tokens = replies.Generated(), []
+        async with self.job() as job:
+            loaded = time.monotonic()
+            stream = replies.chat(job) if self.chat else replies.generate(job, told)
+            async with contextlib.aclosing(stream):
+                async for piece in stream:
+                    tokens += piece.tokens
+                    counts = None
+                    if piece.end is not None:
+                        counts = durations(started, loaded, piece.end)
+                        if told.known:
+                            counts["context"] = await replies.context_of(job, told, tokens)  # type: ignore[assignment]
+                    yield piece, counts
+
+    async def lines(self) -> AsyncGenerator[bytes, None]:
+        """The streamed answer."""
+        async with contextlib.aclosing(self.pieces()) as pieces:
+            async for piece, counts in pieces:
+                if piece.content or piece.thinking or piece.tool_calls or piece.logprobs:
+                    yield line(self.part(piece))
+                if piece.end is not None:
+                    yield line({**self.ended(piece.end.reason), **(counts or {})})
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        total = Piece()
+        counts: dict[str, Any] = {}
+        reason = "stop"
+        texts, thoughts = [], []
+        async with contextlib.aclosing(self.pieces()) as pieces:
+            async for piece, found in pieces:
+                texts.append(piece.content)
+                thoughts.append(piece.thinking)
+                total.tool_calls += piece.tool_calls
+                total.logprobs += piece.logprobs
+                if piece.end is not None:
+                    reason, counts = piece.end.reason, found or {}
+        total.content, total.thinking = "".join(texts), "".join(thoughts)
+        return {**self.part(total), "done": True, "done_reason": reason, **counts}
+
+    async def load(self) -> dict[str, Any]:
+        """An empty request: only load the model, and check that its steering can be had."""
+        async with self.job() as job:
+            await self.service.pool.terms(job.runner, self.model, self.steering)
+        return self.ended("load")
+
+    async def unload(self) -> dict[str, Any]:
+        """An empty request with ``keep_alive`` 0."""
+        await self.service.pool.unload(self.model)
+        return self.ended("unload")
+
+
+def make_call(service: Service, model: Model, body: dict[str, Any], *, chat: bool) -> Call:
+    """Raises SteerError for a request that cannot be understood."""
+    given = options.checked(body.get("options"))
+    wanted = body[STEERING] if STEERING in body else given.get(STEERING)
+    return Call(
+        service=service,
+        model=model,
+        body=body,
+        options=options.merged(model.parameters, given),
+        steering=expression.of_request(wanted, model.steering),
+        keep=options.keep_alive(body.get("keep_alive"), service.environ),
+        chat=chat,
+    )
+
+
+def steering_in(body: Mapping[str, Any]) -> Any:
+    """The steering that a request brings, wherever it is; None if it brings none."""
+    given = body.get("options")
+    return body[STEERING] if body.get(STEERING) is not None else given.get(STEERING) if isinstance(given, dict) else None
+
+
+async def reply(request: Request) -> Response:
+    """``POST /api/chat`` and ``/api/generate``."""
+    service: Service = request.app.state.service
+    chat = request.url.path.endswith("chat")
+    try:
+        raw, body = await read_body(request)
+        model = await service.mine(body, steering_in(body))
+        if model is None:
+            assert service.daemon is not None
+            return await service.daemon.forward(request, raw)
+        call = make_call(service, model, body, chat=chat)
+        if not body.get("messages" if chat else "prompt"):
+            if call.keep == 0 and body.get("keep_alive") is not None:
+                return Whole(call.unload())
+            return Whole(call.load())
+        if body.get("stream", True) is False:
+            return Whole(call.whole())
+        return Streamed(call.lines())
+    except SteerError as error:
+        return error_answer(error)
+
+
+# ---- management ----
+
+
+async def running(request: Request) -> Response:
+    """``GET /api/ps``: Ollama's and ours."""
+    service: Service = request.app.state.service
+    models: list[Any] = []
+    if service.daemon is not None:
+        with contextlib.suppress(Unavailable):
+            status, found = await service.daemon.call("GET", "/api/ps")
+            if status == 200 and isinstance(found, dict):
+                models = list(found.get("models") or [])
+    for runner in service.pool.loaded():
+        for name in list(runner.names):
+            with contextlib.suppress(SteerError):
+                models.append(entry_of_ps(await service.find(name), runner))
+    return JSONResponse({"models": models})
+
+
+def entry_of_ps(model: Model, runner: Runner) -> dict[str, Any]:
+    """A model of ours in ``/api/ps``; ``steering``, ``device`` and ``steer_server`` are additions."""
+    left = runner.expires - time.monotonic() if runner.users == 0 else runner.keep
+    forever = left > 100 * 365 * 86400
+    return {
+        "name": str(model.name),
+        "model": str(model.name),
+        "size": model.size,
+        "digest": model.digest,
+        "details": model.details(),
+        "expires_at": "2318-01-01T00:00:00Z" if forever else rfc3339(time.time() + max(0.0, left)),
+        "size_vram": model.size if runner.facts.on_gpu else 0,
+        "context_length": runner.facts.n_ctx,
+        STEERING: model.steering or "",
+        "device": runner.facts.device,
+        "steer_server": runner.url,
+    }
+
+
+async def show(request: Request) -> Response:
+    """``POST /api/show``: what Ollama says, and the steering."""
+    service: Service = request.app.state.service
+    try:
+        raw, body = await read_body(request)
+        name = body.get("model") or body.get("name")
+        if service.daemon is None:
+            return JSONResponse(await asyncio.to_thread(shown, service.store.get(name or ""), bool(body.get("verbose"))))
+        status, found = await service.daemon.call("POST", "/api/show", body)
+        if status == 200 and isinstance(found, dict):
+            with contextlib.suppress(SteerError):
+                model = await service.find(str(name))
+                if model.steering is not None:
+                    found[STEERING] = model.steering
+                    if model.carriers:
+                        found["parameters"] = parameter_text({**model.parameters, STEERING: model.steering})
+        return JSONResponse(found, status_code=status)
+    except SteerError as error:
+        return error_answer(error)
+
+
+def parameter_text(parameters: Mapping[str, Any]) -> str:
+    """``parameters`` of ``/api/show``: a line for each value."""
+    lines = []
+    for key, value in sorted(parameters.items()):
+        for one in value if isinstance(value, list) else [value]:
+            text = json.dumps(one, ensure_ascii=False) if isinstance(one, str) else str(one).lower()
+            lines.append(f"{key:<30} {text}")
+    return "\n".join(lines)
+
+
+def shown(model: Model, verbose: bool = False) -> dict[str, Any]:
+    """``/api/show`` of a folder's model. Raises SteerError."""
+    from . import modelfile
+
+    parameters = dict(model.parameters)
+    if model.steering is not None:
+        parameters[STEERING] = model.steering
+    values = {key: value for key, value in model.facts.values.items() if not key.startswith("tokenizer.") or verbose}
+    values["general.parameter_count"] = model.facts.parameters
+    text = modelfile.render(
+        str(model.gguf),
+        template=model.template,
+        system=model.system,
+        parameters=parameters,
+        messages=model.messages,
+        licenses=model.licenses,
+        adapters=map(str, model.adapters),
+    )
+    found: dict[str, Any] = {
+        "modelfile": f'# Modelfile generated by "steer ollama"\n{text}',
+        "parameters": parameter_text(parameters),
+        "template": model.template or model.facts.chat_template,
+        "details": model.details(),
+        "model_info": values,
+        "capabilities": model.capabilities(),
+        "modified_at": rfc3339(model.modified),
+    }
+    if model.licenses:
+        found["license"] = "\n".join(model.licenses)
+    if model.system:
+        found["system"] = model.system
+    if model.messages:
+        found["messages"] = list(model.messages)
+    if model.steering is not None:
+        found[STEERING] = model.steering
+    return found
+
+
+async def create(request: Request) -> Response:
+    """``POST /api/create``: checked, then stored by Ollama or in the folder."""
+    service: Service = request.app.state.service
+    try:
+        _, body = await read_body(request)
+        for key in ("messages",):
+            replies.checked_messages(body.get(key))
+        steps = _created(service, body)
+        if body.get("stream", True) is False:
+            return Whole(_last(steps))
+        return Streamed(steps_as_lines(steps))
+    except SteerError as error:
+        return error_answer(error)
+
+
+async def steps_as_lines(steps: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(steps):
+        async for step in steps:
+            yield line(step)
+
+
+async def _last(steps: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    async for step in steps:
+        found = step
+        if "error" in step:
+            raise BadRequest(str(step["error"]))
+    return found
+
+
+async def _created(service: Service, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    """The status lines of a create."""
+    if service.daemon is None:
+        prepared = await asyncio.to_thread(creating.prepare, body, service.store, service.library)
+        yield {"status": "writing the Modelfile"}
+        assert isinstance(service.store, FolderStore)
+        await asyncio.to_thread(service.store.create, prepared.name, prepared.body, prepared.vectors)
+        yield {"status": "success"}
+        return
+    async for step in _pulled_first(service, body):
+        yield step
+        if "error" in step:
+            return
+    prepared = await asyncio.to_thread(creating.prepare, body, service.store, service.library)
+    async for step in service.daemon.lines("/api/create", {**prepared.body, "stream": True}):
+        if "error" in step:
+            status = int(step.pop("status", 500))
+            raise BadRequest(str(step["error"])) if status < 500 else EngineError(str(step["error"]))
+        if step.get("status") == "success" and prepared.vectors:
+            assert isinstance(service.store, OllamaStore)
+            await asyncio.to_thread(service.store.carry, str(prepared.name), prepared.vectors)
+        yield step
+
+
+async def _pulled_first(service: Service, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    """Pull the base of a steered model where it is not there yet, so that its vectors can be checked before anything is made."""
+    assert service.daemon is not None
+    parameters = body.get("parameters")
+    if not isinstance(parameters, dict) or STEERING not in parameters or not isinstance(body.get("from"), str):
+        return
+    try:
+        await service.find(body["from"])
+    except NotFound:
+        async for step in service.daemon.lines("/api/pull", {"model": body["from"], "stream": True}):
+            if step.get("status") != "success":
+                yield {key: value for key, value in step.items() if key != "status" or "error" not in step}
+    except SteerError:
+        return
+
+
+async def tags(request: Request) -> Response:
+    """``GET /api/tags`` of a folder."""
+    service: Service = request.app.state.service
+
+    def collect() -> list[dict[str, Any]]:
+        found = []
+        for name in service.store.names():
+            with contextlib.suppress(SteerError):  # a broken Modelfile hides its own model only
+                model = service.store.get(str(name))
+                entry = {"name": str(name), "model": str(name), "modified_at": rfc3339(model.modified)}
+                found.append({**entry, "size": model.size, "digest": model.digest, "details": model.details()})
+        return found
+
+    return JSONResponse({"models": await asyncio.to_thread(collect)})
+
+
+async def delete(request: Request) -> Response:
+    """``DELETE /api/delete``."""
+    service: Service = request.app.state.service
+    try:
+        raw, body = await read_body(request)
+        name = str(body.get("model") or body.get("name") or "")
+        with contextlib.suppress(SteerError):
+            model = await service.find(name)
+            await forget(service, model)
+        if service.daemon is not None:
+            return await service.daemon.forward(request, raw)
+        assert isinstance(service.store, FolderStore)
+        await asyncio.to_thread(service.store.delete, name)
+        return Response(status_code=200)
+    except SteerError as error:
+        return error_answer(error)
+
+
+async def forget(service: Service, model: Model) -> None:
+    """A model is about to be deleted: its process goes with it, unless other models are using it."""
+    runner = service.pool.holding(model.gguf)
+    if runner is None:
+        return
+    if str(model.name) in runner.names:
+        runner.names.remove(str(model.name))
+    if not runner.names and runner.users == 0:
+        await service.pool.unload(runner.last)
+
+
+async def copy(request: Request) -> Response:
+    """``POST /api/copy`` of a folder."""
+    service: Service = request.app.state.service
+    try:
+        _, body = await read_body(request)
+        assert isinstance(service.store, FolderStore)
+        await asyncio.to_thread(service.store.copy, str(body.get("source") or ""), parse_name(body.get("destination")))
+        return Response(status_code=200)
+    except SteerError as error:
+        return error_answer(error)
+
+
+async def blobs(request: Request) -> Response:
+    """``HEAD`` and ``POST /api/blobs/DIGEST`` of a folder: uploads are checked, and there whole or not at all."""
+    service: Service = request.app.state.service
+    assert isinstance(service.store, FolderStore)
+    try:
+        path = service.store.blob_path(request.path_params["digest"])
+        if request.method == "HEAD":
+            return Response(status_code=200 if path.is_file() else 404)
+        if path.is_file():
+            return Response(status_code=200)
+        beside = service.store.new_blob()
+        digest = hashlib.sha256()
+        try:
+            with open(beside, "wb") as file:
+                async for part in request.stream():
+                    digest.update(part)
+                    await asyncio.to_thread(file.write, part)
+                file.flush()
+                os.fsync(file.fileno())
+            if f"sha256-{digest.hexdigest()}" != path.name:
+                raise BadRequest("digest mismatch: the upload is not what its digest says")
+            os.replace(beside, path)
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+        return Response(status_code=201)
+    except ClientDisconnect:
+        return Response(status_code=400)
+    except SteerError as error:
+        return error_answer(error)
+    except OSError as error:
+        return error_answer(EngineError(f"the upload cannot be stored in {service.store.root}: {error.strerror or error}"))
+
+
+async def embed(request: Request) -> Response:
+    """Embeddings are Ollama's: weights that are loaded here are let go of first."""
+    service: Service = request.app.state.service
+    try:
+        raw, body = await read_body(request)
+        if service.daemon is None:
+            raise BadRequest("this sidecar serves no embeddings: ask Ollama, or a llama-server with --embeddings")
+        with contextlib.suppress(SteerError):
+            await service.pool.release_weights((await service.find(str(body.get("model") or ""))).gguf)
+        return await service.daemon.forward(request, raw)
+    except SteerError as error:
+        return error_answer(error)
+
+
+async def root(request: Request) -> Response:
+    """``GET /`` and ``HEAD /``, which the CLI asks before each command."""
+    return PlainTextResponse("Ollama is running")
+
+
+async def version(request: Request) -> Response:
+    """``GET /api/version``."""
+    service: Service = request.app.state.service
+    found: dict[str, Any] = {"version": API_VERSION}
+    if service.daemon is not None:
+        try:
+            _, said = await service.daemon.call("GET", "/api/version")
+        except SteerError as error:
+            return error_answer(error)
+        found = said if isinstance(said, dict) else found
+    return JSONResponse({**found, "steer": __version__})
+
+
+async def anything(request: Request) -> Response:
+    """All other routes are Ollama's."""
+    service: Service = request.app.state.service
+    style = "openai" if request.url.path.startswith("/v1/") else "ollama"
+    if service.daemon is None:
+        return error_answer(
+            NotFound(f"{request.url.path} needs Ollama itself, and this sidecar serves a folder without it"), style
+        )
+    try:
+        return await service.daemon.forward(request)
+    except SteerError as error:
+        return error_answer(error, style)
+
+
+def make_app(service: Service) -> Starlette:
+    """The ASGI application."""
+    methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+    routes = [
+        Route("/", root, methods=["GET", "HEAD"]),
+        Route("/api/version", version, methods=["GET", "HEAD"]),
+        Route("/api/chat", reply, methods=["POST"]),
+        Route("/api/generate", reply, methods=["POST"]),
+        Route("/api/ps", running, methods=["GET"]),
+        Route("/api/show", show, methods=["POST"]),
+        Route("/api/create", create, methods=["POST"]),
+        Route("/api/delete", delete, methods=["DELETE"]),
+        Route("/api/embed", embed, methods=["POST"]),
+        Route("/api/embeddings", embed, methods=["POST"]),
+        Route("/v1/embeddings", embed, methods=["POST"]),
+        *openai.routes(),
+    ]
+    if service.daemon is None:
+        routes += [
+            Route("/api/tags", tags, methods=["GET", "HEAD"]),
+            Route("/api/copy", copy, methods=["POST"]),
+            Route("/api/blobs/{digest}", blobs, methods=["HEAD", "POST"]),
+            Route("/v1/models", openai.models, methods=["GET"]),
+            Route("/v1/models/{model:path}", openai.models, methods=["GET"]),
+        ]
+    routes.append(Route("/{path:path}", anything, methods=methods))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
+        yield
+        await service.close()
+
+    app = Starlette(routes=routes, lifespan=lifespan)
+    app.state.service = service
+    return app

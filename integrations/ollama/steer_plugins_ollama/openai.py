@@ -1,0 +1,289 @@
+"""The routes under ``/v1``: OpenAI's chat and completions, and llama-server's own ``/v1/responses`` and ``/v1/messages``.
+
+A model whose chat template is its GGUF's is answered by llama-server as it is; a TEMPLATE of its own is rendered here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from steer_plugins.errors import SteerError
+
+from . import llama, options, replies
+from .errors import BadRequest, NotFound
+from .model import STEERING
+from .streams import Streamed, Whole, error_answer
+
+if TYPE_CHECKING:
+    from .app import Call, Service
+
+#: OpenAI's names of sampling options, as Ollama's.
+_OPTIONS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "seed": "seed",
+    "stop": "stop",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "max_tokens": "num_predict",
+    "max_completion_tokens": "num_predict",
+}
+
+
+def routes() -> list[Route]:
+    """The routes that steered models are asked through."""
+    return [
+        Route("/v1/chat/completions", handle, methods=["POST"]),
+        Route("/v1/completions", handle, methods=["POST"]),
+        Route("/v1/responses", handle, methods=["POST"]),
+        Route("/v1/messages", handle, methods=["POST"]),
+    ]
+
+
+async def handle(request: Request) -> Response:
+    """One of :func:`routes`."""
+    from .app import make_call, read_body, steering_in
+
+    service: Service = request.app.state.service
+    path = request.url.path
+    try:
+        raw, body = await read_body(request)
+        model = await service.mine(body, steering_in(body))
+        if model is None:
+            assert service.daemon is not None
+            return await service.daemon.forward(request, raw)
+        given = {ours: body[theirs] for theirs, ours in _OPTIONS.items() if body.get(theirs) is not None}
+        if path == "/v1/messages" and "stop_sequences" in body:
+            given["stop"] = body["stop_sequences"]
+        call = make_call(service, model, {**body, "options": {**(body.get("options") or {}), **given}}, chat=True)
+        streams = bool(body.get("stream"))
+        if path == "/v1/completions":
+            found = completion_body(call.body)
+            call.body, call.chat = found, False
+            return _own(call, body, streams, "text_completion")
+        if path == "/v1/chat/completions":
+            if not replies.checked_messages_openai(body.get("messages")):
+                raise BadRequest("[] is too short - 'messages'")
+            if model.template and not body.get("tools"):
+                call.body = chat_body(call.body)
+                return _own(call, body, streams, "chat.completion")
+        return _passed(call, path, streams)
+    except SteerError as error:
+        return error_answer(error, "openai")
+
+
+# ---- answered by llama-server ----
+
+
+def _passed(call: Call, path: str, streams: bool) -> Response:
+    """The process's own answer, its bytes untouched."""
+    if streams:
+        return Streamed(_passed_bytes(call, path), media_type="text/event-stream", broken="sse", style="openai")
+    return Whole(_passed_whole(call, path), style="openai")
+
+
+async def _passed_whole(call: Call, path: str) -> Any:
+    async with call.job() as job:
+        answer = await llama.ask(job.client, job.url, path, await _server_body(call, job, path))
+        return {**answer, "model": call.name} if isinstance(answer, dict) else answer
+
+
+async def _passed_bytes(call: Call, path: str) -> AsyncGenerator[bytes, None]:
+    async with call.job() as job:
+        body = await _server_body(call, job, path)
+        sent = job.client.build_request("POST", job.url + path, json=body, headers={"Connection": "close"})
+        try:
+            response = await job.client.send(sent, stream=True)
+        except httpx.HTTPError as error:
+            raise llama.gone(error) from None
+        try:
+            if response.status_code != 200:
+                raise llama.refusal(response.status_code, await response.aread())
+            async for part in response.aiter_raw():
+                yield part
+        except httpx.HTTPError as error:
+            raise llama.gone(error) from None
+        finally:
+            await response.aclose()
+
+
+async def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any]:
+    """The request with the model's options, system prompt, history and steering in it."""
+    terms = await job.pool.terms(job.runner, job.model, call.steering)
+    drop = {STEERING, "options", "keep_alive", *_OPTIONS}
+    body = {**options.sampling(job.options), **{k: v for k, v in call.body.items() if k not in drop}}
+    body.update(replies.steering_fields(terms, job.runner))
+    model = job.model
+    if path == "/v1/chat/completions":
+        body["messages"] = _with_model(model.system, model.messages, call.body["messages"])
+        if call.body.get("think") is not None:
+            body["chat_template_kwargs"] = replies.thinking_kwargs(job.think)
+    elif path == "/v1/messages":
+        if model.system and not call.body.get("system"):
+            body["system"] = model.system
+        body["max_tokens"] = call.body.get("max_tokens") or 4096
+    elif model.system and not call.body.get("instructions"):
+        body["instructions"] = model.system
+    return body
+
+
+def _with_model(system: str, history: Any, messages: list[Any]) -> list[Any]:
+    first = [{"role": "system", "content": system}] if system and messages[0].get("role") not in ("system", "developer") else []
+    return [*first, *llama.chat_messages(list(history)), *messages]
+
+
+# ---- rendered here ----
+
+
+def completion_body(body: Mapping[str, Any]) -> dict[str, Any]:
+    """``/api/generate``'s body from that of ``/v1/completions``. Raises BadRequest."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise BadRequest("prompt must be a text: ask for one completion at a time")
+    top = body.get("logprobs")
+    wanted = isinstance(top, int) and not isinstance(top, bool)
+    return {
+        **{key: body.get(key) for key in ("model", "suffix", "options", STEERING) if body.get(key) is not None},
+        "prompt": prompt,
+        "logprobs": wanted,
+        "top_logprobs": top if wanted else 0,
+    }
+
+
+def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
+    """``/api/chat``'s body from that of ``/v1/chat/completions``. Raises BadRequest."""
+    messages = []
+    for message in body["messages"]:
+        content, images = _content(message.get("content"))
+        role = {"developer": "system"}.get(message.get("role"), message.get("role"))
+        messages.append({**message, "role": role, "content": content, "images": images})
+    found: dict[str, Any] = {**body, "messages": messages}
+    form = body.get("response_format") or {}
+    if form.get("type") == "json_object":
+        found["format"] = form.get("schema") or "json"
+    elif form.get("type") == "json_schema":
+        found["format"] = (form.get("json_schema") or {}).get("schema") or "json"
+    effort = body.get("reasoning_effort")
+    if effort is not None and "think" not in body:
+        found["think"] = False if effort == "none" else effort
+    return found
+
+
+def _content(content: Any) -> tuple[str, list[str]]:
+    if content is None or isinstance(content, str):
+        return content or "", []
+    texts, images = [], []
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, dict) and part.get("type") == "text":
+            texts.append(str(part.get("text") or ""))
+        elif isinstance(part, dict) and part.get("type") == "image_url":
+            url = part.get("image_url")
+            images.append(str(url.get("url") if isinstance(url, dict) else url))
+        else:
+            raise BadRequest("a part of a message is neither text nor image_url")
+    if any(not image.startswith("data:") for image in images):
+        raise BadRequest("images are data: URLs")
+    return "".join(texts), images
+
+
+def _own(call: Call, asked: Mapping[str, Any], streams: bool, kind: str) -> Response:
+    if streams:
+        lines = _chunks(call, asked, kind)
+        return Streamed(lines, media_type="text/event-stream", broken="sse", style="openai")
+    return Whole(_one(call, kind), style="openai")
+
+
+def _id(kind: str) -> str:
+    return ("cmpl-" if kind == "text_completion" else "chatcmpl-") + secrets.token_hex(8)
+
+
+def _usage(end: llama.End) -> dict[str, int]:
+    total = end.n_prompt + end.n_reply
+    return {"prompt_tokens": end.n_prompt, "completion_tokens": end.n_reply, "total_tokens": total}
+
+
+async def _one(call: Call, kind: str) -> dict[str, Any]:
+    texts, thoughts, logprobs, end = [], [], [], llama.End("stop")
+    async with contextlib.aclosing(call.pieces()) as pieces:
+        async for piece, _ in pieces:
+            texts.append(piece.content)
+            thoughts.append(piece.thinking)
+            logprobs += piece.logprobs
+            end = piece.end or end
+    choice: dict[str, Any] = {"index": 0, "finish_reason": end.reason, "logprobs": None}
+    if kind == "text_completion":
+        choice["text"] = "".join(texts)
+    else:
+        choice["message"] = {"role": "assistant", "content": "".join(texts)}
+        if any(thoughts):
+            choice["message"]["reasoning_content"] = "".join(thoughts)
+        if logprobs:
+            choice["logprobs"] = {"content": logprobs}
+    head = {"id": _id(kind), "object": kind, "created": int(time.time()), "model": call.name}
+    return {**head, "choices": [choice], "usage": _usage(end)}
+
+
+async def _chunks(call: Call, asked: Mapping[str, Any], kind: str) -> AsyncGenerator[bytes, None]:
+    name = kind if kind == "text_completion" else "chat.completion.chunk"
+    head = {"id": _id(kind), "object": name, "created": int(time.time()), "model": call.name}
+
+    def chunk(choice: dict[str, Any] | None, **more: Any) -> bytes:
+        choices = [] if choice is None else [{"index": 0, "finish_reason": None, **choice}]
+        return b"data: " + json.dumps({**head, "choices": choices, **more}, ensure_ascii=False).encode() + b"\n\n"
+
+    first: dict[str, Any] = {"role": "assistant"}
+    async with contextlib.aclosing(call.pieces()) as pieces:
+        async for piece, _ in pieces:
+            if piece.content or piece.thinking:
+                if kind == "text_completion":
+                    yield chunk({"text": piece.content})
+                else:
+                    delta = {**first, "content": piece.content}
+                    first = {}
+                    if piece.thinking:
+                        delta["reasoning_content"] = piece.thinking
+                    extra = {"logprobs": {"content": piece.logprobs}} if piece.logprobs else {}
+                    yield chunk({"delta": delta, **extra})
+            if piece.end is not None:
+                empty: dict[str, Any] = {"text": ""} if kind == "text_completion" else {"delta": first}
+                yield chunk({**empty, "finish_reason": piece.end.reason})
+                if (asked.get("stream_options") or {}).get("include_usage"):
+                    yield chunk(None, usage=_usage(piece.end))
+                yield b"data: [DONE]\n\n"
+
+
+async def models(request: Request) -> Response:
+    """``GET /v1/models`` of a folder."""
+    service: Service = request.app.state.service
+    wanted = request.path_params.get("model")
+
+    def entry(name: str, modified: float) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": int(modified), "owned_by": "library"}
+
+    def collect() -> Any:
+        if wanted:
+            model = service.store.get(wanted)
+            return entry(wanted, model.modified)
+        found = []
+        for name in service.store.names():
+            with contextlib.suppress(SteerError):
+                found.append(entry(str(name), service.store.get(str(name)).modified))
+        return {"object": "list", "data": found}
+
+    try:
+        return JSONResponse(await asyncio.to_thread(collect))
+    except (NotFound, SteerError) as error:
+        return error_answer(error, "openai")

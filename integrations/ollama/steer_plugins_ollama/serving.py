@@ -1,0 +1,129 @@
+"""``steer ollama serve``: the sidecar as a program."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from steer_plugins.errors import EngineError, ModelError, SteerError
+from steer_plugins.library import Library, default_root
+from steer_plugins.server.process import port_taken
+
+from .daemon import Daemon, daemon_url, is_local
+from .folder import FolderStore
+from .pool import Pool
+from .store import OllamaStore, store_root
+
+if TYPE_CHECKING:
+    from .app import Service
+
+DEFAULT_PORT = 11435
+log = logging.getLogger("steer.ollama")
+
+
+@dataclass
+class ServeOptions:
+    """What ``steer ollama serve`` was asked for; ``flags`` go to every llama-server."""
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    folder: Path | None = None
+    daemon: str | None = None
+    serve_all: bool = False
+    flags: Sequence[str] = ()
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+
+def default_folder() -> Path:
+    """The folder that is served where there is no Ollama, beside the user's vectors."""
+    return default_root().parent / "ollama"
+
+
+def make_service(wanted: ServeOptions) -> tuple[Service, str]:
+    """The service and a sentence on what it serves. Raises SteerError."""
+    from .app import Service
+
+    library = Library()
+    pool = Pool(flags=wanted.flags, library=library, environ=wanted.environ)
+    url = wanted.daemon or daemon_url(wanted.environ, (wanted.host, wanted.port))
+    root = store_root(wanted.environ)
+    if wanted.folder is None and (wanted.daemon or (root / "manifests").is_dir() or _answers(url)):
+        service = Service(
+            OllamaStore(root), pool, library, daemon=Daemon(url), serve_all=wanted.serve_all, environ=wanted.environ
+        )
+        return service, f"Ollama at {url}, models in {root}"
+    folder = wanted.folder or default_folder()
+    if wanted.folder is not None and not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}: make it and put GGUF files into it")
+    return Service(
+        FolderStore(folder, {} if wanted.folder else _demo()), pool, library, environ=wanted.environ
+    ), f"the folder {folder}"
+
+
+def _demo() -> dict[str, Path]:
+    from steer_plugins.models import default_model_path
+
+    try:
+        return {"smollm2": default_model_path()}
+    except SteerError:
+        return {}
+
+
+def _answers(url: str) -> bool:
+    try:
+        local = is_local(httpx.URL(url).host)
+        return httpx.get(url + "/api/version", timeout=2.0, trust_env=not local).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def serve(wanted: ServeOptions, ready: Callable[[str], None]) -> None:
+    """Run until a signal ends it. ``ready`` gets the sentence on what is served, once it listens.
+
+    Raises:
+        SteerError: the port is in use, or there is nothing to serve.
+    """
+    import uvicorn
+
+    from .app import make_app
+
+    if wanted.port and port_taken(wanted.host, wanted.port):
+        raise EngineError(f"Port {wanted.port} of {wanted.host} is in use: stop what runs there, or choose another with --port.")
+    service, what = make_service(wanted)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+            await super().startup(sockets)  # type: ignore[arg-type]
+            if self.started:
+                port = self.servers[0].sockets[0].getsockname()[1]
+                host = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
+                ready(f"Serving {what} at http://{host}:{port}")
+
+    config = uvicorn.Config(
+        make_app(service),
+        host=wanted.host,
+        port=wanted.port,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    Server(config).run()
+
+
+def configure_logging(debug: bool) -> None:
+    """Log lines on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("steer.ollama")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,144 @@
+"""Answers that notice when the client has gone, and that never end in silence."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from steer_plugins.errors import SteerError
+
+from .errors import status_of
+
+log = logging.getLogger("steer.ollama")
+
+
+def sentence(error: BaseException) -> str:
+    """What the client is told."""
+    if isinstance(error, SteerError):
+        return str(error)
+    log.error("a bug: %s: %s", type(error).__name__, error, exc_info=error)
+    return f"this is a bug of the sidecar: {type(error).__name__}"
+
+
+def error_answer(error: BaseException, style: str = "ollama") -> JSONResponse:
+    """An error in the shape of Ollama or of OpenAI."""
+    status = status_of(error)
+    return JSONResponse(error_body(sentence(error), status, style), status_code=status)
+
+
+def error_body(text: str, status: int, style: str) -> dict[str, Any]:
+    """The JSON of an error."""
+    if style != "openai":
+        return {"error": text}
+    kind = {400: "invalid_request_error", 404: "not_found_error"}.get(status, "api_error")
+    return {"error": {"message": text, "type": kind, "param": None, "code": None}}
+
+
+async def watch(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Streamed(Response):
+    """A streamed answer. Errors before the first part are an answer with a status, later ones a line (or a hang-up).
+
+    Args:
+        parts: the parts; closed when the client goes.
+        broken: how an error is said in the middle: ``ndjson``, ``sse``, ``abort``.
+        style: of the errors, ``ollama`` or ``openai``.
+    """
+
+    def __init__(
+        self,
+        parts: AsyncIterator[bytes],
+        *,
+        status: int = 200,
+        headers: Sequence[tuple[bytes, bytes]] | None = None,
+        media_type: str = "application/x-ndjson",
+        broken: str = "ndjson",
+        style: str = "ollama",
+    ) -> None:
+        self.parts, self.broken, self.style = parts, broken, style
+        self.status_code = status
+        self.background = None
+        self.raw_headers = list(headers) if headers is not None else [(b"content-type", media_type.encode())]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pump = asyncio.create_task(self._pump(scope, receive, send))
+        gone = asyncio.create_task(watch(receive))
+        try:
+            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not pump.done():
+                pump.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await pump
+
+    async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        try:
+            async for part in self.parts:
+                if not started:
+                    started = True
+                    await self._start(send)
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            if not started:
+                await self._start(send)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except OSError:
+            return  # the client hung up
+        except Exception as error:
+            if not started:
+                await error_answer(error, self.style)(scope, receive, send)
+                return
+            text = sentence(error)
+            log.warning("an answer broke off: %s", text)
+            if self.broken == "abort":
+                raise ConnectionAbortedError(text) from None  # an answer of a promised length: only a hang-up tells
+            line = json.dumps(error_body(text, 500, self.style)).encode()
+            line = b"data: " + line + b"\n\n" if self.broken == "sse" else line + b"\n"
+            await send({"type": "http.response.body", "body": line, "more_body": False})
+        finally:
+            close = getattr(self.parts, "aclose", None)
+            if close is not None:
+                await close()
+
+    async def _start(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
+
+class Whole(Response):
+    """An answer in one piece, whose making is cancelled when the client goes."""
+
+    def __init__(self, made: Awaitable[Any], *, style: str = "ollama") -> None:
+        self.made, self.style = made, style
+        self.status_code, self.background, self.raw_headers = 200, None, []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        making = asyncio.ensure_future(self.made)
+        gone = asyncio.create_task(watch(receive))
+        try:
+            await asyncio.wait({making, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not making.done():
+                making.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await making
+                return
+            try:
+                answer: Response = JSONResponse(making.result())
+            except Exception as error:
+                answer = error_answer(error, self.style)
+            await answer(scope, receive, send)
+        finally:
+            gone.cancel()
+            if not making.done():
+                making.cancel()

@@ -1,0 +1,101 @@
+"""The last reply of the page, and what is looked at and compared on the running server."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from steer_plugins.engine.base import GenerateRequest
+from steer_plugins.errors import DataError, SteerError
+from steer_plugins.grammar import TermSpec
+from steer_plugins.pictures import inspect_prompt, neutral_levels, to_html
+
+from . import webui
+from .link import Link
+
+MAX_HEATMAP = 600
+"""Tokens above which the heatmap is left out: a page that nobody could scroll."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was generated last in the page: prompt, text, and the terms that acted at its beginning."""
+
+    prompt: str
+    add_bos: bool
+    text: str
+    terms: list[TermSpec]
+
+
+last: Reply | None = None
+
+
+def remember(prompt: Any, generation: dict[str, Any], text: str, terms: list[TermSpec]) -> None:
+    """Keep the reply that has just ended; only its text and prompt, nothing is computed for it."""
+    global last
+    if isinstance(prompt, str) and text:
+        last = Reply(prompt, bool(generation.get("add_bos_token", True)), text, terms)
+
+
+def activations(link: Link, vector_name: str) -> str:
+    """HTML: the last reply's tokens coloured by their projection on a vector, and a heatmap of layers by tokens.
+
+    Raises:
+        DataError: there is no reply yet. And what the vector and the server raise.
+    """
+    if last is None:
+        raise DataError("There is no reply yet: write something in the Chat tab first.")
+    vector = link.library.resolve(vector_name, link.info.identity)
+    engine = link.engine
+    layers = [il for il in vector.layers if not (engine.info.last_layer_outputs_only and il == engine.info.n_layer - 1)]
+    tokens = webui.llama_server().encode(last.prompt, add_bos_token=last.add_bos)  # as it was sent
+    with webui.busy():
+        levels = neutral_levels(engine, vector, layers, chat=engine.info.has_chat_template)
+        found = inspect_prompt(
+            engine,
+            [int(t) for t in tokens],
+            vector,
+            steering=link.steering(link.usable(last.terms)[0]),
+            response=last.text,
+            layers=layers,
+            levels=levels,
+        )
+    return to_html(found, heatmap=len(found.tokens) <= MAX_HEATMAP)
+
+
+def compare(link: Link, prompt: str, terms: list[TermSpec], max_tokens: int) -> Iterator[tuple[str, str]]:
+    """(unsteered, steered) texts of one prompt as they grow: greedy, by the model's own template.
+
+    Raises:
+        DataError: no prompt. And what the steering and the server raise.
+    """
+    if not prompt.strip():
+        raise DataError("Write a prompt to compare.")
+    question: Any = [{"role": "user", "content": prompt}] if link.info.has_chat_template else prompt
+    wanted = [None, link.steering(terms)]
+    streams = [link.engine.stream(GenerateRequest(question, steering=s, max_tokens=int(max_tokens))) for s in wanted]
+    failures: list[SteerError] = []
+
+    def run(stream: Any) -> None:
+        try:
+            stream.run()
+        except SteerError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(stream,), daemon=True) for stream in streams]
+    with webui.busy():
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                yield streams[0].result.text, streams[1].result.text
+                time.sleep(0.1)
+        finally:
+            for stream in streams:
+                stream.cancel()
+    if failures:
+        raise failures[0]
+    yield streams[0].result.text, streams[1].result.text

@@ -1,0 +1,138 @@
+"""``steer bench control`` and ``steer bench compare``: prompting against steering, and two such reports side by side."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import DataError
+from .common import EngineOptions, console, engine_options, json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..bench.arms import Case
+    from ..bench.control import Plan
+    from ..engine.base import Engine
+
+
+@click.command()
+@click.option("--trait", "traits", multiple=True, metavar="NAME", help="Bundled trait or trait file; may be repeated.")
+@click.option("--pole", type=click.Choice(["positive", "negative"]), default="positive", show_default=True)
+@click.option("--family", "families", multiple=True, metavar="NAME", help="code, docs, style, or a plugin's (default: all).")
+@engine_options
+@click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write the report there.")
+@click.option("--overwrite", is_flag=True, help="Replace a report that is there.")
+@click.option("--quick", is_flag=True, help="A few prompts of each family: for a look, the numbers mean little.")
+@click.option("--prompts", type=click.IntRange(min=2), metavar="N", help="Prompts of each family, half of them to be scored.")
+@click.option("--sampled/--no-sampled", default=True, show_default=True, help="Seeded sampling beside greedy replies.")
+@click.option("--run-code", is_flag=True, help="Run the code the model writes, in a child process. This is no sandbox.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--reporter", "reporters", multiple=True, metavar="NAME", help="html, jsonl, manifest, table (default: all).")
+@json_option
+def control(
+    traits: tuple[str, ...],
+    pole: str,
+    families: tuple[str, ...],
+    engine: EngineOptions,
+    out: Path | None,
+    overwrite: bool,
+    quick: bool,
+    prompts: int | None,
+    sampled: bool,
+    run_code: bool,
+    seed: int,
+    reporters: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure prompting against steering on the same prompts, with scores that need no judge model.
+
+    The arms: plain, a system prompt, a strongly worded one, steering, steering with the prompt; and two that should do
+    nothing, a random vector and one fitted to shuffled labels. The vectors come from the library (`steer train NAME`).
+
+    \b
+    Examples:
+      steer bench control --quick --trait mood
+      steer bench control --trait mood --trait succinctness --run-code --out report
+    """
+    from ..bench.control import QUICK, Control, Plan
+    from ..bench.report import SUMMARY, make_report, summary_rows, write_report
+    from ..plugins import manager
+    from .train import N_PARALLEL
+
+    if out is not None and (out / "manifest.json").exists() and not overwrite:
+        raise DataError(f"{out} holds a report: choose another folder with --out, or replace it with --overwrite")
+    writers = {name: manager().find("reporters", name) for name in reporters or manager().registry("reporters")}
+    chosen = [manager().find("tasks", name) for name in families or manager().registry("tasks")]
+    plan: Plan = replace(QUICK if quick else Plan(), sampled=sampled, run_code=run_code, seed=seed)
+    if prompts is not None:
+        plan = replace(plan, prompts=prompts)
+    err = console(stderr=True)
+    with engine.open(n_parallel=N_PARALLEL) as opened:
+        with err.status("reading") as status:
+            done = 0
+
+            def report(stage: str, n: int) -> None:
+                nonlocal done
+                done += n
+                status.update(f"{done} texts; {stage}")
+
+            cases = _cases(opened, traits, 1 if pole == "positive" else -1, plan)
+            results = Control(opened, cases, chosen, plan, report).run()
+        found = make_report(opened, cases, chosen, plan, results, ["steer", *sys.argv[1:]])
+    files = [] if out is None else write_report(found, out, writers)
+    if as_json:
+        print_json({"manifest": found.manifest, "summary": found.summary, "files": files})
+        return
+    print_table(SUMMARY, summary_rows(found.summary))
+    for file in files:
+        click.echo(f"wrote {file}")
+
+
+def _cases(engine: Engine, names: tuple[str, ...], sign: int, plan: Plan) -> list[Case]:
+    """The traits that were named, else the bundled ones that are fitted to this model. Raises as the library does."""
+    from ..bench.arms import case_of
+    from ..library import Library, missing_sentence
+    from ..traits import bundled_traits, load_trait
+
+    library, identity = Library(), engine.info.identity
+    wanted = names or tuple(name for name in bundled_traits() if library.path(name, identity).is_file())
+    if not wanted:
+        raise DataError(missing_sentence("mood", identity))
+    traits = [load_trait(name) for name in wanted]
+    vectors = [library.get(trait.name, identity) for trait in traits]
+    return [
+        case_of(engine, trait, vector, sign=sign, seed=plan.seed, n_pairs=plan.pairs)
+        for trait, vector in zip(traits, vectors, strict=True)
+    ]
+
+
+@click.command()
+@click.argument("first", metavar="A", type=click.Path(path_type=Path))
+@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
+@json_option
+def compare(first: Path, second: Path, seed: int, as_json: bool) -> None:
+    """Compare two reports of `steer bench control`: scores of each arm on the prompts that both have, B less A.
+
+    \b
+    Example:
+      steer bench compare before after
+    """
+    from ..bench.report import COMPARISON, read_report
+    from ..bench.report import compare as compared
+
+    a, b = read_report(first), read_report(second)
+    rows = compared(a, b, seed)
+    differs = sorted(key for key in a.manifest if key != "command" and a.manifest[key] != b.manifest.get(key))
+    if as_json:
+        result: dict[str, Any] = {
+            "rows": [dict(zip(COMPARISON, row, strict=True)) for row in rows],
+            "manifests_differ_in": differs,
+        }
+        print_json(result)
+        return
+    print_table(COMPARISON, rows)
+    click.echo(f"The manifests differ in: {', '.join(differs)}" if differs else "The manifests agree.")
