@@ -399,7 +399,7 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
     res->op     = text_at(meta, "op");
     res->scope  = text_at(meta, "default_scope");
     res->content_sha256 = text_at(meta, "content_sha256");
-    if (res->op != "add" && res->op != "project" && res->op != "clamp") {
+    if (res->op != "add" && res->op != "project" && res->op != "clamp" && res->op != "renorm") {
         bad("unknown op " + shown(res->op));
     }
 

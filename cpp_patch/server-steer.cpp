@@ -18,7 +18,7 @@ constexpr size_t MAX_BODY         = (size_t) 64 << 20;
 constexpr int32_t MAX_OVER        = 4096; // tokens of a schedule
 
 const char * const SITES[LLAMA_STEER_SITE_COUNT] = { "resid_post", "attn_out", "ffn_out" };
-const char * const OPS[3] = { "add", "project", "clamp" };
+const char * const OPS[4] = { "add", "project", "clamp", "renorm" };
 
 std::string g_folder;
 std::string g_default;
@@ -257,9 +257,9 @@ static server_steer_term parse_term(size_t number, const json & item, const std:
         }
     }
     const std::string op = is_absent(item, "op") ? term.vector->op : text_of(item.at("op"), where + ": the op");
-    term.op = index_of(OPS, 3, op);
+    term.op = index_of(OPS, 4, op);
     if (term.op < 0) {
-        bad(where + ": unknown op " + shown(op) + ": use add, project or clamp");
+        bad(where + ": unknown op " + shown(op) + ": use add, project, clamp or renorm");
     }
     set_scope(term, is_absent(item, "scope") ? term.vector->scope : text_of(item.at("scope"), where + ": the scope"));
 
@@ -306,6 +306,28 @@ static server_steer_term parse_term(size_t number, const json & item, const std:
     return term;
 }
 
+// Where a term restores the length, no other op may act: what comes first would not be defined.
+static void check_renorm(const server_steer_terms & terms) {
+    const auto covers = [](const server_steer_term & t, int32_t il) { return il >= t.il_first && (t.il_last < 0 || il <= t.il_last); };
+    for (const auto & t : terms) {
+        for (const auto & other : terms) {
+            const bool apart = t.stream >= 0 && other.stream >= 0 && t.stream != other.stream;
+            if (t.op != LLAMA_STEER_RENORM || other.op == LLAMA_STEER_RENORM || t.strength == 0.0 || other.strength == 0.0 || apart) {
+                continue;
+            }
+            for (size_t i = 0; i < t.vector->n(); ++i) {
+                for (size_t k = 0; k < other.vector->n(); ++k) {
+                    const int32_t il = t.vector->layers[i];
+                    if (il == other.vector->layers[k] && t.vector->sites[i] == other.vector->sites[k] && covers(t, il) && covers(other, il)) {
+                        bad(shown(t.name) + string_format(" restores the length at layer %d, where ", il) + shown(other.name) +
+                            " acts with another op: give both renorm, or layers of their own");
+                    }
+                }
+            }
+        }
+    }
+}
+
 server_steer_terms server_steer::parse_terms(const json & value) {
     if (!value.is_array()) {
         bad("steering is " + shown(value) + ", not a list of terms: the text form is parsed by the client");
@@ -321,6 +343,7 @@ server_steer_terms server_steer::parse_terms(const json & value) {
     for (size_t i = 0; i < value.size(); ++i) {
         res.push_back(parse_term(i + 1, value.at(i), store, info));
     }
+    check_renorm(res);
     return res;
 }
 

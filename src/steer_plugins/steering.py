@@ -104,7 +104,8 @@ class Term:
     @property
     def is_zero(self) -> bool:
         """True if the term changes nothing: strength 0, or an add whose scales are all 0."""
-        return self.strength == 0.0 or (self.effective_op == "add" and all(self.vector.scales[key] == 0.0 for key in self.keys()))
+        adds = self.effective_op in ("add", "renorm")
+        return self.strength == 0.0 or (adds and all(self.vector.scales[key] == 0.0 for key in self.keys()))
 
 
 @dataclass(frozen=True, init=False)
@@ -118,6 +119,7 @@ class Steering:
         for term in checked:
             if not isinstance(term, Term):
                 raise SpecError(f"a steering is made of terms, not of {term!r:.60}")
+        _check_renorm(checked)
         object.__setattr__(self, "terms", checked)
 
     @classmethod
@@ -171,6 +173,21 @@ class Steering:
 
     def __iter__(self) -> Iterator[Term]:
         return iter(self.terms)
+
+
+def _check_renorm(terms: Sequence[Term]) -> None:
+    """Where a term restores the length, no other op may act: what comes first would not be defined."""
+    acting = [term for term in terms if term.strength != 0.0]
+    for term in (t for t in acting if t.effective_op == "renorm"):
+        for other in (t for t in acting if t.effective_op != "renorm"):
+            shared = sorted(set(term.keys()) & set(other.keys()))
+            apart = term.stream is not None and other.stream is not None and term.stream != other.stream
+            if shared and not apart:
+                layer, site = shared[0]
+                raise SpecError(
+                    f"{term.vector.name!r} restores the length at layer {layer} ({site}), where {other.vector.name!r} acts with op "
+                    f"{other.effective_op}: give both renorm, or layers of their own"
+                )
 
 
 def parse_term(text: str) -> tuple[str, float]:

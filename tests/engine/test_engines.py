@@ -135,7 +135,7 @@ def test_streams_and_sites(engines: Any) -> None:
 @pytest.mark.parametrize(
     ("arch", "site"), [("llama", "resid_post"), ("deepseek4", "resid_post"), ("deepseek4", "attn_out"), ("deepseek4", "ffn_out")]
 )
-@pytest.mark.parametrize("op", ["add", "project", "clamp"])
+@pytest.mark.parametrize("op", ["add", "project", "clamp", "renorm"])
 def test_steered_reading_is_the_formula(engines: Any, arch: str, site: str, op: str) -> None:
     """Through the whole engine: vector, term, scope; at one layer, for texts of several lengths at once."""
     engine = engines(arch)
@@ -155,9 +155,15 @@ def test_steered_reading_is_the_formula(engines: Any, arch: str, site: str, op: 
                 "add": strength * scale * direction + 0 * h,
                 "project": -strength * along,
                 "clamp": (strength * scale * direction - along) if strength else 0 * h,
+                "renorm": kept_length(h, strength * scale * direction) - h,
             }[op]
             delta[0] = 0  # position 0 is left alone by scope all
             near(a.values[layer], h + delta)
+
+
+def kept_length(h: np.ndarray, step: np.ndarray) -> np.ndarray:
+    moved = h + step
+    return moved * (np.linalg.norm(h, axis=-1, keepdims=True) / np.linalg.norm(moved, axis=-1, keepdims=True))
 
 
 def test_scopes_act_where_they_say(engines: Any) -> None:

@@ -70,6 +70,20 @@ def test_ops_and_sums(exact: Any, tmp_path: Path, arch: str) -> None:
         assert np.abs(steered - expected).max() < 2e-3, terms
 
 
+@pytest.mark.parametrize("arch", BOTH)
+def test_renorm_keeps_the_length(exact: Any, tmp_path: Path, arch: str) -> None:
+    server = exact(arch)
+    server.put("one", make_vector(server, 1, dose=3.0, op="renorm"), tmp_path)
+    fields: dict[str, Any] = {"prompts": [PROMPT], "positions": "all", "layers": [1], "stream": "all"}
+    plain = server.read(**fields)[1]["0.values"][0].astype(np.float64)
+    steered = server.read(**fields, steering=[{"vector": "one", "strength": 2}])[1]["0.values"][0].astype(np.float64)
+    moved = plain + 6.0 * direction(server, 1).astype(np.float64)
+    expected = moved * np.linalg.norm(plain, axis=-1, keepdims=True) / np.linalg.norm(moved, axis=-1, keepdims=True)
+    expected[0] = plain[0]
+    assert np.abs(steered - expected).max() < 2e-3
+    assert np.abs(steered - plain).max() > 0.05
+
+
 def test_layer_window(exact: Any, tmp_path: Path) -> None:
     server = exact()
     server.put("two", make_vector(server, 0, 1), tmp_path)
@@ -286,6 +300,7 @@ REFUSED: list[tuple[Any, str]] = [
     ([{"vector": "v", "schedule": {"kind": "constant", "over": 9}}], "neither"),
     ([{"vector": "v", "schedule": {"kind": "linear", "over": 9, "from": 1}}], "unknown key 'from'"),
     ([{"vector": "v", "scope": "prompt", "schedule": {"kind": "linear", "over": 9}}], "with scope prompt"),
+    ([{"vector": "v", "op": "renorm"}, {"vector": "v"}], "'v' restores the length at layer 1, where 'v' acts with another op"),
     ([{"vector": "v"}] * 65, "65 terms"),
     ([{"vector": "v", "scope": "answer"}], "needs steering_tags"),
 ]

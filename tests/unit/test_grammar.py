@@ -146,7 +146,7 @@ specs = st.builds(
     vector=st.from_regex(r"[a-z0-9][a-z0-9._-]{0,10}", fullmatch=True) | st.text(min_size=1, max_size=12),
     strength=st.floats(allow_nan=False, allow_infinity=False).map(lambda x: x + 0.0),
     layers=st.none() | windows,
-    op=st.sampled_from([None, "add", "project", "clamp"]),
+    op=st.sampled_from([None, "add", "project", "clamp", "renorm"]),
     scope=st.sampled_from([None, "all", "prompt", "response", "thinking", "answer", "0-", "5-20"]),
     stream=st.none() | st.integers(0, 999),
     gate=st.none() | st.text(min_size=1, max_size=9),
@@ -174,7 +174,7 @@ def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
 def test_the_table_of_the_docs_is_true() -> None:
     page = (Path(__file__).parents[2] / "docs" / "grammar.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]
-    assert len(rows) == 15
+    assert len(rows) == 16
     for written, _, meant in rows:
         for text in re.findall(r"`([^`]+)`", written):
             if len(text) > 3:
