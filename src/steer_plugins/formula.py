@@ -1,4 +1,6 @@
-"""The one operation, in numpy: h <- h + V (c + g * V'h), and its length restored by op renorm, for hosts that steer through Python hooks, and for tests.
+"""The one operation, in numpy: h <- h + V (c + g * V'h), and its length restored by op renorm.
+
+For hosts that steer through Python hooks, and for tests.
 
 Engines on llama.cpp compute it natively; this is the definition they are tested against. Scopes are not looked at
 here: the caller applies the formula to the tokens that a term's scope covers.
@@ -20,7 +22,8 @@ def coefficients(steering: Any, layer: int, site: str = "resid_post") -> tuple[n
 
     One column for each term that has a direction there and a strength other than 0, in the order of the terms.
     ``add``: c = strength * scale, g = 0. ``project``: c = 0, g = -strength (1 removes, 2 reflects).
-    ``clamp``: c = strength * scale, g = -1. SpecError for ``renorm``, which these do not hold: see :func:`steer`. K may be 0 (then n_embd is 0 too if the steering has no terms).
+    ``clamp``: c = strength * scale, g = -1. SpecError for ``renorm``, which these do not hold: see
+    :func:`steer`. K may be 0 (then n_embd is 0 too if the steering has no terms).
     """
     if Steering.of(steering).gates:
         raise SpecError("a gate is decided on a prompt: decide it first (Steering.decided)")

@@ -185,8 +185,8 @@ def _check_renorm(terms: Sequence[Term]) -> None:
             if shared and not apart:
                 layer, site = shared[0]
                 raise SpecError(
-                    f"{term.vector.name!r} restores the length at layer {layer} ({site}), where {other.vector.name!r} acts with op "
-                    f"{other.effective_op}: give both renorm, or layers of their own"
+                    f"{term.vector.name!r} restores the length at layer {layer} ({site}), where {other.vector.name!r} acts with "
+                    f"op {other.effective_op}: give both renorm, or layers of their own"
                 )
 
 
