@@ -215,10 +215,28 @@ void term_coefficients(const llama_steer_term & t, const direction & d, double &
         return;
     }
     switch (t.op) {
-        case LLAMA_STEER_ADD:     c = t.strength*d.scale;           break;
+        case LLAMA_STEER_ADD:
+        case LLAMA_STEER_RENORM:  c = t.strength*d.scale;           break;
         case LLAMA_STEER_PROJECT: g = -t.strength;                  break;
         case LLAMA_STEER_CLAMP:   c = t.strength*d.scale; g = -1.0; break;
         default: break;
+    }
+}
+
+void check_renorm(const std::map<int32_t, column> & columns, const std::vector<llama_steer_term> & terms) {
+    for (const auto & t : terms) {
+        for (const auto & other : terms) {
+            const bool apart = t.stream >= 0 && other.stream >= 0 && t.stream != other.stream;
+            if (t.op != LLAMA_STEER_RENORM || other.op == LLAMA_STEER_RENORM || t.strength == 0.0 || other.strength == 0.0 || apart) {
+                continue;
+            }
+            for (const auto & [at, d] : columns.at(t.column).dirs) {
+                if (term_covers(t, at, -1) && term_covers(other, at, -1) && columns.at(other.column).dirs.count(at)) {
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("column %d restores the length at layer %d, where column %d acts with another op: "
+                                "what comes first is not defined", t.column, at.first, other.column));
+                }
+            }
+        }
     }
 }
 
@@ -255,7 +273,7 @@ uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer
             }
             double c, g;
             term_coefficients(t, d, c, g);
-            auto & i = items[{ d.hash, (uint64_t) at.first, (uint64_t) at.second, (uint64_t) (t.stream + 1) }];
+            auto & i = items[{ d.hash, (uint64_t) at.first, (uint64_t) at.second, (uint64_t) (t.stream + 1) | (t.op == LLAMA_STEER_RENORM ? 1ull << 32 : 0) }];
             i.c += c;
             i.g += g;
         }
@@ -277,6 +295,7 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
     row.zero = true;
     row.g.assign(st.slots.size()*st.n_dyn, 0.0f);
     row.active.assign(st.slots.size(), false);
+    row.renorm.assign(st.slots.size(), false);
 
     std::vector<float> packed(st.slots.size()*(size_t) st.n_embd, 0.0f);
     std::vector<double> acc(st.n_embd);
@@ -305,6 +324,7 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             double c, g;
             term_coefficients(t, it->second, c, g);
             take(col, it->second, c, g);
+            row.renorm[s] = row.renorm[s] || (t.op == LLAMA_STEER_RENORM && t.strength != 0.0);
         }
         for (int32_t k = 0; k < n_cb; ++k) {
             if (cb_c[k] == 0.0f && cb_g[k] == 0.0f) {
@@ -313,6 +333,9 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             const auto & col = st.columns.at(k);
             auto it = col.dirs.find(at);
             if (it != col.dirs.end()) {
+                if (row.renorm[s]) {
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave a coefficient to column %d at layer %d, where a config restores the length", k, at.first));
+                }
                 take(col, it->second, (double) cb_c[k]*it->second.scale, cb_g[k]);
             }
         }
@@ -345,6 +368,7 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             any = any || g != 0.0f;
         }
         row.active[s] = any;
+        row.renorm[s] = row.renorm[s] && any;
         row.zero      = row.zero && !any;
     }
 

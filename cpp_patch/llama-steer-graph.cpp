@@ -14,6 +14,7 @@ public:
     struct group_input {
         ggml_tensor * idx   = nullptr; // I32 [rows, n_slots]
         ggml_tensor * g     = nullptr; // F32 [n_dyn, rows, n_slots]
+        ggml_tensor * w     = nullptr; // F32 [1, rows, n_slots]: 1 where the length is restored
         ggml_tensor * fused = nullptr; // F32 [n_embd, rows, n_slots]
         bool outputs_only = false;
     };
@@ -77,6 +78,15 @@ public:
                     }
                 }
                 ggml_backend_tensor_set(in.g, g.data(), 0, g.size()*sizeof(float));
+            }
+            if (in.w && in.w->buffer) {
+                g.assign(n_slots*n_rows, 0.0f);
+                for (size_t k = 0; live && k < n_slots; ++k) {
+                    for (size_t r = 0; r < n_rows; ++r) {
+                        g[k*n_rows + r] = idx[r] != 0 && st->rows[idx[r]].renorm[gr.slots[k]] ? 1.0f : 0.0f;
+                    }
+                }
+                ggml_backend_tensor_set(in.w, g.data(), 0, g.size()*sizeof(float));
             }
             if (live) {
                 for (int32_t k : gr.slots) {
@@ -172,6 +182,11 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
             ggml_set_input(gin.g);
             ggml_set_name(gin.g, "steer_g");
         }
+        if (st->norms) {
+            gin.w = ggml_new_tensor_3d(ctx0, GGML_TYPE_F32, 1, n_rows, n_slots);
+            ggml_set_input(gin.w);
+            ggml_set_name(gin.w, "steer_w");
+        }
         if (fuse) {
             gin.fused = ggml_get_rows(ctx0, gr.sum, gin.idx);
             ggml_set_name(gin.fused, "steer_rows");
@@ -201,6 +216,16 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
         t = ggml_mul_mat(ctx0, vt, t);               // V (g o V^T h)
         ggml_prec_set_acc(t, GGML_PREC_F32);
         out = ggml_add(ctx0, out, t);
+    }
+    if (st->norms) {
+        // out * (1 + w (|h| / |out| - 1)): with w = 0 not a bit changes
+        ggml_tensor * w = ggml_view_2d(ctx0, gin.w, 1, n_rows, gin.w->nb[1], sl.index*gin.w->nb[2]);
+        ggml_tensor * before = ggml_sqrt(ctx0, ggml_sum_rows(ctx0, ggml_sqr(ctx0, h)));
+        ggml_tensor * after  = ggml_sum_rows(ctx0, ggml_sqr(ctx0, out));
+        after = ggml_sqrt(ctx0, ggml_scale_bias(ctx0, after, 1.0f, 1e-30f)); // a state of zero stays what it is
+        ggml_tensor * f = ggml_scale_bias(ctx0, ggml_div(ctx0, before, after), 1.0f, -1.0f);
+        f   = ggml_scale_bias(ctx0, ggml_mul(ctx0, f, w), 1.0f, 1.0f);
+        out = ggml_mul(ctx0, out, f);
     }
 
     in->hooked[sl.at] = true;
@@ -284,7 +309,7 @@ ggml_tensor * llama_steer_build(const llm_graph_context & graph, ggml_tensor * c
 
 uint32_t llama_steer_max_nodes(const llama_adapter_cvec & cvec) {
     const auto * st = static_cast<const llama_steer_cvec &>(cvec).state.get();
-    return st ? 16u*(uint32_t) st->slots.size() + (8u + 2u*st->n_streams)*(uint32_t) st->taps.size() + 16u : 0u;
+    return st ? 32u*(uint32_t) st->slots.size() + (8u + 2u*st->n_streams)*(uint32_t) st->taps.size() + 16u : 0u;
 }
 
 // ---- one ubatch ----

@@ -158,6 +158,7 @@ struct row_info {
     bool               zero = true;  // nothing to apply: row 0 stands for it
     std::vector<float> g;            // [n_slots][n_dyn]
     std::vector<bool>  active;       // [n_slots]
+    std::vector<bool>  renorm;       // [n_slots] the length is restored
 };
 
 enum mode_bits { MODE_EDIT = 1, MODE_TAP = 2, MODE_ALL = 3 };
@@ -184,6 +185,7 @@ struct llama_steer_state {
     std::map<place, int32_t> slot_of;
     std::vector<group>       groups;
     int32_t                  n_dyn = 0;      // capacity of the projecting columns
+    bool                     norms = false;  // graphs can restore lengths: a config has asked for it
     std::vector<int32_t>     dyn_cols;       // dyn index -> column, -1 free
     int32_t                  n_rows = 0;     // capacity, row 0 included
     std::vector<row_info>    rows;
@@ -334,6 +336,8 @@ std::vector<place> places_of(const llama_steer_state & st);
 bool     in_use(const llama_steer_state & st, int32_t column_id);
 bool     term_covers(const llama_steer_term & t, const place & at, int32_t stream);
 void     term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g);
+// Throws when a term renorms where another op acts.
+void check_renorm(const columns_by_id & columns, const std::vector<llama_steer_term> & terms);
 // Throws when terms add up to coefficients that float32 cannot hold.
 void check_finite(const columns_by_id & columns, const std::vector<llama_steer_term> & terms);
 

@@ -241,13 +241,14 @@ int32_t llama_steer_config_set(llama_context * ctx, int32_t config_id, int32_t n
             throw steer_error(LLAMA_STEER_ERR_LIMIT, format("a config takes 0 to %d terms, not %d", LLAMA_STEER_MAX_TERMS, n_terms));
         }
         std::vector<int32_t> promote; // columns that now need V on the device
+        const auto is_dyn = [](const llama_steer_term & t) { return t.op == LLAMA_STEER_PROJECT || t.op == LLAMA_STEER_CLAMP; };
         for (int32_t i = 0; i < n_terms; ++i) {
             const auto & t = terms[i];
             auto it = st.columns.find(t.column);
             if (it == st.columns.end()) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, format("column %d is not set", t.column));
             }
-            if (t.op < LLAMA_STEER_ADD || t.op > LLAMA_STEER_CLAMP) {
+            if (t.op < LLAMA_STEER_ADD || t.op > LLAMA_STEER_RENORM) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, format("op %d does not exist", t.op));
             }
             if (!std::isfinite(t.strength)) {
@@ -270,13 +271,27 @@ int32_t llama_steer_config_set(llama_context * ctx, int32_t config_id, int32_t n
             if (!covers) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, format("the layer window %d-%d holds none of the layers of column %d", t.il_first, t.il_last, t.column));
             }
-            if (t.op != LLAMA_STEER_ADD && it->second.dyn < 0 && std::find(promote.begin(), promote.end(), t.column) == promote.end()) {
+            if (is_dyn(t) && it->second.dyn < 0 && std::find(promote.begin(), promote.end(), t.column) == promote.end()) {
                 promote.push_back(t.column);
             }
         }
 
         const std::vector<llama_steer_term> wanted(terms, terms + n_terms);
         check_finite(st.columns, wanted);
+        check_renorm(st.columns, wanted);
+
+        const bool renorms = std::any_of(wanted.begin(), wanted.end(), [](const llama_steer_term & t) { return t.op == LLAMA_STEER_RENORM; });
+        if (renorms && !st.norms) {
+            st.not_in_callback("The first renorm");
+            st.norms = true;
+            try {
+                rebuild_bank(st, places_of(st), st.n_dyn, st.dyn_cols, st.columns);
+            } catch (...) {
+                st.norms = false;
+                llama_steer_access::reserve_later(st.ctx);
+                throw;
+            }
+        }
 
         if (!promote.empty()) {
             st.not_in_callback("A column's first project or clamp");
@@ -290,11 +305,11 @@ int32_t llama_steer_config_set(llama_context * ctx, int32_t config_id, int32_t n
                         bool used = std::find(promote.begin(), promote.end(), *it) != promote.end();
                         for (const auto & [id, c] : st.configs) {
                             for (const auto & t : c.terms) {
-                                used = used || (id != config_id && t.column == *it && t.op != LLAMA_STEER_ADD);
+                                used = used || (id != config_id && t.column == *it && is_dyn(t));
                             }
                         }
                         for (int32_t i = 0; i < n_terms; ++i) {
-                            used = used || (terms[i].column == *it && terms[i].op != LLAMA_STEER_ADD);
+                            used = used || (terms[i].column == *it && is_dyn(terms[i]));
                         }
                         if (!used && (int32_t) dyn_cols.size() >= LLAMA_STEER_MAX_DYN) {
                             columns.at(*it).dyn = -1;

@@ -4,7 +4,9 @@
 //
 //     h  <-  h + V (c + g o V^T h)          V: n_embd x K unit directions; c, g: K numbers per token
 //
-// "add" is c = strength * scale, "project" is g = -strength, "clamp" is c = strength * scale and g = -1.
+// "add" is c = strength * scale, "project" is g = -strength, "clamp" is c = strength * scale and g = -1. "renorm" adds as "add" does and
+// then gives h the length it had: h <- (h + V c) |h| / |h + V c|. Several of these are added together first; at one place and stream
+// they cannot be combined with another op.
 // Strength, layer window and stream are turned into c and g here and nowhere else, so that every engine agrees.
 //
 //   column  a steering vector: a set of unit directions over (layer, site), each with its scale
@@ -24,7 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_STEER_API_VERSION 1
+#define LLAMA_STEER_API_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -50,6 +52,7 @@ extern "C" {
         LLAMA_STEER_ADD     = 0,
         LLAMA_STEER_PROJECT = 1,
         LLAMA_STEER_CLAMP   = 2,
+        LLAMA_STEER_RENORM  = 3, // each stream keeps its own length
     };
 
     enum llama_steer_stream {
@@ -120,7 +123,8 @@ extern "C" {
     // ---- configs and ranges ----
 
     // Set (or replace) config >= 1. Replacing one changes every later token of the ranges that point to it.
-    // n_terms = 0 makes it a config that applies nothing. A window that holds none of the column's layers is an error.
+    // n_terms = 0 makes it a config that applies nothing. A window that holds none of the column's layers is an error, and so is
+    // a renorm at a place and stream where another op acts. The first renorm makes the context reserve its compute buffers again.
     LLAMA_API int32_t llama_steer_config_set(struct llama_context * ctx, int32_t config, int32_t n_terms, const struct llama_steer_term * terms);
     LLAMA_API int32_t llama_steer_config_clear(struct llama_context * ctx, int32_t config); // its ranges fall back to config 0
 
@@ -194,7 +198,8 @@ extern "C" {
 
     // Before each ubatch. c, g: [n_tokens][n_columns], zero on entry; what is written is added to what the token's config gives,
     // at every layer and stream of the column: h += c * scale * v + g * v (v^T h), v and scale as the column has them there.
-    // A column needs to be used by a config with op project or clamp before g may be set for it.
+    // A column needs to be used by a config with op project or clamp before g may be set for it. Where a token's config renorms, nothing
+    // may be added.
     // Return false to make llama_decode() fail.
     typedef bool (*llama_steer_add_callback)(const struct llama_steer_tokens * tokens, float * c, float * g, void * user_data);
 

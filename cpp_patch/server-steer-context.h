@@ -30,6 +30,18 @@ private:
         }
     }
 
+    // a slot that has come to a token that gates hold back; false: it was answered with an error
+    bool steer_decide(server_slot & slot) {
+        try {
+            steer.decide(slot.id, slot.prompt.n_tokens(), slot.task->tokens);
+            return true;
+        } catch (const server_steer_error & e) {
+            steer_send_error(slot.task->id, e);
+            slot.release();
+            return false;
+        }
+    }
+
     // a live change of the steering of a running request
     void steer_change(const server_task & task) {
         auto res = std::make_unique<server_task_result_steer>();

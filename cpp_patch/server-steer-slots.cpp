@@ -86,11 +86,49 @@ struct phase_tracker {
 
 } // namespace
 
-// Tokens first <= p < end (end < 0: no end) have the terms of `active`.
+// Tokens first <= p < end (end < 0: no end) have the terms of `active`, at the strengths they have where response token n is decided.
 struct server_steer::segment {
     llama_pos first;
     llama_pos end;
     uint64_t  active;
+    int32_t   n;
+};
+
+// A gate of a slot: the sum of the states it looks at, until it is decided.
+struct gate_state {
+    server_steer_vector_ptr gate;
+    llama_pos first = 0; // positions it looks at, both included
+    llama_pos last  = 0;
+    llama_pos next  = 0; // the next of them; a decode may be repeated
+    std::vector<double> sum; // [n_embd]
+    bool   decided = false;
+    double score   = 0.0;
+
+    bool same(const server_steer_vector & other) const {
+        return gate->content_sha256 == other.content_sha256 && gate->gate->mean == other.gate->mean;
+    }
+
+    void add(llama_pos pos, const float * row) {
+        if (pos == next && pos <= last) {
+            for (size_t i = 0; i < sum.size(); ++i) {
+                sum[i] += row[i];
+            }
+            next++;
+        }
+    }
+
+    // the cosine between what was read and the condition vector
+    void decide() {
+        double dot = 0.0, h2 = 0.0, v2 = 0.0;
+        for (size_t i = 0; i < sum.size(); ++i) {
+            const double v = gate->dirs[i];
+            dot += sum[i]*v;
+            h2  += sum[i]*sum[i];
+            v2  += v*v;
+        }
+        score   = h2*v2 > 0.0 ? dot/std::sqrt(h2*v2) : 0.0;
+        decided = true;
+    }
 };
 
 struct server_steer::slot_state {
@@ -101,6 +139,9 @@ struct server_steer::slot_state {
     uint64_t      active = 0;         // terms at the next token
     std::set<std::string> held;       // configs that its ranges name
     bool steered = false;
+
+    std::vector<gate_state> gates;
+    int32_t held_back = -1;           // index of the token that waits for them
 
     // reading
     std::vector<llama_pos> wanted;    // sorted
@@ -118,9 +159,22 @@ struct server_steer::slot_state {
 
     bool reads() const { return request && request->read; }
 
+    bool taps() const { return request && (request->read || !request->probes.empty() || !gates.empty()); }
+
+    bool open(const server_steer_vector & gate) const {
+        for (const auto & g : gates) {
+            if (g.decided && g.same(gate)) {
+                return gate.gate->above ? g.score > gate.gate->threshold : g.score < gate.gate->threshold;
+            }
+        }
+        return false;
+    }
+
+    llama_pos response_start() const { return std::max(1, last_pos); }
+
     // Terms that act at a position, in the present phase.
     uint64_t active_at(llama_pos pos) const {
-        const bool response = pos >= std::max(1, last_pos);
+        const bool response = pos >= response_start();
         uint64_t res = 0;
         for (size_t i = 0; i < terms.size(); ++i) {
             const auto & t = terms[i];
@@ -133,6 +187,7 @@ struct server_steer::slot_state {
                 case server_steer_term::ANSWER:   acts = response && !phases.thinking && !phases.tool; break;
                 case server_steer_term::RANGE:    acts = pos >= t.first && (t.last < 0 || pos <= t.last); break;
             }
+            acts = acts && (!t.gate || open(*t.gate));
             res |= acts && t.strength != 0.0 ? 1ull << i : 0;
         }
         return res;
@@ -140,8 +195,11 @@ struct server_steer::slot_state {
 
     // What the tokens from a position on get, in the present phase.
     std::vector<segment> from(llama_pos pos) const {
-        std::set<llama_pos> edges = { pos, 1, std::max(1, last_pos) };
+        std::set<llama_pos> edges = { pos, 1, response_start() };
         for (const auto & t : terms) {
+            for (int32_t n = t.schedule.over; n >= 1 && response_start() + n >= pos; --n) {
+                edges.insert(response_start() + n);
+            }
             if (t.scope == server_steer_term::RANGE) {
                 edges.insert(t.first);
                 edges.insert(t.last < 0 ? t.first : t.last + 1);
@@ -155,7 +213,7 @@ struct server_steer::slot_state {
             if (!res.empty()) {
                 res.back().end = edge;
             }
-            res.push_back({ edge, -1, active_at(edge) });
+            res.push_back({ edge, -1, active_at(edge), std::max(0, edge - response_start()) });
         }
         return res;
     }
@@ -175,29 +233,27 @@ void server_steer::check(int32_t status) const {
 // ---- configs and columns ----
 
 void server_steer::purge(size_t keep_configs, size_t keep_columns) {
-    const auto oldest = [](auto & map) {
-        auto best = map.end();
-        size_t idle = 0;
+    const auto surplus = [](auto & map, size_t keep) { // what nobody uses, beyond the `keep` that were used last
+        std::vector<decltype(map.begin())> idle;
         for (auto it = map.begin(); it != map.end(); ++it) {
             if (it->second.refs == 0) {
-                idle++;
-                if (best == map.end() || it->second.last < best->second.last) {
-                    best = it;
-                }
+                idle.push_back(it);
             }
         }
-        return std::make_pair(best, idle);
+        std::sort(idle.begin(), idle.end(), [](const auto & a, const auto & b) { return a->second.last < b->second.last; });
+        idle.resize(idle.size() - std::min(idle.size(), keep));
+        return idle;
     };
-    for (auto found = oldest(configs); found.second > keep_configs; found = oldest(configs)) {
-        llama_steer_config_clear(ctx, found.first->second.id);
-        for (const auto & column : found.first->second.columns) {
+    for (const auto & found : surplus(configs, keep_configs)) {
+        llama_steer_config_clear(ctx, found->second.id);
+        for (const auto & column : found->second.columns) {
             columns[column].refs--;
         }
-        configs.erase(found.first);
+        configs.erase(found);
     }
-    for (auto found = oldest(columns); found.second > keep_columns; found = oldest(columns)) {
-        llama_steer_column_clear(ctx, found.first->second.id);
-        columns.erase(found.first);
+    for (const auto & found : surplus(columns, keep_columns)) {
+        llama_steer_column_clear(ctx, found->second.id);
+        columns.erase(found);
     }
 }
 
@@ -221,13 +277,14 @@ int32_t server_steer::column_for(const server_steer_vector_ptr & vector) {
 }
 
 // The key of the config that applies the active terms; empty: there is nothing to apply.
-const std::string & server_steer::config_for(const server_steer_terms & terms, uint64_t active) {
+const std::string & server_steer::config_for(const server_steer_terms & terms, const segment & part) {
     std::string key;
     for (size_t i = 0; i < terms.size(); ++i) {
         const auto & t = terms[i];
-        if ((active >> i & 1) && t.strength != 0.0) {
+        const double strength = t.strength_at(part.n);
+        if ((part.active >> i & 1) && strength != 0.0) {
             uint64_t bits;
-            memcpy(&bits, &t.strength, sizeof(bits));
+            memcpy(&bits, &strength, sizeof(bits));
             key += string_format("%s %d %016llx %d %d %d;", t.vector->content_sha256.c_str(), t.op, (unsigned long long) bits, t.il_first, t.il_last, t.stream);
         }
     }
@@ -243,8 +300,9 @@ const std::string & server_steer::config_for(const server_steer_terms & terms, u
                 std::vector<llama_steer_term> natives;
                 for (size_t i = 0; i < terms.size(); ++i) {
                     const auto & t = terms[i];
-                    if ((active >> i & 1) && t.strength != 0.0) {
-                        natives.push_back({ column_for(t.vector), t.op, t.strength, t.il_first, t.il_last, t.stream });
+                    const double strength = t.strength_at(part.n);
+                    if ((part.active >> i & 1) && strength != 0.0) {
+                        natives.push_back({ column_for(t.vector), t.op, strength, t.il_first, t.il_last, t.stream });
                         use.columns.push_back(t.vector->content_sha256);
                     }
                 }
@@ -330,7 +388,10 @@ void server_steer::plan(const server_steer_request_ptr & request, server_tokens 
     std::vector<uint64_t> ids(tokens.size());
     size_t i = 0;
     for (const auto & part : parts) {
-        const auto & key = config_for(s.terms, part.active);
+        if (i == ids.size()) {
+            break; // the rest is the launch's
+        }
+        const auto & key = config_for(s.terms, part);
         const uint64_t id = key.empty() ? 0 : llama_steer_config_id(ctx, configs.at(key).id);
         for (; i < ids.size() && (part.end < 0 || positions[i] < part.end); ++i) {
             ids[i] = id;
@@ -343,7 +404,7 @@ void server_steer::set_ranges(int slot, slot_state & s, const std::vector<segmen
     // all configs first: what cannot be had must not leave half of it behind
     std::vector<int32_t> ids;
     for (const auto & part : parts) {
-        const auto & key = config_for(s.terms, part.active);
+        const auto & key = config_for(s.terms, part);
         int32_t id = 0;
         if (!key.empty()) {
             auto & use = configs.at(key);
@@ -386,7 +447,8 @@ void server_steer::launch(int slot, const server_steer_request_ptr & request, co
             s.values = std::make_shared<server_steer_values>();
             s.values->n_prompt = request->n_prompt;
         }
-        if (request->read || !request->probes.empty()) {
+        set_gates(s, tokens);
+        if (s.taps()) {
             set_taps(slot, s, tokens);
         }
         s.probe_all.resize(request->probes.size());
@@ -400,6 +462,11 @@ void server_steer::launch(int slot, const server_steer_request_ptr & request, co
 llama_pos server_steer::change(int slot, const server_steer_terms & terms, const server_tokens & done, server_tokens & input, bool fresh) {
     auto & s = *slots.at(slot);
     check_phases(terms, s.request->tags);
+    for (const auto & t : terms) {
+        if (t.gate && t.strength != 0.0 && std::none_of(s.gates.begin(), s.gates.end(), [&](const gate_state & g) { return g.same(*t.gate); })) {
+            throw server_steer_error(400, "the gate of '" + t.name + "' was not decided on the prompt: a live change can use only gates that the request began with");
+        }
+    }
     auto request = std::make_shared<server_steer_request>(*s.request);
     request->terms = terms;
 
@@ -434,7 +501,7 @@ llama_pos server_steer::change(int slot, const server_steer_terms & terms, const
 // The first time a config is used, each place it names must have fired: a silent no-op is the worst failure of steering.
 void server_steer::prove(slot_state & s) {
     const uint64_t active = s.active_at(s.last_pos);
-    const auto it = configs.find(config_for(s.terms, active));
+    const auto it = configs.find(config_for(s.terms, { s.last_pos, -1, active, 0 }));
     if (it == configs.end() || it->second.proved) {
         return;
     }
@@ -535,11 +602,11 @@ void server_steer::release(int slot, server_tokens & tokens) {
         return;
     }
     note_memory();
-    const bool used_taps = s.request->read || !s.request->probes.empty();
+    const bool used_taps = s.taps();
     slots[slot].reset();
 
     const bool reading = std::any_of(slots.begin(), slots.end(), [](const auto & p) {
-        return p && p->request && (p->request->read || !p->request->probes.empty());
+        return p && p->taps();
     });
     if (used_taps && !reading && taps_many_rows) {
         const size_t bytes = taps.size()*llama_n_ubatch(ctx)*(size_t) info.n_embd*sizeof(float)*(taps_all_streams ? info.n_streams : 1);
@@ -612,7 +679,7 @@ void server_steer::set_taps(int slot, slot_state & s, const server_tokens & toke
         for (size_t i : rows) {
             s.wanted.push_back(positions[i]);
         }
-        s.first_wanted = (int32_t) *rows.begin();
+        s.first_wanted = s.first_wanted < 0 ? (int32_t) *rows.begin() : std::min(s.first_wanted, (int32_t) *rows.begin());
         s.values->tokens = tokens.get_text_tokens();
         const size_t n_out = spec.streams ? info.n_streams : 1;
         const size_t width = n_out*info.n_embd;
@@ -629,6 +696,10 @@ void server_steer::set_taps(int slot, slot_state & s, const server_tokens & toke
         all_streams = spec.streams;
         many_rows   = many_rows || s.wanted.size() > 1;
     }
+    for (const auto & g : s.gates) {
+        need.insert({ g.gate->layers[0], g.gate->sites[0] });
+        many_rows = many_rows || g.first < g.last;
+    }
     for (const auto & probe : s.request->probes) {
         for (size_t i = 0; i < probe->n(); ++i) {
             need.insert({ probe->layers[i], probe->sites[i] });
@@ -636,7 +707,7 @@ void server_steer::set_taps(int slot, slot_state & s, const server_tokens & toke
     }
 
     const bool others = std::any_of(slots.begin(), slots.end(), [&](const auto & p) {
-        return p && p.get() != &s && p->request && (p->request->read || !p->request->probes.empty());
+        return p && p.get() != &s && p->taps();
     });
     const bool enough = std::includes(taps.begin(), taps.end(), need.begin(), need.end()) &&
         (taps_all_streams || !all_streams) && (taps_many_rows || !many_rows);
@@ -671,9 +742,64 @@ void server_steer::set_taps(int slot, slot_state & s, const server_tokens & toke
         check(llama_steer_tap_range(ctx, slot, s.wanted[i], s.wanted[k - 1] + 1, true));
         i = k;
     }
+    for (const auto & g : s.gates) {
+        check(llama_steer_tap_range(ctx, slot, g.first, g.last + 1, true));
+    }
     if (!s.request->probes.empty()) {
         check(llama_steer_tap_range(ctx, slot, s.last_pos, -1, true));
     }
+}
+
+// ---- gates ----
+
+void server_steer::set_gates(slot_state & s, const server_tokens & tokens) {
+    for (const auto & t : s.terms) {
+        if (!t.gate || t.strength == 0.0 || std::any_of(s.gates.begin(), s.gates.end(), [&](const gate_state & g) { return g.same(*t.gate); })) {
+            continue;
+        }
+        const int32_t n_prompt = s.request->n_prompt >= 0 ? s.request->n_prompt : (int32_t) tokens.size();
+        if (n_prompt < 3) {
+            throw server_steer_error(400, string_format("a gate is decided on a prompt of at least 3 tokens, this one has %d", n_prompt));
+        }
+        if (tokens.has_mtmd) {
+            throw server_steer_error(400, "a gate cannot be decided on a prompt with images or sound");
+        }
+        gate_state g;
+        g.gate  = t.gate;
+        g.last  = n_prompt - 2;
+        g.first = g.next = t.gate->gate->mean ? 1 : g.last;
+        g.sum.assign(info.n_embd, 0.0);
+        s.gates.push_back(g);
+        s.held_back    = n_prompt - 1;
+        s.first_wanted = s.first_wanted < 0 ? g.first : std::min(s.first_wanted, g.first);
+    }
+}
+
+bool server_steer::holds_back(int slot, int32_t index) const {
+    const auto * s = slots.at(slot).get();
+    return s && s->held_back >= 0 && index == s->held_back;
+}
+
+void server_steer::decide(int slot, int32_t index, const server_tokens & tokens) {
+    if (!holds_back(slot, index)) {
+        return;
+    }
+    auto & s = *slots[slot];
+    for (auto & g : s.gates) {
+        if (g.next <= g.last) {
+            throw server_steer_error(500, string_format("a gate waits for position %d, which was not read", g.next));
+        }
+        g.decide();
+    }
+    s.held_back = -1;
+    std::vector<segment> rest; // what was computed keeps the ranges it was computed with
+    for (auto part : segments(*s.request, tokens, s)) {
+        part.first = std::max(part.first, index); // a position too: there are no images
+        if (part.end < 0 || part.end > part.first) {
+            rest.push_back(part);
+        }
+    }
+    set_ranges(slot, s, rest);
 }
 
 bool server_steer::on_rows(const llama_steer_rows & rows) {
@@ -718,6 +844,11 @@ bool server_steer::on_rows(const llama_steer_rows & rows) {
                 } else {
                     std::copy_n(src, width, s.values->values.begin() + (li*s.wanted.size() + (at - s.wanted.begin()))*width);
                 }
+            }
+        }
+        for (auto & g : s.gates) {
+            if (g.gate->layers[0] == rows.layer && g.gate->sites[0] == rows.site) {
+                g.add(pos, averaged(row));
             }
         }
         for (size_t p = 0; p < s.request->probes.size(); ++p) {

@@ -334,6 +334,26 @@ void check_identity(const json & stored, const server_steer_identity & model, bo
 
 } // namespace
 
+static server_steer_gate read_gate(const json & data) {
+    server_steer_gate res;
+    if (!data.is_object() || data.size() != 3 || !data.contains("threshold") || !data.contains("compare") || !data.contains("positions")) {
+        bad("its gate does not have just threshold, compare and positions");
+    }
+    const json & threshold = data.at("threshold");
+    if (!threshold.is_number() || !(std::abs(threshold.get<double>()) <= 1.0)) {
+        bad("the threshold of its gate is no cosine");
+    }
+    res.threshold = threshold.get<double>();
+    const std::string compare   = text_at(data, "compare");
+    const std::string positions = text_at(data, "positions");
+    if ((compare != "above" && compare != "below") || (positions != "mean" && positions != "last")) {
+        bad("its gate compares " + shown(compare) + " at " + shown(positions) + ": above or below, mean or last");
+    }
+    res.above = compare == "above";
+    res.mean  = positions == "mean";
+    return res;
+}
+
 server_steer_vector_ptr server_steer_parse_vector(const std::string & file, const server_steer_identity & model, const llama_steer_info & info, bool force) {
     if (file.size() < 10) {
         bad("not a safetensors file");
@@ -379,8 +399,13 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
     res->op     = text_at(meta, "op");
     res->scope  = text_at(meta, "default_scope");
     res->content_sha256 = text_at(meta, "content_sha256");
-    if (res->op != "add" && res->op != "project" && res->op != "clamp") {
+    if (res->op != "add" && res->op != "project" && res->op != "clamp" && res->op != "renorm") {
         bad("unknown op " + shown(res->op));
+    }
+
+    const json & provenance = meta.at("provenance");
+    if (provenance.is_object() && provenance.contains("gate")) {
+        res->gate = read_gate(provenance.at("gate"));
     }
 
     const json & scales = meta.at("scales");
@@ -417,6 +442,9 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
     }
     if (directions.empty()) {
         bad("it holds no direction");
+    }
+    if (res->gate && directions.size() != 1) {
+        bad(string_format("a gate looks at one layer and site, this one has %zu directions", directions.size()));
     }
     if (scales.size() != directions.size()) {
         bad("a scale has no tensor");

@@ -15,9 +15,10 @@ constexpr size_t MAX_VECTORS      = 1024;
 constexpr size_t MAX_VECTOR_BYTES = (size_t) 4 << 30;
 constexpr size_t MAX_TERMS        = 64; // one bit each in the set of active terms
 constexpr size_t MAX_BODY         = (size_t) 64 << 20;
+constexpr int32_t MAX_OVER        = 4096; // tokens of a schedule
 
 const char * const SITES[LLAMA_STEER_SITE_COUNT] = { "resid_post", "attn_out", "ffn_out" };
-const char * const OPS[3] = { "add", "project", "clamp" };
+const char * const OPS[4] = { "add", "project", "clamp", "renorm" };
 
 std::string g_folder;
 std::string g_default;
@@ -160,16 +161,67 @@ bool server_steer_request::has_phases() const {
     });
 }
 
+double server_steer_schedule::factor(int32_t n) const {
+    if (kind == CONSTANT || n <= 0) {
+        return 1.0;
+    }
+    if (n >= over) {
+        return floor;
+    }
+    const double part = (double) n/over;
+    const double left = kind == LINEAR ? 1.0 - part : 0.5*(1.0 + std::cos(3.14159265358979323846*part));
+    return floor + (1.0 - floor)*left;
+}
+
+static server_steer_schedule parse_schedule(const json & item, const std::string & where) {
+    server_steer_schedule res;
+    if (!item.is_object()) {
+        bad(where + ": the schedule is " + shown(item) + ": write it as {\"kind\": \"linear\", \"over\": 64, \"floor\": 0.2}");
+    }
+    for (const auto & entry : item.items()) {
+        static const std::set<std::string> keys = { "kind", "over", "floor" };
+        if (!keys.count(entry.key())) {
+            bad(where + ": the schedule has the unknown key " + shown(entry.key()));
+        }
+    }
+    static const char * const kinds[] = { "constant", "linear", "cosine" };
+    const json kind = item.contains("kind") ? item.at("kind") : json(nullptr);
+    const int32_t index = kind.is_string() ? index_of(kinds, 3, kind.get<std::string>()) : -1;
+    if (index < 0) {
+        bad(where + ": unknown schedule " + shown(kind) + ": use constant, linear or cosine");
+    }
+    res.kind = (server_steer_schedule::kind_t) index;
+    if (res.kind == server_steer_schedule::CONSTANT) {
+        if (item.size() > 1) {
+            bad(where + ": a constant schedule takes neither over nor floor");
+        }
+        return res;
+    }
+    if (is_absent(item, "over") || !item.at("over").is_number_integer() || item.at("over").get<int64_t>() < 1 || item.at("over").get<int64_t>() > MAX_OVER) {
+        bad(where + string_format(": a schedule needs 'over', a whole number of tokens from 1 to %d", MAX_OVER));
+    }
+    res.over = (int32_t) item.at("over").get<int64_t>();
+    if (!is_absent(item, "floor")) {
+        const json & floor = item.at("floor");
+        if (!floor.is_number() || !(floor.get<double>() >= 0.0 && floor.get<double>() <= 1.0)) {
+            bad(where + ": the floor of the schedule is " + shown(floor) + ": give a part of the strength, from 0 to 1");
+        }
+        res.floor = floor.get<double>();
+    }
+    return res;
+}
+
+bool server_steer_request::has_gates() const {
+    return std::any_of(terms.begin(), terms.end(), [](const server_steer_term & t) { return t.gate && t.strength != 0.0; });
+}
+
 static server_steer_term parse_term(size_t number, const json & item, const std::map<std::string, server_steer_vector_ptr> & store, const llama_steer_info & info) {
     const std::string where = "term " + std::to_string(number) + " of steering";
     if (!item.is_object()) {
         bad(where + " is no JSON object");
     }
     for (const auto & entry : item.items()) {
-        if (entry.key() == "gate" || entry.key() == "schedule") {
-            bad(where + ": " + entry.key() + "s are not available yet");
-        }
-        static const std::set<std::string> keys = { "vector", "strength", "layers", "op", "scope", "stream" };
+        static const std::set<std::string> keys = { "vector", "strength", "layers", "op", "scope", "stream", "schedule", "gate" };
         if (!keys.count(entry.key())) {
             bad(where + " has the unknown key " + shown(entry.key()));
         }
@@ -205,9 +257,9 @@ static server_steer_term parse_term(size_t number, const json & item, const std:
         }
     }
     const std::string op = is_absent(item, "op") ? term.vector->op : text_of(item.at("op"), where + ": the op");
-    term.op = index_of(OPS, 3, op);
+    term.op = index_of(OPS, 4, op);
     if (term.op < 0) {
-        bad(where + ": unknown op " + shown(op) + ": use add, project or clamp");
+        bad(where + ": unknown op " + shown(op) + ": use add, project, clamp or renorm");
     }
     set_scope(term, is_absent(item, "scope") ? term.vector->scope : text_of(item.at("scope"), where + ": the scope"));
 
@@ -215,6 +267,29 @@ static server_steer_term parse_term(size_t number, const json & item, const std:
         term.stream = small_number(item.at("stream"), where + ": the stream");
         if (term.stream >= info.n_streams) {
             bad(where + string_format(": there is no stream %d, this model has %d", term.stream, info.n_streams));
+        }
+    }
+    if (!is_absent(item, "schedule")) {
+        term.schedule = parse_schedule(item.at("schedule"), where);
+        if (term.schedule.kind != server_steer_schedule::CONSTANT && term.scope == server_steer_term::PROMPT) {
+            bad(where + ": a schedule counts tokens of the response, so " + shown(term.name) + " cannot have one with scope prompt");
+        }
+    }
+    if (!is_absent(item, "gate")) {
+        const std::string name = text_of(item.at("gate"), where + ": the gate");
+        const auto found = store.find(name);
+        if (found == store.end()) {
+            bad("no gate " + shown(name) + " is loaded: upload it with POST /steering/vectors/NAME");
+        }
+        term.gate = found->second;
+        if (!term.gate->gate) {
+            bad(where + ": " + shown(name) + " is a vector, not a gate");
+        }
+        if (term.scope != server_steer_term::RESPONSE && term.scope != server_steer_term::THINKING && term.scope != server_steer_term::ANSWER) {
+            bad(where + ": " + shown(term.name) + " has a gate, which is decided at the end of the prompt: its scope has to be response, thinking or answer");
+        }
+        if (info.last_layer_outputs_only && term.gate->layers[0] == info.n_layer - 1) {
+            bad(where + string_format(": the gate %s looks at layer %d, which holds output tokens only in this architecture", shown(name).c_str(), term.gate->layers[0]));
         }
     }
     bool inside = false;
@@ -229,6 +304,28 @@ static server_steer_term parse_term(size_t number, const json & item, const std:
         bad(where + ": its layers hold none of the layers of " + shown(term.name));
     }
     return term;
+}
+
+// Where a term restores the length, no other op may act: what comes first would not be defined.
+static void check_renorm(const server_steer_terms & terms) {
+    const auto covers = [](const server_steer_term & t, int32_t il) { return il >= t.il_first && (t.il_last < 0 || il <= t.il_last); };
+    for (const auto & t : terms) {
+        for (const auto & other : terms) {
+            const bool apart = t.stream >= 0 && other.stream >= 0 && t.stream != other.stream;
+            if (t.op != LLAMA_STEER_RENORM || other.op == LLAMA_STEER_RENORM || t.strength == 0.0 || other.strength == 0.0 || apart) {
+                continue;
+            }
+            for (size_t i = 0; i < t.vector->n(); ++i) {
+                for (size_t k = 0; k < other.vector->n(); ++k) {
+                    const int32_t il = t.vector->layers[i];
+                    if (il == other.vector->layers[k] && t.vector->sites[i] == other.vector->sites[k] && covers(t, il) && covers(other, il)) {
+                        bad(shown(t.name) + string_format(" restores the length at layer %d, where ", il) + shown(other.name) +
+                            " acts with another op: give both renorm, or layers of their own");
+                    }
+                }
+            }
+        }
+    }
 }
 
 server_steer_terms server_steer::parse_terms(const json & value) {
@@ -246,6 +343,7 @@ server_steer_terms server_steer::parse_terms(const json & value) {
     for (size_t i = 0; i < value.size(); ++i) {
         res.push_back(parse_term(i + 1, value.at(i), store, info));
     }
+    check_renorm(res);
     return res;
 }
 
@@ -376,6 +474,9 @@ server_steer_request_ptr server_steer::parse(const json & data, const std::strin
         parse_tags(data.at("steering_tags"), res->tags);
     }
     check_phases(res->terms, res->tags);
+    if (res->has_gates() && (json_value(data, "n", 1) > 1 || json_value(data, "n_cmpl", 1) > 1)) {
+        bad("several completions of one prompt cannot be gated: send a request for each");
+    }
     if (probed) {
         const json & names = data.at("steering_probe");
         if (!names.is_array() || names.size() > 16) {
@@ -510,7 +611,7 @@ json server_steer::put_vector(const std::string & name, const std::string & body
     size_t bytes = vector->bytes();
     for (auto & [other, stored] : store) {
         bytes += other == name ? 0 : stored->bytes();
-        if (stored->content_sha256 == vector->content_sha256 && stored->scope == vector->scope) {
+        if (stored->content_sha256 == vector->content_sha256 && stored->scope == vector->scope && stored->gate == vector->gate) {
             vector = stored; // the same content is held once
         }
     }
@@ -604,6 +705,7 @@ json server_steer::describe(const json & server) {
         vectors.push_back({
             {"name", name}, {"content_sha256", v->content_sha256}, {"op", v->op}, {"default_scope", v->scope},
             {"layers", std::vector<int32_t>(layers.begin(), layers.end())}, {"sites", std::vector<std::string>(sites.begin(), sites.end())}, {"bytes", v->bytes()},
+            {"gate", v->gate.has_value()},
         });
         bytes += counted.insert(v.get()).second ? v->bytes() : 0;
     }

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -45,6 +46,17 @@ struct server_steer_identity {
 // The identity of the model in a GGUF file (docs/vector-format.md). Throws server_steer_error.
 server_steer_identity server_steer_identity_of(const std::string & path, int32_t n_layer, int32_t n_embd, int32_t n_streams);
 
+// What makes a vector file a gate: a condition on the prompt (docs/vector-format.md).
+struct server_steer_gate {
+    double threshold = 0.0;
+    bool   above     = true;
+    bool   mean      = true; // of the tokens but the first and the last; false: the one before the last
+
+    bool operator==(const server_steer_gate & other) const {
+        return threshold == other.threshold && above == other.above && mean == other.mean;
+    }
+};
+
 // A parsed vector file. Immutable, shared by the store and by the requests that use it.
 struct server_steer_vector {
     std::string content_sha256;
@@ -55,6 +67,7 @@ struct server_steer_vector {
     std::vector<int32_t> sites;  // [n]
     std::vector<double>  scales; // [n] dose at strength 1
     std::vector<float>   dirs;   // [n][n_embd] unit directions
+    std::optional<server_steer_gate> gate; // then n is 1
 
     size_t n() const { return layers.size(); }
     size_t bytes() const { return dirs.size()*sizeof(float); }
@@ -66,6 +79,15 @@ using server_steer_vector_ptr = std::shared_ptr<const server_steer_vector>;
 server_steer_vector_ptr server_steer_parse_vector(const std::string & file, const server_steer_identity & model, const llama_steer_info & info, bool force);
 
 // ---- requests ----
+
+// How the strength of a term decays over the tokens of a response (docs/grammar.md).
+struct server_steer_schedule {
+    enum kind_t { CONSTANT, LINEAR, COSINE } kind = CONSTANT;
+    int32_t over  = 0;
+    double  floor = 0.0;
+
+    double factor(int32_t n) const; // where response token n is decided
+};
 
 struct server_steer_term {
     std::string name;
@@ -79,6 +101,11 @@ struct server_steer_term {
     enum scope_t { ALL, PROMPT, RESPONSE, THINKING, ANSWER, RANGE } scope = ALL;
     llama_pos first = 0;
     llama_pos last  = -1; // of a range, inclusive; -1: no end
+
+    server_steer_schedule schedule;
+    server_steer_vector_ptr gate; // null: none
+
+    double strength_at(int32_t n) const { return strength*schedule.factor(n); }
 
     json given; // as the client wrote it
 };
@@ -121,6 +148,7 @@ struct server_steer_request {
 
     bool has_phases() const;
     bool special() const { return read || scores; }
+    bool has_gates() const;
 };
 
 using server_steer_request_ptr = std::shared_ptr<const server_steer_request>;
@@ -187,6 +215,10 @@ struct server_steer {
     int  reuse_limit(int slot, int n_past) const;
     // May states be moved to other positions (--cache-reuse)? Not where steering or reading has a say.
     bool can_shift(int slot, const server_tokens & cached, const server_tokens & wanted) const;
+    // Is this token the one that a gate holds back until the tokens before it were read?
+    bool holds_back(int slot, int32_t index) const;
+    // Decide the gates of a slot that has come to that token; `tokens` are its task's.
+    void decide(int slot, int32_t index, const server_tokens & tokens);
     void on_token(int slot, llama_token token, llama_pos pos_next);
     void release(int slot, server_tokens & tokens);
     bool is_steered(int slot) const;
@@ -224,11 +256,12 @@ private:
         uint64_t last = 0;
     };
 
-    const std::string & config_for(const server_steer_terms & terms, uint64_t active);
+    const std::string & config_for(const server_steer_terms & terms, const segment & part);
     int32_t column_for(const server_steer_vector_ptr & vector);
     void    purge(size_t keep_configs, size_t keep_columns);
     std::vector<segment> segments(const server_steer_request & request, const server_tokens & tokens, slot_state & s);
     void    set_ranges(int slot, slot_state & s, const std::vector<segment> & segments);
+    void    set_gates(slot_state & s, const server_tokens & tokens);
     void    prove(slot_state & s);
     void    set_taps(int slot, slot_state & s, const server_tokens & tokens);
     void    check_phases(const server_steer_terms & terms, const server_steer_tags & tags) const;

@@ -18,12 +18,14 @@ _HOMES = {
     "Activations": "steer_plugins.engine.base",
     "AddTokens": "steer_plugins.native",
     "Engine": "steer_plugins.engine.base",
+    "Gate": "steer_plugins.gate",
     "GenerateRequest": "steer_plugins.engine.base",
     "Generation": "steer_plugins.engine.base",
     "Library": "steer_plugins.library",
     "LocalEngine": "steer_plugins.engine.local",
     "ModelIdentity": "steer_plugins.vector",
     "ReadRows": "steer_plugins.native",
+    "Schedule": "steer_plugins.schedule",
     "ServerEngine": "steer_plugins.engine.server",
     "ServerProcess": "steer_plugins.server",
     "SteerError": "steer_plugins.errors",
@@ -39,12 +41,14 @@ __all__ = [
     "Activations",
     "AddTokens",
     "Engine",
+    "Gate",
     "GenerateRequest",
     "Generation",
     "Library",
     "LocalEngine",
     "ModelIdentity",
     "ReadRows",
+    "Schedule",
     "ServerEngine",
     "ServerProcess",
     "SteerError",
@@ -62,8 +66,10 @@ if TYPE_CHECKING:
     from steer_plugins.engine.local import LocalEngine
     from steer_plugins.engine.server import ServerEngine
     from steer_plugins.errors import SteerError
+    from steer_plugins.gate import Gate
     from steer_plugins.library import Library
     from steer_plugins.native import AddTokens, ReadRows
+    from steer_plugins.schedule import Schedule
     from steer_plugins.server import ServerProcess
     from steer_plugins.steering import Steering, Term
     from steer_plugins.vector import ModelIdentity, SteeringVector

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import SpecError, VectorError
+from .gate import Gate
+from .schedule import Schedule
 from .steering import Steering, Term, parse_term
 from .vector import OPS, SCOPES, SteeringVector, scope_range
 
@@ -30,7 +32,9 @@ _LAYERS = re.compile(r"([0-9]{1,6})(?:(-)([0-9]{1,6})?)?")
 _SCOPE = re.compile(r"[a-z]+|[0-9]{1,10}-(?:[0-9]{1,10})?")
 _STREAM = re.compile(r"[0-9]{1,3}")
 _OP = re.compile(r"[a-z]+")
+_SCHEDULE = re.compile(rf"([a-z]+)(?::([0-9]{{1,7}}))?(?::({_NUMBER.pattern}))?\]")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
+
 
 @dataclass(frozen=True)
 class TermSpec:
@@ -45,15 +49,19 @@ class TermSpec:
     op: str | None = None
     scope: str | None = None
     stream: int | None = None
+    schedule: Schedule | None = None
+    gate: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The term as JSON; what is left to the vector is left out."""
         data: dict[str, Any] = {"vector": self.vector, "strength": self.strength}
         if self.layers is not None:
             data["layers"] = list(self.layers)
-        for key in ("op", "scope", "stream"):
+        for key in ("op", "scope", "stream", "gate"):
             if getattr(self, key) is not None:
                 data[key] = getattr(self, key)
+        if self.schedule is not None:
+            data["schedule"] = self.schedule.to_json()
         return data
 
 
@@ -110,8 +118,7 @@ def format_terms(terms: Iterable[TermSpec]) -> str:
     """The text that :func:`parse` turns into the same terms."""
     parts = []
     for t in terms:
-        name = t.vector if _PLAIN_NAME.fullmatch(t.vector) else json.dumps(t.vector, ensure_ascii=False)
-        text = ("!" if t.op == "project" else "") + name
+        text = ("!" if t.op == "project" else "") + _name(t.vector)
         if t.strength != 1.0:
             text += f":{_number(t.strength)}"
         if t.layers is not None:
@@ -123,6 +130,11 @@ def format_terms(terms: Iterable[TermSpec]) -> str:
             text += f"%{t.op}"
         if t.stream is not None:
             text += f"#{t.stream}"
+        if t.schedule is not None:
+            floor = f":{_number(t.schedule.floor)}" if t.schedule.floor else ""
+            text += f"[{t.schedule.kind}:{t.schedule.over}{floor}]"
+        if t.gate is not None:
+            text += f"{{{_name(t.gate)}}}"
         parts.append(text)
     return " + ".join(parts)
 
@@ -145,9 +157,7 @@ def _term_from_json(number: int, item: Any) -> TermSpec:
     if not isinstance(item, dict):
         raise SpecError(f"{where} is no JSON object")
     for key in item:
-        if key in ("gate", "schedule"):
-            raise SpecError(f"{where}: {key}s are not available yet")
-        if key not in ("vector", "strength", "layers", "op", "scope", "stream"):
+        if key not in ("vector", "strength", "layers", "op", "scope", "stream", "schedule", "gate"):
             raise SpecError(f"{where} has the unknown key {str(key)!r:.60}")
     vector, strength = item.get("vector"), item.get("strength", 1.0)
     if not isinstance(vector, str) or not vector:
@@ -164,7 +174,16 @@ def _term_from_json(number: int, item: Any) -> TermSpec:
         _checked_scope(scope, where)
     if stream is not None and (isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < 1000):
         raise SpecError(f"{where}: the stream is {stream!r:.60}: streams are whole numbers from 0")
-    return TermSpec(vector, float(strength) + 0.0, layers, op, scope, stream)
+    schedule = None
+    if item.get("schedule") is not None:
+        try:
+            schedule = Schedule.from_json(item["schedule"])
+        except SpecError as error:
+            raise SpecError(f"{where}: {error}") from None
+    gate = item.get("gate")
+    if gate is not None and (not isinstance(gate, str) or not gate):
+        raise SpecError(f"{where}: the gate is {gate!r:.60}: name one, or its file")
+    return TermSpec(vector, float(strength) + 0.0, layers, op, scope, stream, schedule, gate)
 
 
 def _checked_window(where: str, layers: Any) -> tuple[int, int | None]:
@@ -202,8 +221,15 @@ def steering_of(terms: str | Sequence[TermSpec], resolve: Callable[[str], Steeri
         if t.layers is not None:
             lo, hi = t.layers
             window = (lo, max(lo, vector.layers[-1]) if hi is None else hi)
-        result.append(Term(vector, t.strength, layers=window, op=t.op, scope=t.scope, stream=t.stream))
+        gate = None if t.gate is None else Gate.of(resolve(t.gate))
+        result.append(
+            Term(vector, t.strength, layers=window, op=t.op, scope=t.scope, stream=t.stream, schedule=t.schedule, gate=gate)
+        )
     return Steering(result)
+
+
+def _name(name: str) -> str:
+    return name if _PLAIN_NAME.fullmatch(name) else json.dumps(name, ensure_ascii=False)
 
 
 def _number(value: float) -> str:
@@ -268,15 +294,17 @@ class _Parser:
                 key, value = "op", self.op()
             elif self._after("#"):
                 key, value = "stream", int(self.match(_STREAM, "expected a stream number, such as #2")[0])
+            elif self._after("["):
+                key, value = "schedule", self.schedule()
+            elif self._after("{"):
+                key, value = "gate", self.gate()
             else:
                 break
             if key in found:
                 raise self.fail(f"a second {key}" + (": ! has said project" if removes and key == "op" else ""), at)
             found[key] = value
-        if not self.done and self._text[self._at] in "{[":
-            raise self.fail("gates and schedules are not available yet")
         if not self.done and self._text[self._at] not in "+-" and not self._text[self._at].isspace():
-            raise self.fail("expected :strength, @layers, ?scope, %op, #stream, or + and another term")
+            raise self.fail("expected :strength, @layers, ?scope, %op, #stream, [schedule], {gate}, or + and another term")
         return TermSpec(name, sign * strength + 0.0, **found)
 
     def _after(self, mark: str) -> bool:
@@ -321,6 +349,25 @@ class _Parser:
         if hi is not None and hi < lo:
             raise self.fail("the layer window ends before it starts", at)
         return lo, hi
+
+    def schedule(self) -> Schedule | None:
+        at = self._at
+        match = self.match(_SCHEDULE, "expected a schedule, such as [linear:64] or [cosine:64:0.2]")
+        data: dict[str, Any] = {"kind": match[1]}
+        if match[2] is not None:
+            data["over"] = int(match[2])
+        if match[3] is not None:
+            data["floor"] = float(match[3])
+        try:
+            return Schedule.from_json(data)
+        except SpecError as error:
+            raise self.fail(str(error), at) from None
+
+    def gate(self) -> str:
+        name = self.name()
+        if not self._after("}"):
+            raise self.fail("expected } after the name of the gate")
+        return name
 
     def scope(self) -> str:
         at = self._at

@@ -6,10 +6,13 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import SpecError, VectorError
+from .gate import SCOPES as GATED_SCOPES
+from .gate import Decisions, Gate
+from .schedule import Schedule
 from .vector import OPS, SteeringVector, layer_ranges, scope_range
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -21,7 +24,8 @@ class Term:
 
     ``strength``: any finite number; 1.0 is the calibrated full effect, 0 is off. ``layers``: inclusive window, None is
     all the vector's layers. ``op``, ``scope``: None is the vector's own. ``stream``: one residual stream of a
-    hyper-connection model, None is all.
+    hyper-connection model, None is all. ``schedule``: lets the strength decay while the reply grows, None keeps it.
+    ``gate``: a condition on the prompt; the term acts only where it is open.
     """
 
     vector: SteeringVector
@@ -30,6 +34,8 @@ class Term:
     op: str | None = None
     scope: str | None = None
     stream: int | None = None
+    schedule: Schedule | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.vector, SteeringVector):
@@ -49,6 +55,17 @@ class Term:
                 raise SpecError(f"{error} (term {name!r})") from None
         if self.stream is not None and (not _is_layer(self.stream)):
             raise SpecError(f"the stream of {name!r} is {self.stream!r:.60}: streams are whole numbers from 0")
+        if self.schedule is not None:
+            if not isinstance(self.schedule, Schedule):
+                raise SpecError(f"the schedule of {name!r} is {self.schedule!r:.60}, not a Schedule")
+            if self.effective_scope == "prompt":
+                raise SpecError(f"a schedule counts tokens of the response, so {name!r} cannot have one with scope prompt")
+        if self.gate is not None:
+            if not isinstance(self.gate, Gate):
+                raise SpecError(f"the gate of {name!r} is {self.gate!r:.60}, not a Gate")
+            if self.effective_scope not in GATED_SCOPES:
+                what = f"{name!r} has a gate, which is decided at the end of the prompt"
+                raise SpecError(f"{what}: its scope has to be response, thinking or answer, not {self.effective_scope}")
         if self.layers is not None:
             window = self.layers
             if not isinstance(window, Sequence) or len(window) != 2 or not all(map(_is_layer, window)):
@@ -69,6 +86,14 @@ class Term:
         """The scope that is applied: the term's, else the vector's."""
         return self.scope or self.vector.default_scope
 
+    def factor(self, n: int) -> float:
+        """What the schedule makes of the strength where response token ``n`` (from 0) is decided."""
+        return 1.0 if self.schedule is None else self.schedule.factor(n)
+
+    def at(self, n: int) -> Term:
+        """This term as it is where response token ``n`` (from 0) is decided: without a schedule."""
+        return self if self.schedule is None else replace(self, strength=self.strength * self.factor(n), schedule=None)
+
     def keys(self) -> list[tuple[int, str]]:
         """The (layer, site) pairs the term acts on, sorted."""
         if self.layers is None:
@@ -79,7 +104,8 @@ class Term:
     @property
     def is_zero(self) -> bool:
         """True if the term changes nothing: strength 0, or an add whose scales are all 0."""
-        return self.strength == 0.0 or (self.effective_op == "add" and all(self.vector.scales[key] == 0.0 for key in self.keys()))
+        adds = self.effective_op in ("add", "renorm")
+        return self.strength == 0.0 or (adds and all(self.vector.scales[key] == 0.0 for key in self.keys()))
 
 
 @dataclass(frozen=True, init=False)
@@ -93,6 +119,7 @@ class Steering:
         for term in checked:
             if not isinstance(term, Term):
                 raise SpecError(f"a steering is made of terms, not of {term!r:.60}")
+        _check_renorm(checked)
         object.__setattr__(self, "terms", checked)
 
     @classmethod
@@ -108,6 +135,30 @@ class Steering:
             return cls(term for item in steering for term in cls.of(item).terms)
         raise SpecError(f"{steering!r:.60} is no steering: give a SteeringVector, a Term, or a list of them")
 
+    @property
+    def gates(self) -> list[Gate]:
+        """The gates of terms that would change something, each once."""
+        return list({term.gate.key: term.gate for term in self.terms if term.gate is not None and not term.is_zero}.values())
+
+    def decided(self, decisions: Decisions) -> Steering:
+        """This steering for a prompt on which its gates were decided: terms without gates, those behind closed ones left out."""
+        kept = []
+        for term in self.terms:
+            if term.gate is None:
+                kept.append(term)
+            elif not term.is_zero and decisions[term.gate.key]:
+                kept.append(replace(term, gate=None))
+        return Steering(kept)
+
+    def on_the_prompt(self) -> Steering:
+        """What acts on a prompt without its last token, as the steering of that shorter prompt: a gate looks at the result."""
+        kept = []
+        for term in self.terms:
+            if term.effective_scope not in GATED_SCOPES:
+                term = term.at(0)
+                kept.append(replace(term, scope="all") if term.effective_scope == "prompt" else term)
+        return Steering(kept)
+
     def __add__(self, other: Any) -> Steering:
         return Steering(self.terms + Steering.of(other).terms)
 
@@ -122,6 +173,21 @@ class Steering:
 
     def __iter__(self) -> Iterator[Term]:
         return iter(self.terms)
+
+
+def _check_renorm(terms: Sequence[Term]) -> None:
+    """Where a term restores the length, no other op may act: what comes first would not be defined."""
+    acting = [term for term in terms if term.strength != 0.0]
+    for term in (t for t in acting if t.effective_op == "renorm"):
+        for other in (t for t in acting if t.effective_op != "renorm"):
+            shared = sorted(set(term.keys()) & set(other.keys()))
+            apart = term.stream is not None and other.stream is not None and term.stream != other.stream
+            if shared and not apart:
+                layer, site = shared[0]
+                raise SpecError(
+                    f"{term.vector.name!r} restores the length at layer {layer} ({site}), where {other.vector.name!r} acts with "
+                    f"op {other.effective_op}: give both renorm, or layers of their own"
+                )
 
 
 def parse_term(text: str) -> tuple[str, float]:

@@ -22,7 +22,7 @@ from .errors import VectorError
 #: Where in a block a direction acts: after the block, or on what attention or the feed-forward part writes.
 SITES = ("resid_post", "attn_out", "ffn_out")
 #: What is done there: move along the direction, remove its component, set its component to a target.
-OPS = ("add", "project", "clamp")
+OPS = ("add", "project", "clamp", "renorm")
 #: Named scopes; a range of token positions ``a-b`` or ``a-`` is a scope too (see :func:`scope_range`).
 SCOPES = ("all", "prompt", "response", "thinking", "answer")
 

@@ -23,7 +23,7 @@ CORE = ("llama", "qwen2", "qwen3", "gemma3", "deepseek2", "deepseek4")
 llama_cpp: Any = None  # set by the fixture in conftest.py, after a runtime was activated
 
 RESID, ATTN, FFN = 0, 1, 2
-ADD, PROJECT, CLAMP = 0, 1, 2
+ADD, PROJECT, CLAMP, RENORM = 0, 1, 2, 3
 ALL, MEAN = native.STREAM_ALL, native.STREAM_MEAN
 
 Place = tuple[int, int]
@@ -262,6 +262,7 @@ def edited(
     if h.ndim == 3:
         return np.stack([edited(h[:, s], place, columns, terms, s) for s in range(h.shape[1])], axis=1)
     out = h.copy()
+    keep = False
     for t in terms:
         if t.strength == 0 or place not in columns[t.column].places:
             continue
@@ -272,12 +273,15 @@ def edited(
         v32, scale = columns[t.column].places[place]
         v = v32.astype(np.float64)
         along = h @ v
-        if t.op == ADD:
+        keep = keep or t.op == RENORM
+        if t.op in (ADD, RENORM):
             out += t.strength * scale * v
         elif t.op == PROJECT:
             out += np.outer(-t.strength * along, v)
         else:
             out += np.outer(t.strength * scale - along, v)
+    if keep:
+        out *= np.linalg.norm(h, axis=1, keepdims=True) / np.linalg.norm(out, axis=1, keepdims=True)
     return out
 
 
@@ -293,10 +297,11 @@ def tolerance(h: np.ndarray, columns: Mapping[int, Column], terms: Iterable[Nati
     for t in terms:
         doses = [abs(t.strength * scale) for _, scale in columns[t.column].places.values()]
         size += max(doses) if t.op != PROJECT else 0.0
-        if t.op != ADD:
+        if t.op in (PROJECT, CLAMP):
             dyn += max(1.0, abs(t.strength)) * float(np.linalg.norm(h.reshape(-1, h.shape[-1]), axis=1).max())
     eps = float(np.finfo(np.float32).eps)
-    return eps * (4.0 * size + 4.0 * dyn)
+    norms = 8.0 * size if any(t.op == RENORM for t in terms) else 0.0  # two sums of squares, and what is made of them
+    return eps * (4.0 * size + 4.0 * dyn + norms)
 
 
 def close(got: np.ndarray, want: np.ndarray, atol: float) -> None:

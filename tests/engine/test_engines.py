@@ -15,8 +15,10 @@ import pytest
 
 from steer_plugins import native
 from steer_plugins.engine import GenerateRequest
+from steer_plugins.engine.local import LocalEngine
 from steer_plugins.engine.server import ServerEngine
 from steer_plugins.errors import DataError, EngineError, SpecError, SteerError, VectorError
+from steer_plugins.schedule import Schedule
 from steer_plugins.steering import Steering, Term
 from tests.engine import harness as H
 from tests.engine.engines import BOTH, LONG, MORE_NOISE, NOISE, PROMPT, ServedEngine, moved, near, open_engine, readable, vector
@@ -133,7 +135,7 @@ def test_streams_and_sites(engines: Any) -> None:
 @pytest.mark.parametrize(
     ("arch", "site"), [("llama", "resid_post"), ("deepseek4", "resid_post"), ("deepseek4", "attn_out"), ("deepseek4", "ffn_out")]
 )
-@pytest.mark.parametrize("op", ["add", "project", "clamp"])
+@pytest.mark.parametrize("op", ["add", "project", "clamp", "renorm"])
 def test_steered_reading_is_the_formula(engines: Any, arch: str, site: str, op: str) -> None:
     """Through the whole engine: vector, term, scope; at one layer, for texts of several lengths at once."""
     engine = engines(arch)
@@ -153,9 +155,15 @@ def test_steered_reading_is_the_formula(engines: Any, arch: str, site: str, op: 
                 "add": strength * scale * direction + 0 * h,
                 "project": -strength * along,
                 "clamp": (strength * scale * direction - along) if strength else 0 * h,
+                "renorm": kept_length(h, strength * scale * direction) - h,
             }[op]
             delta[0] = 0  # position 0 is left alone by scope all
             near(a.values[layer], h + delta)
+
+
+def kept_length(h: np.ndarray, step: np.ndarray) -> np.ndarray:
+    moved = h + step
+    return moved * (np.linalg.norm(h, axis=-1, keepdims=True) / np.linalg.norm(moved, axis=-1, keepdims=True))
 
 
 def test_scopes_act_where_they_say(engines: Any) -> None:
@@ -533,3 +541,41 @@ def test_projections_of_a_running_reply(engines: Any, arch: str) -> None:
     for n, projections in seen:
         assert projections["probe"] == pytest.approx(expected[n - 1], abs=2e-3)
     assert len(engine.generate(PROMPT, max_tokens=2).tokens) > 0  # nothing is left behind
+
+
+@pytest.mark.parametrize("arch", BOTH)
+def test_a_schedule_follows_the_response(engines: Any, arch: str) -> None:
+    """Read back token by token; and a reply has the log-probabilities that its own text has when it is scored."""
+    engine = engines(arch)
+    v = vector(engine, (1,), dose=20.0, scope="response")
+    shape = Schedule("cosine", 5, 0.25)
+    response = engine.tokenize(" cold and wet again, all day long")
+    item = (PROMPT, response)
+    n = len(engine.tokenize(PROMPT))
+    plain = engine.read_pairs([item], layers=[1], positions="all")[0].values[1].astype(np.float64)
+    steered = engine.read_pairs([item], layers=[1], positions="all", steering=Term(v, 0.5, schedule=shape))[0].values[1]
+    factors = np.array([0.5 * shape.factor(p - n + 1) if p >= n - 1 else 0.0 for p in range(len(plain))])
+    assert len(set(factors)) == 7
+    near(steered, plain + np.outer(factors, moved(engine, v, 1)), 2e-3)
+
+    term = Term(vector(engine, dose=60.0, scope="response"), schedule=Schedule("linear", 4))
+    generated = engine.generate(PROMPT, steering=term, max_tokens=10)
+    again = engine.generate_many([GenerateRequest(PROMPT, steering=term, max_tokens=10)])[0]
+    assert generated.tokens == again.tokens != engine.generate(PROMPT, max_tokens=10).tokens
+    # greedy: each token is the likeliest one under the schedule
+    tokens = generated.tokens
+    best = engine.logprobs([(PROMPT, tokens)], steering=term)[0]
+    for at in (0, 3, 8):
+        other = [*tokens[:at], (tokens[at] + 1) % 600 + 5]
+        assert engine.logprobs([(PROMPT, other)], steering=term)[0][-1] < best[at]
+
+    if isinstance(engine, LocalEngine):  # a live change does not begin to count anew
+        found = []
+        for over in (1, 2, 3, 100):
+            stream = engine.stream(GenerateRequest(PROMPT, max_tokens=10))
+            for n, _ in enumerate(stream):
+                if n == 2:
+                    stream.steer(Term(vector(engine, dose=60.0, scope="response"), schedule=Schedule("linear", over)))
+            found.append(stream.result.tokens)
+        plain_tokens = engine.generate(PROMPT, max_tokens=10).tokens
+        assert found[0] == found[1] == found[2] == plain_tokens != found[3]

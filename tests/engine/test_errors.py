@@ -126,7 +126,7 @@ CASES: list[tuple[str, str, Callable[[Raw], int], int, str]] = [
     ("terms NULL", "llama", lambda r: config_set(r, 1, n=2, null=True), LIMIT, "terms"),
     ("unknown column", "llama", lambda r: config_set(r, 1, NativeTerm(99)), ARG, "column 99 is not set"),
     ("second unknown", "llama", lambda r: config_set(r, 1, NativeTerm(0, PROJECT), NativeTerm(-1)), ARG, "column -1 is not set"),
-    ("op 3", "llama", lambda r: config_set(r, 1, NativeTerm(0, 3)), ARG, "op 3 does not exist"),
+    ("op 4", "llama", lambda r: config_set(r, 1, NativeTerm(0, 4)), ARG, "op 4 does not exist"),
     ("op -1", "llama", lambda r: config_set(r, 1, NativeTerm(0, -1)), ARG, "op -1 does not exist"),
     ("NaN strength", "llama", lambda r: config_set(r, 1, NativeTerm(0, 0, np.nan)), ARG, "strength of column 0 is not finite"),
     ("Inf strength", "llama", lambda r: config_set(r, 1, NativeTerm(0, 1, -np.inf)), ARG, "strength of column 0 is not finite"),

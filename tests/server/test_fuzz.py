@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.server.conftest import PROMPT, make_vector
+from steer_plugins.gate import Gate
+from steer_plugins.vector import SteeringVector
+from tests.server.conftest import PROMPT, direction, make_vector
 
 FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -24,11 +26,11 @@ trees = st.recursive(
 good_term = {
     "vector": st.just("v"), "strength": st.floats(-2, 2), "layers": st.sampled_from([[1, 2], [2, None], None]),
     "op": st.sampled_from(["add", "project", "clamp"]), "scope": st.sampled_from(["all", "prompt", "response", "2-5", "0-"]),
-    "stream": st.just(0),
+    "stream": st.just(0), "gate": st.sampled_from(["g", "v", None]),
+    "schedule": st.fixed_dictionaries({}, optional={"kind": st.sampled_from(["constant", "linear", "cosine"]) | leaves,
+                                                    "over": st.integers(0, 40) | leaves, "floor": st.floats(-1, 2) | leaves}),
 }  # fmt: skip
-odd_term = st.fixed_dictionaries(
-    {}, optional={k: v | leaves | trees for k, v in good_term.items()} | {"gate": trees, "x": leaves}
-)
+odd_term = st.fixed_dictionaries({}, optional={k: v | leaves | trees for k, v in good_term.items()} | {"x": leaves})
 terms = st.lists(odd_term | trees, max_size=4) | trees
 token_ids = st.lists(st.integers(-3, 800), max_size=8)
 message = st.fixed_dictionaries({"role": st.just("user"), "content": st.text(max_size=9)})
@@ -62,6 +64,8 @@ def test_any_body(exact: Any, tmp_path: Path, path: str, data: st.DataObject) ->
     server = exact()
     if "v" not in [v["name"] for v in server.get("/steering").json()["vectors"]]:
         server.put("v", make_vector(server), tmp_path)
+        condition = SteeringVector("g", {(1, "resid_post"): direction(server, 7)})
+        server.put("g", Gate(condition, 0.0).to_vector(), tmp_path)
     body = data.draw(st.fixed_dictionaries({}, optional=FIELDS[path]) | trees)
     if path == "/completion":
         body = {**(body if isinstance(body, dict) else {"steering": body}), "prompt": PROMPT, "n_predict": 1, "stream": False}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from steer_plugins.schedule import Schedule
 from tests.server.conftest import PROMPT, Server, direction, make_vector
 
 BOTH = ("llama", "deepseek4")
@@ -67,6 +68,20 @@ def test_ops_and_sums(exact: Any, tmp_path: Path, arch: str) -> None:
         expected = plain + (c + g * (plain @ v))[..., None] * v
         expected[0] = plain[0]
         assert np.abs(steered - expected).max() < 2e-3, terms
+
+
+@pytest.mark.parametrize("arch", BOTH)
+def test_renorm_keeps_the_length(exact: Any, tmp_path: Path, arch: str) -> None:
+    server = exact(arch)
+    server.put("one", make_vector(server, 1, dose=3.0, op="renorm"), tmp_path)
+    fields: dict[str, Any] = {"prompts": [PROMPT], "positions": "all", "layers": [1], "stream": "all"}
+    plain = server.read(**fields)[1]["0.values"][0].astype(np.float64)
+    steered = server.read(**fields, steering=[{"vector": "one", "strength": 2}])[1]["0.values"][0].astype(np.float64)
+    moved = plain + 6.0 * direction(server, 1).astype(np.float64)
+    expected = moved * np.linalg.norm(plain, axis=-1, keepdims=True) / np.linalg.norm(moved, axis=-1, keepdims=True)
+    expected[0] = plain[0]
+    assert np.abs(steered - expected).max() < 2e-3
+    assert np.abs(steered - plain).max() > 0.05
 
 
 def test_layer_window(exact: Any, tmp_path: Path) -> None:
@@ -205,6 +220,52 @@ def test_probe_is_the_projection(exact: Any, tmp_path: Path) -> None:
     assert np.allclose(reply["steering_probe"]["p"], expected, atol=2e-3)
 
 
+@pytest.mark.parametrize("arch", BOTH)
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_schedule_counts_tokens_of_the_response(exact: Any, tmp_path: Path, arch: str, kind: str) -> None:
+    server = exact(arch)
+    server.put("one", make_vector(server, 1, dose=3.0), tmp_path)
+    response = server.tokens(" mild and dry in the morning")
+    n = len(server.tokens(PROMPT))
+    over = len(response) - 3
+    assert over > 4
+    item = {"prompt": PROMPT, "response": response}
+    shape = Schedule(kind, over, 0.25)
+    for scope in ("response", "all", "3-"):
+        term = {"vector": "one", "strength": 2.0, "scope": scope, "schedule": shape.to_json()}
+        along = coefficients(server, item, [term], 1, 0)
+        first = {"response": n - 1, "all": 1, "3-": 3}[scope]
+        expected = [6.0 * shape.factor(p - n + 1) if p >= first else 0.0 for p in range(n + len(response))]
+        assert expected[-1] == 1.5 and expected[n] < 6.0
+        assert np.allclose(along, expected, atol=2e-3), scope
+    both = [
+        {"vector": "one", "schedule": {"kind": "linear", "over": 1}, "scope": "response"},
+        {"vector": "one", "scope": "prompt"},
+        {"vector": "one", "schedule": {"kind": "constant"}, "scope": "all"},
+    ]
+    expected = [0.0] + [6.0] * (n - 1) + [3.0] * len(response)
+    assert np.allclose(coefficients(server, item, both, 1, 0), expected, atol=2e-3)
+
+
+def test_generated_text_follows_the_schedule(exact: Any, tmp_path: Path) -> None:
+    """The log-probabilities of a reply are those of the same text scored, and its cached tokens are not taken for a prompt."""
+    server = exact()
+    server.put("v", make_vector(server, dose=3.0), tmp_path)
+    terms = [{"vector": "v", "scope": "response", "schedule": {"kind": "cosine", "over": 9, "floor": 0.1}}]
+    reply = server.complete(steering=terms, n=14, n_probs=1)
+    generated = [p["logprob"] for p in reply["completion_probabilities"]]
+    body = {"items": [{"prompt": PROMPT, "response": reply["tokens"]}]}
+    scored = server.ok("/steering/logprobs", {**body, "steering": terms})["logprobs"][0]
+    assert np.allclose(scored, generated, atol=1e-3)
+    constant = [{**terms[0], "schedule": {"kind": "constant"}}]
+    assert not np.allclose(server.ok("/steering/logprobs", {**body, "steering": constant})["logprobs"][0], generated, atol=1e-2)
+    history = server.tokens(PROMPT) + reply["tokens"] + server.tokens(" Then")
+    again = server.complete(history, terms, n=4, n_probs=1)
+    fresh = server.complete(history, terms, n=4, n_probs=1, cache_prompt=False)
+    found, want = ([p["logprob"] for p in answer["completion_probabilities"]] for answer in (again, fresh))
+    assert again["tokens"] == fresh["tokens"] and np.allclose(found, want, atol=1e-3)
+
+
 REFUSED: list[tuple[Any, str]] = [
     ("mood:0.5", "not a list of terms"),
     ({"vector": "v"}, "not a list of terms"),
@@ -225,7 +286,21 @@ REFUSED: list[tuple[Any, str]] = [
     ([{"vector": "v", "scope": "5-3"}], "ends before it starts"),
     ([{"vector": "v", "scope": "99999999999-"}], "unknown scope"),
     ([{"vector": "v", "stream": 1}], "there is no stream 1"),
-    ([{"vector": "v", "gate": {}}], "not available yet"),
+    ([{"vector": "v", "gate": {}}], "not a text"),
+    ([{"vector": "v", "gate": "nope"}], "no gate 'nope' is loaded"),
+    ([{"vector": "v", "gate": "v"}], "'v' is a vector, not a gate"),
+    ([{"vector": "v", "schedule": 3}], "the schedule is '3'"),
+    ([{"vector": "v", "schedule": {}}], "unknown schedule 'null'"),
+    ([{"vector": "v", "schedule": {"kind": "log", "over": 3}}], "unknown schedule"),
+    ([{"vector": "v", "schedule": {"kind": "linear"}}], "needs 'over'"),
+    ([{"vector": "v", "schedule": {"kind": "linear", "over": 0}}], "from 1 to 4096"),
+    ([{"vector": "v", "schedule": {"kind": "linear", "over": 4097}}], "from 1 to 4096"),
+    ([{"vector": "v", "schedule": {"kind": "linear", "over": 2.5}}], "from 1 to 4096"),
+    ([{"vector": "v", "schedule": {"kind": "linear", "over": 9, "floor": -0.1}}], "from 0 to 1"),
+    ([{"vector": "v", "schedule": {"kind": "constant", "over": 9}}], "neither"),
+    ([{"vector": "v", "schedule": {"kind": "linear", "over": 9, "from": 1}}], "unknown key 'from'"),
+    ([{"vector": "v", "scope": "prompt", "schedule": {"kind": "linear", "over": 9}}], "with scope prompt"),
+    ([{"vector": "v", "op": "renorm"}, {"vector": "v"}], "'v' restores the length at layer 1, where 'v' acts with another op"),
     ([{"vector": "v"}] * 65, "65 terms"),
     ([{"vector": "v", "scope": "answer"}], "needs steering_tags"),
 ]

@@ -46,7 +46,7 @@ def test_upload_list_replace_delete(own: Any, tmp_path: Path) -> None:
     listed = server.get("/steering").json()["vectors"]
     assert listed == [{
         "name": "a", "content_sha256": vector.content_hash, "op": "add", "default_scope": "response",
-        "layers": [1, 2], "sites": ["resid_post"], "bytes": 2 * 4 * server.n_embd,
+        "layers": [1, 2], "sites": ["resid_post"], "bytes": 2 * 4 * server.n_embd, "gate": False,
     }]  # fmt: skip
     assert server.http.delete(f"{server.url}/steering/vectors/a").json() == {"name": "a", "deleted": True}
     gone = server.http.delete(f"{server.url}/steering/vectors/a")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from steer_plugins.errors import SpecError
 from steer_plugins.grammar import TermSpec, format_terms, from_json, parse, parse_options, steering_of
+from steer_plugins.schedule import Schedule
 from steer_plugins.vector import SteeringVector
 
 
@@ -32,6 +33,11 @@ from steer_plugins.vector import SteeringVector
         ("mood:0.4%clamp", [TermSpec("mood", 0.4, op="clamp")]),
         ("v2.1_x@10-", [TermSpec("v2.1_x", 1.0, (10, None))]),
         ("m:3#2?0-%add@1-2", [TermSpec("m", 3.0, (1, 2), "add", "0-", 2)]),
+        ("m:2[linear:64]", [TermSpec("m", 2.0, schedule=Schedule("linear", 64))]),
+        ("m[cosine:9:.25]?response + n", [TermSpec("m", scope="response", schedule=Schedule("cosine", 9, 0.25)), TermSpec("n")]),
+        ("m:0.5{harm}", [TermSpec("m", 0.5, gate="harm")]),
+        ('m{"a b/harm.safetensors"}#1', [TermSpec("m", stream=1, gate="a b/harm.safetensors")]),
+        ("m[constant]@2", [TermSpec("m", layers=(2, 2))]),
         (r'"C:\\v \"x\".safetensors":0.5 + m', [TermSpec('C:\\v "x".safetensors', 0.5), TermSpec("m")]),
         (
             "mood:0.6 + succinctness:-0.3@10-20?answer + !refusal",
@@ -70,8 +76,18 @@ def test_reads(text: str, terms: list[TermSpec]) -> None:
         ("mood#x", 6, "stream"),
         ("mood@1@2", 7, "second layers"),
         ("!mood%add", 6, "second op"),
-        ("mood{x>1}", 5, "not available yet"),
-        ("mood:0.5[linear]", 9, "not available yet"),
+        ("mood{x>1}", 7, "expected }"),
+        ("mood{}", 6, "name"),
+        ("mood{x", 7, "expected }"),
+        ("mood{x}{y}", 8, "second gate"),
+        ("mood:0.5[linear]", 10, "over how many"),
+        ("mood[linear:0]", 6, "from 1 to 4096"),
+        ("mood[linear:4097]", 6, "from 1 to 4096"),
+        ("mood[linear:9:1.5]", 6, "from 0 to 1"),
+        ("mood[quadratic:9]", 6, "unknown schedule"),
+        ("mood[constant:9]", 6, "neither"),
+        ("mood[linear:9", 6, "expected a schedule"),
+        ("mood[linear:9][linear:9]", 15, "second schedule"),
         ("mood:0.6 ? response", 10, "expected + or -"),
         ('"open', 1, "never ends"),
         ('""', 1, "empty"),
@@ -105,7 +121,15 @@ def test_refuses_and_points_at_it(text: str, at: int, what: str) -> None:
         [{"vector": "m", "scope": 3}],
         [{"vector": "m", "stream": -1}],
         [{"vector": "m", "gate": {}}],
+        [{"vector": "m", "gate": ""}],
         [{"vector": "m", "colour": 1}],
+        [{"vector": "m", "schedule": "linear"}],
+        [{"vector": "m", "schedule": {"kind": "linear"}}],
+        [{"vector": "m", "schedule": {"kind": "linear", "over": 2.0}}],
+        [{"vector": "m", "schedule": {"kind": "linear", "over": True}}],
+        [{"vector": "m", "schedule": {"kind": "linear", "over": 2, "floor": float("nan")}}],
+        [{"vector": "m", "schedule": {"kind": "linear", "over": 2, "to": 0}}],
+        [{"vector": "m", "schedule": {"kind": ["linear"], "over": 2}}],
         [{"vector": "m"}] * 65,
     ],
 )
@@ -122,9 +146,12 @@ specs = st.builds(
     vector=st.from_regex(r"[a-z0-9][a-z0-9._-]{0,10}", fullmatch=True) | st.text(min_size=1, max_size=12),
     strength=st.floats(allow_nan=False, allow_infinity=False).map(lambda x: x + 0.0),
     layers=st.none() | windows,
-    op=st.sampled_from([None, "add", "project", "clamp"]),
+    op=st.sampled_from([None, "add", "project", "clamp", "renorm"]),
     scope=st.sampled_from([None, "all", "prompt", "response", "thinking", "answer", "0-", "5-20"]),
     stream=st.none() | st.integers(0, 999),
+    gate=st.none() | st.text(min_size=1, max_size=9),
+    schedule=st.none()
+    | st.builds(Schedule, st.sampled_from(["linear", "cosine"]), st.integers(1, 4096), st.floats(0, 1).map(lambda x: x + 0.0)),
 )
 
 
@@ -134,7 +161,7 @@ def test_round_trip(terms: list[TermSpec]) -> None:
     assert from_json(json.loads(json.dumps([t.to_json() for t in terms]))) == terms
 
 
-@given(st.text(alphabet="ab:+-!@?%#0123. \"{", max_size=20))
+@given(st.text(alphabet='ab:+-!@?%#0123. "{}[]linear', max_size=20))
 def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
     try:
         terms = parse(text)
@@ -147,7 +174,7 @@ def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
 def test_the_table_of_the_docs_is_true() -> None:
     page = (Path(__file__).parents[2] / "docs" / "grammar.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]
-    assert len(rows) == 12
+    assert len(rows) == 16
     for written, _, meant in rows:
         for text in re.findall(r"`([^`]+)`", written):
             if len(text) > 3:

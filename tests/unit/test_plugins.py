@@ -91,7 +91,7 @@ def test_builtins_bring_their_own():
 
 
 def test_names_of_builtin_modules():
-    assert all(module == f"steer_plugins.cli.{name}" for name, module in COMMAND_PLUGINS.items())
+    assert all(module == f"steer_plugins.cli.{name.replace('-', '_')}" for name, module in COMMAND_PLUGINS.items())
     for info in manager().infos():
         assert info.source == "built-in" or info.name not in (*COMMAND_PLUGINS.values(), *DEFAULT_PLUGINS)
         assert info.hooks or info.source != "built-in", f"{info.name} implements nothing"

@@ -164,6 +164,29 @@ def test_project_removes_at_1_and_reflects_at_2_whatever_the_scale():
     np.testing.assert_allclose(formula.steer(h, Term(v, 0.25, op="project"), 2) @ d, 0.75 * (h @ d), atol=1e-5)
 
 
+def test_renorm_keeps_the_length():
+    h, v, w = hidden(), make(), make(1)
+    out = formula.steer(h, [Term(v, 0.5, op="renorm"), Term(w, -2.0, op="renorm")], 2)
+    moved = formula.steer(h, [Term(v, 0.5), Term(w, -2.0)], 2)
+    np.testing.assert_allclose(np.linalg.norm(out, axis=1), np.linalg.norm(h, axis=1))
+    ratios = out / moved
+    np.testing.assert_allclose(ratios, np.repeat(ratios[:, :1], N, axis=1))
+    assert np.abs(out - h).max() > 0.1
+    np.testing.assert_array_equal(formula.steer(h, Term(v, 0.0, op="renorm"), 2), h)
+    with pytest.raises(SpecError, match="more than h"):
+        formula.coefficients(Term(v, op="renorm"), 2)
+
+
+def test_renorm_is_not_combined_with_other_ops():
+    v, w = make(layers=(0, 2)), make(1, layers=(2, 3), name="calm")
+    for op in ("add", "project", "clamp"):
+        with pytest.raises(SpecError, match="'mood' restores the length at layer 2 .*where 'calm' acts with op"):
+            Steering([Term(w, op=op), Term(v, op="renorm")])
+        Steering([Term(w, op=op), Term(v, op="renorm", layers=(0, 0))])
+        Steering([Term(w, 0.0, op=op), Term(v, op="renorm")])
+        Steering([Term(w, op=op, stream=1), Term(v, op="renorm", stream=0)])
+
+
 def test_clamp_sets_the_component():
     v, h = make(), hidden()
     d = v.directions[2, SITE].astype(np.float64)

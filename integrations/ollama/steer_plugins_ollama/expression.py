@@ -84,6 +84,6 @@ def of_request(value: Any, base: str | None) -> str | None:
 
 def refuse_files(terms: list[TermSpec]) -> None:
     """Raise SpecError for a term that names a file: whoever can send a request must not open files here."""
-    for term in terms:
-        if re.search(r"[/\\]", term.vector):
-            raise SpecError(f"{term.vector[:80]!r} is a file: requests name vectors of the library, or those a model carries")
+    for name in (name for term in terms for name in (term.vector, term.gate) if name is not None):
+        if re.search(r"[/\\]", name):
+            raise SpecError(f"{name[:80]!r} is a file: requests name vectors of the library, or those a model carries")

@@ -303,7 +303,7 @@ class Resolver:
         from steer_plugins.grammar import parse, steering_of
 
         specs = parse(text)
-        files = tuple(self._file(model, spec.vector) for spec in specs)
+        files = tuple(self._file(model, name) for spec in specs for name in (spec.vector, spec.gate) if name is not None)
         stamp = self._stamp(tuple((path, None) for path in files))
         terms = self._vectors.terms(steering_of(specs, lambda name: resolve(model, name, self._identity, self._library)))
         with self._lock:

@@ -81,6 +81,9 @@ def check_term(term: Term, n_layer: int) -> None:
         raise SpecError(f"{name!r} acts on {term.effective_scope}, which the Transformers loader cannot tell: use {SCOPES}.")
     if term.vector.sites != ["resid_post"]:
         raise SpecError(f"{name!r} acts inside the block ({', '.join(term.vector.sites)}); hooks reach resid_post only.")
+    if term.gate is not None or term.schedule is not None:
+        what = "a gate" if term.gate is not None else "a schedule"
+        raise SpecError(f"{name!r} has {what}, which the Transformers loader cannot follow: leave it out.")
     if term.stream is not None:
         raise SpecError(f"{name!r} names a stream, which models of the Transformers loader do not have.")
     if term.vector.layers[-1] >= n_layer:

@@ -50,7 +50,7 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--at", metavar="WHAT", help="Layers of the rows of a bare array: blocks, embedding (row 0 is it), or 12 or 10-13.")
 @click.option("--key", metavar="NAME", help="The array to take, of a file with several.")
 @click.option("--feature", type=click.IntRange(min=0), metavar="N", help="The feature to take, of a sparse autoencoder.")
-@click.option("--op", metavar="OP", help="add, project or clamp, of a file that does not say (default: add).")
+@click.option("--op", metavar="OP", help="add, project, clamp or renorm, of a file that does not say (default: add).")
 @click.option("--scope", metavar="SCOPE", help="Which tokens, of a file that does not say.")
 @click.option(
     "--gguf-layers",

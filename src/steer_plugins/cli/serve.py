@@ -190,21 +190,28 @@ class Staged:
 
     def flags(self, steering: str | None) -> list[str]:
         """The flags that make llama-server load the folder, and steer by a text of the grammar unless a request says how."""
+        from ..gate import Gate
         from ..grammar import parse, steering_of
         from ..vectorfile import write_vector
 
         terms = []
         for term in parse(steering) if steering is not None else []:
             data = term.to_json()
-            vector = self._vectors.get(term.vector)
-            if vector is None:  # a file, or a name that only the library has: it goes along under a name of its own
-                vector = self._library.resolve(term.vector, self._identity, force=self._force)
-                data["vector"] = f"c-{vector.content_hash[:24]}"
-                write_vector(vector, self._folder / f"{data['vector']}.safetensors")
-            steering_of([term], lambda _: vector)  # noqa: B023  # complains of a window without directions
+            found: dict[str, SteeringVector] = {}
+            for key, name, prefix in (("vector", term.vector, "c"), ("gate", term.gate, "g")):
+                if name is None:
+                    continue
+                vector = self._vectors.get(name)
+                if vector is None:  # a file, or a name that only the library has: it goes along under a name of its own
+                    vector = self._library.resolve(name, self._identity, force=self._force)
+                    digest = vector.content_hash if key == "vector" else Gate.of(vector).digest
+                    data[key] = f"{prefix}-{digest[:24]}"
+                    write_vector(vector, self._folder / f"{data[key]}.safetensors")
+                found[name] = vector
+            steering_of([term], found.__getitem__)  # complains of a window without directions
             terms.append(data)
-        found = ["--steering-dir", str(self._folder)]
-        return [*found, "--steering", json.dumps(terms)] if terms else found
+        flags = ["--steering-dir", str(self._folder)]
+        return [*flags, "--steering", json.dumps(terms)] if terms else flags
 
 
 def _wait_ready(server: ServerProcess, model: Path | None, *, quiet: bool) -> None:

@@ -80,7 +80,16 @@ def _show_library(library: Library, entries: list[Entry], as_json: bool) -> None
             rows.append({**row, "error": str(error)})
         else:
             layers, calibrated = vector.layers, vector.calibration is not None
-            rows.append({**row, "op": vector.op, "scope": vector.default_scope, "layers": layers, "calibrated": calibrated})
+            gate = "gate" in (vector.provenance or {})
+            rows.append(
+                {
+                    **row,
+                    "op": "gate" if gate else vector.op,
+                    "scope": vector.default_scope,
+                    "layers": layers,
+                    "calibrated": calibrated,
+                }
+            )
     if as_json:
         print_json({"library": str(library.root), "vectors": rows})
     elif not rows:
@@ -116,7 +125,7 @@ def _show_vector(vector: SteeringVector) -> None:
         if data is not None:
             click.echo(f"\n{title}")
             _show_facts(data, indent=2)
-    if vector.calibration is None:
+    if vector.calibration is None and "gate" not in (provenance or {}):
         relative = isinstance((provenance or {}).get("dose"), dict)
         what = "a usual dose, relative to the residual norm" if relative else "the scale above"
         click.echo(f"\nCalibration\n  none: strength 1 is {what}, not a measured full effect")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from steer_plugins.engine.base import (
     as_steering,
 )
 from steer_plugins.engine.batching import Text, log_softmax_at, read_texts, run_texts, wanted_positions
+from steer_plugins.engine.gates import check_gates, decide
 from steer_plugins.engine.model import LoadedModel, shared_log
 from steer_plugins.engine.sampler import Sampler
 from steer_plugins.engine.session import Entry, Limits, SequenceSteering, Session
 from steer_plugins.engine.tables import check_fits
 from steer_plugins.errors import DataError, EngineError, SpecError
+from steer_plugins.gate import Gate
 from steer_plugins.runtime import activate, ensure_runtime
+from steer_plugins.steering import Steering
 from steer_plugins.vector import SteeringVector
 
 DEFAULT_CTX = 4096
@@ -229,17 +233,21 @@ class LocalEngine(Engine):
             texts.append(Text(tokens, n_prompt, wanted, [], average))
         if not texts:
             return []
-        session = self._session("texts", max(len(t.tokens) for t in texts))
-        with _cleaned(session):
-            return read_texts(
-                session,
-                texts,
-                as_steering(steering),
-                layers=chosen,
-                site=site,
-                stream=stream,
-                progress=progress,
-            )
+        done = 0
+
+        def report(n: int, total: int) -> None:
+            if progress is not None:
+                progress(done + n, len(texts))
+
+        results: dict[int, Activations] = {}
+        for decided, chosen_texts in self._parted(as_steering(steering), [t.tokens[: t.n_prompt] for t in texts]):
+            session = self._session("texts", max(len(t.tokens) for t in texts))
+            part = [texts[i] for i in chosen_texts]
+            with _cleaned(session):
+                found = read_texts(session, part, decided, layers=chosen, site=site, stream=stream, progress=report)
+            results.update(zip(chosen_texts, found, strict=True))
+            done += len(part)
+        return [results[i] for i in range(len(texts))]
 
     def logprobs(
         self,
@@ -259,12 +267,49 @@ class LocalEngine(Engine):
             text = texts[i]
             results[i][position + 1 - text.n_prompt] = log_softmax_at(logits, text.tokens[position + 1])
 
-        if texts:
+        done = 0
+
+        def report(n: int, total: int) -> None:
+            if progress is not None:
+                progress(done + n, len(texts))
+
+        for decided, chosen in self._parted(as_steering(steering), [t.tokens[: t.n_prompt] for t in texts]):
             session = self._session("texts", max(len(t.tokens) for t in texts))
             with _cleaned(session):
                 session.steer.set_taps([], [])
-                run_texts(session, texts, as_steering(steering), on_logits=on_logits, progress=progress)
+                run_texts(
+                    session,
+                    [texts[i] for i in chosen],
+                    decided,
+                    on_logits=lambda k, position, logits: on_logits(chosen[k], position, logits),  # noqa: B023
+                    progress=report,
+                )
+            done += len(chosen)
         return results
+
+    # ---- gates ----
+
+    def _decided(self, steering: Steering, prompts: Sequence[Sequence[int]]) -> list[Steering]:
+        """The steering of each prompt (token ids) after its gates were decided, in a pass of its own."""
+        check_gates(steering, self.info)
+
+        def read(texts: Sequence[list[int]], gate: Gate, before: Steering) -> list[npt.NDArray[np.float32]]:
+            pairs = [(text, len(text)) for text in texts]
+            found = self._read(pairs, [gate.layer], gate.site, gate.positions, "mean", before, None)
+            return [one.values[gate.layer][0] for one in found]
+
+        for gate in steering.gates:
+            check_fits(gate.vector, self._model)
+        return decide(steering, prompts, read)
+
+    def _parted(self, steering: Steering, prompts: Sequence[Sequence[int]]) -> list[tuple[Steering, list[int]]]:
+        """Prompts (indices) by the steering that their gates leave them."""
+        if not steering.gates or not prompts:
+            return [(steering.decided({}), list(range(len(prompts))))] if prompts else []
+        parts: dict[tuple[int, ...], tuple[Steering, list[int]]] = {}
+        for i, decided in enumerate(self._decided(steering, prompts)):
+            parts.setdefault(tuple(map(id, (t.vector for t in decided))), (decided, []))[1].append(i)
+        return list(parts.values())
 
     # ---- generating ----
 
@@ -272,7 +317,8 @@ class LocalEngine(Engine):
         if self._running is not None:
             raise EngineError("A reply is still being generated: finish or cancel it, or use generate_many.")
         tokens = self._fitting(self.tokenize(request.prompt, thinking=request.thinking), room=1)
-        return LocalStream(self, self._session("one"), request, tokens)
+        (decided,) = self._decided(as_steering(request.steering), [tokens])
+        return LocalStream(self, self._session("one"), replace(request, steering=decided), tokens)
 
     def steer_running(self, steering: Any) -> None:
         """Replace the steering of the reply that is being generated, from its next token on.
@@ -293,6 +339,7 @@ class LocalEngine(Engine):
             jobs.append((request, tokens))
         if not jobs:
             return []
+        jobs = self._gated(jobs)
         longest = max(len(tokens) + max(request.max_tokens, 1) for request, tokens in jobs)
         session = self._session("many", min(longest, self._n_ctx))
         results: list[Generation | None] = [None] * len(jobs)
@@ -333,6 +380,19 @@ class LocalEngine(Engine):
                 for _, reply in active.values():
                     reply.close()
         return [r for r in results if r is not None]
+
+    def _gated(self, jobs: list[tuple[GenerateRequest, list[int]]]) -> list[tuple[GenerateRequest, list[int]]]:
+        """The requests with their gates decided; those with the same steering are read together."""
+        alike: dict[Steering, list[int]] = {}
+        for i, (request, _) in enumerate(jobs):
+            steering = as_steering(request.steering)
+            if steering.gates:
+                alike.setdefault(steering, []).append(i)
+        result = list(jobs)
+        for steering, members in alike.items():
+            for i, decided in zip(members, self._decided(steering, [jobs[i][1] for i in members]), strict=True):
+                result[i] = (replace(jobs[i][0], steering=decided), jobs[i][1])
+        return result
 
     # ---- callbacks ----
 
@@ -517,7 +577,7 @@ class LocalStream(GenerationStream):
         self._probe = _Probe(engine, request.probe) if request.probe else None
 
     def steer(self, steering: Any) -> None:
-        steering = as_steering(steering)
+        (steering,) = self._engine._decided(as_steering(steering), [self._reply.prompt])
         SequenceSteering(self._session, steering, self._reply.prompt)  # complain now, not in the middle of a reply
         self._pending.append(steering)
 

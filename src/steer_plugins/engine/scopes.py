@@ -49,10 +49,12 @@ class ScopeMap:
         for term in steering.terms:
             scope = term.effective_scope
             if scope == "thinking" and not has_thinking:
-                raise SpecError(
-                    f"Scope 'thinking' of '{term.vector.name}' needs a model with <think> tags: use response or all."
-                )
+                raise SpecError(f"Scope 'thinking' of '{term.vector.name}' needs a model with <think> tags: use response or all.")
             self._scopes.append((scope, scope_range(scope)))
+
+    def decides(self, position: int) -> int:
+        """Which token of the response (from 0) the state at a position decides; 0 before the response."""
+        return max(0, position - max(1, self._n_prompt - 1))
 
     def active(self, position: int, thinking: bool) -> tuple[int, ...]:
         """Indices of the terms that act at a position; ``thinking`` is the phase that the token there begins or is in."""

@@ -200,8 +200,11 @@ class SequenceSteering:
     """The steering of one sequence, position by position, as configs of a context. What it names is kept while it lives."""
 
     def __init__(self, tables: SteeringTables, steering: Steering, prompt: Sequence[int]) -> None:
+        if steering.gates:
+            name = next(term.vector.name for term in steering if term.gate is not None)
+            raise SpecError(f"the gate of {name!r} is not decided: use an Engine, or decide it on the prompt (Steering.decided)")
         self.steering = steering
-        self.held: dict[tuple[int, ...], int] = {}  # set of active terms -> config
+        self.held: dict[tuple[tuple[int, float], ...], int] = {}  # active terms, and what is left of them -> config
         self._tables = tables
         facts = tables.facts
         self._n_prompt = len(prompt)
@@ -213,9 +216,11 @@ class SequenceSteering:
 
     def config_at(self, position: int) -> int:
         """Config for a position in the current phase."""
-        active = self._map.active(position, self._phases.thinking)
+        n = self._map.decides(position)
+        terms = self.steering.terms
+        active = tuple((i, terms[i].factor(n)) for i in self._map.active(position, self._phases.thinking))
         if active not in self.held:
-            self.held[active] = self._tables.config([self.steering.terms[i] for i in active])
+            self.held[active] = self._tables.config([terms[i].at(n) for i, _ in active])
         return self.held[active]
 
     def configs(self, tokens: Sequence[int]) -> list[int]:

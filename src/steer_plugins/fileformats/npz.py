@@ -71,7 +71,7 @@ def choose(arrays: dict[str, NpyArray], key: str | None) -> NpyArray:
 
 
 def write(vector: SteeringVector, path: Path) -> None:
-    """Write ``direction.L.SITE`` arrays: what is added at strength 1 (add, clamp), or unit directions (project).
+    """Write ``direction.L.SITE`` arrays: what is added at strength 1 (add, clamp, renorm), or unit directions (project).
 
     Op and scope are the names of two empty arrays, ``op.add`` and ``scope.all``, as text would need its own type.
     """

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from steer_plugins.errors import EngineError, ModelError, RuntimeMissing
 
-API_VERSION = 1
+API_VERSION = 2
 SITES: dict[str, int] = {"resid_post": 0, "attn_out": 1, "ffn_out": 2}
-OPS: dict[str, int] = {"add": 0, "project": 1, "clamp": 2}
+OPS: dict[str, int] = {"add": 0, "project": 1, "clamp": 2, "renorm": 3}
 STREAM_ALL = -1
 STREAM_MEAN = -2
 

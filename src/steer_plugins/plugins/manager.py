@@ -26,8 +26,10 @@ ENTRY_POINT_GROUP = "steer_plugins"
 
 #: Built-in commands: command name -> plugin module, imported only when the command is needed: starting stays quick.
 COMMAND_PLUGINS = {
-    name: f"steer_plugins.cli.{name}"
-    for name in "build doctor demo train generate chat read inspect show plot convert serve bench textgen plugins".split()
+    name: f"steer_plugins.cli.{name.replace('-', '_')}"
+    for name in (
+        "build doctor demo train train-gate generate chat read inspect show plot convert serve bench textgen plugins".split()
+    )
 }
 #: Built-in plugins that bring methods, formats and metrics.
 DEFAULT_PLUGINS = ("steer_plugins.plugins.builtin",)

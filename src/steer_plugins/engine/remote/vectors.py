@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from steer_plugins.engine.base import ModelInfo
+from steer_plugins.engine.gates import check_gates
 from steer_plugins.engine.remote.http import Connection, ServerRefusal
 from steer_plugins.errors import EngineError, SpecError, VectorError
+from steer_plugins.gate import Gate
 from steer_plugins.steering import Steering, Term
 from steer_plugins.vector import SteeringVector
 from steer_plugins.vectorfile import write_vector
@@ -23,6 +25,11 @@ MAX_OWN = 128
 def content_name(vector: SteeringVector) -> str:
     """The name a vector is uploaded under: it says what is applied, so nobody can put another vector in its place."""
     return f"c-{vector.content_hash[:24]}"
+
+
+def gate_name(gate: Gate) -> str:
+    """The name a gate is uploaded under, from all that it does."""
+    return f"g-{gate.digest[:24]}"
 
 
 class ServerVectors:
@@ -51,8 +58,11 @@ class ServerVectors:
 
     def check(self, steering: Steering) -> None:
         """Raise VectorError or SpecError for what can be seen to be wrong without the server."""
+        check_gates(steering, self._info)
         for term in steering.terms:
             check_fits(term.vector, self._info)
+            if term.gate is not None:
+                check_fits(term.gate.vector, self._info)
             if term.effective_scope == "thinking" and not self._tags:
                 raise SpecError(f"Scope 'thinking' of '{term.vector.name}' needs a model with <think> tags: use response or all.")
 
@@ -81,11 +91,17 @@ class ServerVectors:
             data["layers"] = list(term.layers)
         if term.stream is not None:
             data["stream"] = term.stream
+        if term.schedule is not None:
+            data["schedule"] = term.schedule.to_json()
+        if term.gate is not None:
+            data["gate"] = self._name(gate_name(term.gate), term.gate.to_vector())
         return data
 
     def name_of(self, vector: SteeringVector) -> str:
         """The name of a vector over there; it is uploaded when it is missing. Raises VectorError."""
-        name = content_name(vector)
+        return self._name(content_name(vector), vector)
+
+    def _name(self, name: str, vector: SteeringVector) -> str:
         with self._lock:
             if name in self._there:
                 self._there.move_to_end(name)
@@ -104,7 +120,8 @@ class ServerVectors:
         return name
 
     def _upload(self, name: str, vector: SteeringVector) -> None:
-        bare = vector.replace(name=name, provenance=None, calibration=None)
+        gate = (vector.provenance or {}).get("gate") if name.startswith("g-") else None
+        bare = vector.replace(name=name, provenance=None if gate is None else {"gate": gate}, calibration=None)
         with tempfile.TemporaryDirectory(prefix="steer-") as folder:
             path = Path(folder) / "vector.safetensors"
             write_vector(bare, path)
@@ -124,7 +141,7 @@ class ServerVectors:
     def forget_lost(self, terms: list[dict[str, Any]]) -> bool:
         """True if the server has lost a vector of these terms (it was restarted, or somebody deleted it)."""
         listed = {str(entry.get("name")) for entry in self._connection.get("/steering").get("vectors", [])}
-        lost = {term["vector"] for term in terms} - listed
+        lost = {term[key] for term in terms for key in ("vector", "gate") if key in term} - listed
         with self._lock:
             for name in [name for name in self._there if name not in listed]:
                 del self._there[name]
