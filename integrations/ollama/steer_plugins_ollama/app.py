@@ -9,12 +9,12 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -22,7 +22,7 @@ from steer_plugins import __version__
 from steer_plugins.errors import EngineError, ModelError, SteerError
 
 from . import creating, expression, llama, openai, options, replies
-from .daemon import Daemon
+from .daemon import Daemon, Forwarded
 from .errors import BadRequest, NotFound, Unavailable
 from .folder import FolderStore
 from .llama import Piece
@@ -30,7 +30,7 @@ from .model import STEERING, Model, rfc3339
 from .names import parse_name
 from .pool import Pool, Runner
 from .store import OllamaStore
-from .streams import Streamed, Whole, error_answer
+from .streams import Streamed, Whole, error_answer, guarded
 
 if TYPE_CHECKING:
     from steer_plugins.library import Library
@@ -103,7 +103,7 @@ class Service:
                 raise
             return None  # Ollama knows better what is wrong with it, or runs it elsewhere
         wanted = steering is not None or model.steering is not None or self.serve_all
-        return model if wanted or self.pool.holding(model.gguf) is not None else None
+        return model if wanted or self.pool.holds(model.gguf) else None
 
 
 # ---- small answers ----
@@ -209,7 +209,7 @@ class Call:
     async def pieces(self) -> AsyncGenerator[tuple[Piece, dict[str, Any] | None], None]:
         """Pieces of the reply; with the last one come the counts of the last line."""
         started = time.monotonic()
-        told, tokens = replies.Generated(), []
+        told, tokens, ended = replies.Generated(), [], False
         async with self.job() as job:
             loaded = time.monotonic()
             stream = replies.chat(job) if self.chat else replies.generate(job, told)
@@ -218,10 +218,13 @@ class Call:
                     tokens += piece.tokens
                     counts = None
                     if piece.end is not None:
+                        ended = True
                         counts = durations(started, loaded, piece.end)
                         if told.known:
                             counts["context"] = await replies.context_of(job, told, tokens)  # type: ignore[assignment]
                     yield piece, counts
+        if not ended:
+            raise llama.ServerGone("the model runner ended its answer too early: see the sidecar's log")
 
     async def lines(self) -> AsyncGenerator[bytes, None]:
         """The streamed answer."""
@@ -252,7 +255,7 @@ class Call:
     async def load(self) -> dict[str, Any]:
         """An empty request: only load the model, and check that its steering can be had."""
         async with self.job() as job:
-            await self.service.pool.terms(job.runner, self.model, self.steering)
+            await self.service.pool.fields(job.runner, self.model, self.steering)
         return self.ended("load")
 
     async def unload(self) -> dict[str, Any]:
@@ -286,22 +289,19 @@ async def reply(request: Request) -> Response:
     """``POST /api/chat`` and ``/api/generate``."""
     service: Service = request.app.state.service
     chat = request.url.path.endswith("chat")
-    try:
-        raw, body = await read_body(request)
-        model = await service.mine(body, steering_in(body))
-        if model is None:
-            assert service.daemon is not None
-            return await service.daemon.forward(request, raw)
-        call = make_call(service, model, body, chat=chat)
-        if not body.get("messages" if chat else "prompt"):
-            if call.keep == 0 and body.get("keep_alive") is not None:
-                return Whole(call.unload())
-            return Whole(call.load())
-        if body.get("stream", True) is False:
-            return Whole(call.whole())
-        return Streamed(call.lines())
-    except SteerError as error:
-        return error_answer(error)
+    raw, body = await read_body(request)
+    model = await service.mine(body, steering_in(body))
+    if model is None:
+        assert service.daemon is not None
+        return Forwarded(service.daemon, request, raw)
+    call = make_call(service, model, body, chat=chat)
+    if not body.get("messages" if chat else "prompt"):
+        if call.keep == 0 and body.get("keep_alive") is not None:
+            return Whole(call.unload())
+        return Whole(call.load())
+    if body.get("stream", True) is False:
+        return Whole(call.whole())
+    return Streamed(call.lines())
 
 
 # ---- management ----
@@ -345,22 +345,20 @@ def entry_of_ps(model: Model, runner: Runner) -> dict[str, Any]:
 async def show(request: Request) -> Response:
     """``POST /api/show``: what Ollama says, and the steering."""
     service: Service = request.app.state.service
-    try:
-        raw, body = await read_body(request)
-        name = body.get("model") or body.get("name")
-        if service.daemon is None:
-            return JSONResponse(await asyncio.to_thread(shown, service.store.get(name or ""), bool(body.get("verbose"))))
-        status, found = await service.daemon.call("POST", "/api/show", body)
-        if status == 200 and isinstance(found, dict):
-            with contextlib.suppress(SteerError):
-                model = await service.find(str(name))
-                if model.steering is not None:
-                    found[STEERING] = model.steering
-                    if model.carriers:
-                        found["parameters"] = parameter_text({**model.parameters, STEERING: model.steering})
-        return JSONResponse(found, status_code=status)
-    except SteerError as error:
-        return error_answer(error)
+    raw, body = await read_body(request)
+    name = body.get("model") or body.get("name")
+    if service.daemon is None:
+        found = await asyncio.to_thread(shown, await service.find(name or ""), bool(body.get("verbose")))
+        return JSONResponse(found)
+    status, found = await service.daemon.call("POST", "/api/show", body)
+    if status == 200 and isinstance(found, dict):
+        with contextlib.suppress(SteerError):
+            model = await service.find(str(name))
+            if model.steering is not None:
+                found[STEERING] = model.steering
+                if model.carriers:
+                    found["parameters"] = parameter_text({**model.parameters, STEERING: model.steering})
+    return JSONResponse(found, status_code=status)
 
 
 def parameter_text(parameters: Mapping[str, Any]) -> str:
@@ -414,16 +412,12 @@ def shown(model: Model, verbose: bool = False) -> dict[str, Any]:
 async def create(request: Request) -> Response:
     """``POST /api/create``: checked, then stored by Ollama or in the folder."""
     service: Service = request.app.state.service
-    try:
-        _, body = await read_body(request)
-        for key in ("messages",):
-            replies.checked_messages(body.get(key))
-        steps = _created(service, body)
-        if body.get("stream", True) is False:
-            return Whole(_last(steps))
-        return Streamed(steps_as_lines(steps))
-    except SteerError as error:
-        return error_answer(error)
+    _, body = await read_body(request)
+    replies.checked_messages(body.get("messages"))
+    steps = _created(service, body)
+    if body.get("stream", True) is False:
+        return Whole(_last(steps))
+    return Streamed(steps_as_lines(steps))
 
 
 async def steps_as_lines(steps: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
@@ -500,19 +494,16 @@ async def tags(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     """``DELETE /api/delete``."""
     service: Service = request.app.state.service
-    try:
-        raw, body = await read_body(request)
-        name = str(body.get("model") or body.get("name") or "")
-        with contextlib.suppress(SteerError):
-            model = await service.find(name)
-            await forget(service, model)
-        if service.daemon is not None:
-            return await service.daemon.forward(request, raw)
-        assert isinstance(service.store, FolderStore)
-        await asyncio.to_thread(service.store.delete, name)
-        return Response(status_code=200)
-    except SteerError as error:
-        return error_answer(error)
+    raw, body = await read_body(request)
+    name = str(body.get("model") or body.get("name") or "")
+    with contextlib.suppress(SteerError):
+        model = await service.find(name)
+        await forget(service, model)
+    if service.daemon is not None:
+        return Forwarded(service.daemon, request, raw)
+    assert isinstance(service.store, FolderStore)
+    await asyncio.to_thread(service.store.delete, name)
+    return Response(status_code=200)
 
 
 async def forget(service: Service, model: Model) -> None:
@@ -529,13 +520,10 @@ async def forget(service: Service, model: Model) -> None:
 async def copy(request: Request) -> Response:
     """``POST /api/copy`` of a folder."""
     service: Service = request.app.state.service
-    try:
-        _, body = await read_body(request)
-        assert isinstance(service.store, FolderStore)
-        await asyncio.to_thread(service.store.copy, str(body.get("source") or ""), parse_name(body.get("destination")))
-        return Response(status_code=200)
-    except SteerError as error:
-        return error_answer(error)
+    _, body = await read_body(request)
+    assert isinstance(service.store, FolderStore)
+    await asyncio.to_thread(service.store.copy, str(body.get("source") or ""), parse_name(body.get("destination")))
+    return Response(status_code=200)
 
 
 async def blobs(request: Request) -> Response:
@@ -564,26 +552,19 @@ async def blobs(request: Request) -> Response:
             with contextlib.suppress(OSError):
                 beside.unlink()
         return Response(status_code=201)
-    except ClientDisconnect:
-        return Response(status_code=400)
-    except SteerError as error:
-        return error_answer(error)
     except OSError as error:
-        return error_answer(EngineError(f"the upload cannot be stored in {service.store.root}: {error.strerror or error}"))
+        raise EngineError(f"the upload cannot be stored in {service.store.root}: {error.strerror or error}") from None
 
 
 async def embed(request: Request) -> Response:
     """Embeddings are Ollama's: weights that are loaded here are let go of first."""
     service: Service = request.app.state.service
-    try:
-        raw, body = await read_body(request)
-        if service.daemon is None:
-            raise BadRequest("this sidecar serves no embeddings: ask Ollama, or a llama-server with --embeddings")
-        with contextlib.suppress(SteerError):
-            await service.pool.release_weights((await service.find(str(body.get("model") or ""))).gguf)
-        return await service.daemon.forward(request, raw)
-    except SteerError as error:
-        return error_answer(error)
+    raw, body = await read_body(request)
+    if service.daemon is None:
+        raise BadRequest("this sidecar serves no embeddings: ask Ollama, or a llama-server with --embeddings")
+    with contextlib.suppress(SteerError):
+        await service.pool.release_weights((await service.find(str(body.get("model") or ""))).gguf)
+    return Forwarded(service.daemon, request, raw)
 
 
 async def root(request: Request) -> Response:
@@ -596,10 +577,7 @@ async def version(request: Request) -> Response:
     service: Service = request.app.state.service
     found: dict[str, Any] = {"version": API_VERSION}
     if service.daemon is not None:
-        try:
-            _, said = await service.daemon.call("GET", "/api/version")
-        except SteerError as error:
-            return error_answer(error)
+        _, said = await service.daemon.call("GET", "/api/version", timeout=10.0)
         found = said if isinstance(said, dict) else found
     return JSONResponse({**found, "steer": __version__})
 
@@ -607,43 +585,43 @@ async def version(request: Request) -> Response:
 async def anything(request: Request) -> Response:
     """All other routes are Ollama's."""
     service: Service = request.app.state.service
-    style = "openai" if request.url.path.startswith("/v1/") else "ollama"
     if service.daemon is None:
+        style = "openai" if request.url.path.startswith("/v1/") else "ollama"
         return error_answer(
             NotFound(f"{request.url.path} needs Ollama itself, and this sidecar serves a folder without it"), style
         )
-    try:
-        return await service.daemon.forward(request)
-    except SteerError as error:
-        return error_answer(error, style)
+    return Forwarded(service.daemon, request)
 
 
 def make_app(service: Service) -> Starlette:
     """The ASGI application."""
-    methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+    everything = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+    def route(path: str, handler: Callable[[Request], Awaitable[Response]], *methods: str) -> Route:
+        style = "openai" if path.startswith("/v1/") else "ollama"
+        return Route(path, guarded(handler, style), methods=list(methods))
+
     routes = [
-        Route("/", root, methods=["GET", "HEAD"]),
-        Route("/api/version", version, methods=["GET", "HEAD"]),
-        Route("/api/chat", reply, methods=["POST"]),
-        Route("/api/generate", reply, methods=["POST"]),
-        Route("/api/ps", running, methods=["GET"]),
-        Route("/api/show", show, methods=["POST"]),
-        Route("/api/create", create, methods=["POST"]),
-        Route("/api/delete", delete, methods=["DELETE"]),
-        Route("/api/embed", embed, methods=["POST"]),
-        Route("/api/embeddings", embed, methods=["POST"]),
-        Route("/v1/embeddings", embed, methods=["POST"]),
-        *openai.routes(),
+        route("/", root, "GET", "HEAD"),
+        route("/api/version", version, "GET", "HEAD"),
+        route("/api/chat", reply, "POST"),
+        route("/api/generate", reply, "POST"),
+        route("/api/ps", running, "GET"),
+        route("/api/show", show, "POST"),
+        route("/api/create", create, "POST"),
+        route("/api/delete", delete, "DELETE"),
+        *(route(path, embed, "POST") for path in ("/api/embed", "/api/embeddings", "/v1/embeddings")),
+        *(route(path, openai.handle, "POST") for path in openai.PATHS),
     ]
     if service.daemon is None:
         routes += [
-            Route("/api/tags", tags, methods=["GET", "HEAD"]),
-            Route("/api/copy", copy, methods=["POST"]),
-            Route("/api/blobs/{digest}", blobs, methods=["HEAD", "POST"]),
-            Route("/v1/models", openai.models, methods=["GET"]),
-            Route("/v1/models/{model:path}", openai.models, methods=["GET"]),
+            route("/api/tags", tags, "GET", "HEAD"),
+            route("/api/copy", copy, "POST"),
+            route("/api/blobs/{digest}", blobs, "HEAD", "POST"),
+            route("/v1/models", openai.models, "GET"),
+            route("/v1/models/{model:path}", openai.models, "GET"),
         ]
-    routes.append(Route("/{path:path}", anything, methods=methods))
+    routes.append(route("/{path:path}", anything, *everything))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
 
 from .errors import BadRequest, Unavailable
-from .streams import Streamed
+from .streams import Streamed, watch
+
+log = logging.getLogger("steer.ollama")
 
 DEFAULT_URL = "http://127.0.0.1:11434"
 
@@ -101,10 +105,10 @@ class Daemon:
         except httpx.HTTPError:
             return False
 
-    async def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """Status and JSON of a short call (the text where it is no JSON)."""
+    async def call(self, method: str, path: str, body: Any = None, timeout: float = 30.0) -> tuple[int, Any]:
+        """Status and JSON of a short call (the text where it is no JSON), for which it may take ``timeout`` seconds."""
         try:
-            response = await self.client.request(method, self.url + path, json=body)
+            response = await self.client.request(method, self.url + path, json=body, timeout=timeout)
         except httpx.HTTPError as error:
             raise self.unavailable(error) from None
         try:
@@ -130,45 +134,12 @@ class Daemon:
         except httpx.HTTPError as error:
             raise self.unavailable(error) from None
 
-    async def forward(self, request: Request, body: bytes | None = None) -> Streamed:
-        """Pass a request on and its answer back, both streamed; ``body``: what was read of it already."""
-        headers = [(k, v) for k, v in request.headers.raw if k.decode().lower() not in _HOP]
-        if body is not None:
-            headers = [(k, v) for k, v in headers if k.lower() != b"content-length"]
-        has_body = body is None and (
-            int(request.headers.get("content-length") or 0) > 0 or "transfer-encoding" in request.headers
-        )
-        path = request.scope.get("raw_path") or request.url.path.encode()
-        query = request.scope.get("query_string") or b""
-        url = self.url + path.decode("ascii") + ("?" + query.decode("ascii") if query else "")
-        content = body if body is not None else (request.stream() if has_body else None)
-        # Go reuses connections; one that it closed meanwhile fails at once, and what has no stream can be sent again
-        for attempt in (1, 2):
-            try:
-                sent = self.client.build_request(request.method, url, headers=headers, content=content)
-                response = await self.client.send(sent, stream=True)
-                break
-            except httpx.HTTPError as error:
-                if attempt == 2 or has_body or not isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
-                    raise self.unavailable(error) from None
-        kept = [(k, v) for k, v in response.headers.raw if k.decode().lower() not in _HOP]
-        return Streamed(self._parts(response), status=response.status_code, headers=kept, broken=_mid_stream(response))
-
-    async def _parts(self, response: httpx.Response) -> AsyncIterator[bytes]:
-        try:
-            async for part in response.aiter_raw():
-                yield part
-        except httpx.HTTPError as error:
-            raise self.unavailable(error) from None
-        finally:
-            await response.aclose()
-
     # ---- one copy of the weights ----
 
     async def loaded(self) -> list[str]:
         """Names of the models it has loaded; none when it does not answer."""
         try:
-            status, found = await self.call("GET", "/api/ps")
+            status, found = await self.call("GET", "/api/ps", timeout=10.0)
         except Unavailable:
             return []
         models = found.get("models") if status == 200 and isinstance(found, dict) else None
@@ -176,10 +147,78 @@ class Daemon:
 
     async def unload(self, name: str, timeout: float = 30.0) -> None:
         """Have it unload a model (a request that runs nothing), and wait until it has."""
-        await self.call("POST", "/api/generate", {"model": name, "keep_alive": 0, "stream": False})
+        await self.call("POST", "/api/generate", {"model": name, "keep_alive": 0, "stream": False}, timeout)
         until = asyncio.get_running_loop().time() + timeout
-        while name in await self.loaded() and asyncio.get_running_loop().time() < until:
+        while name in await self.loaded():
+            if asyncio.get_running_loop().time() > until:
+                log.warning("Ollama still has %s after %g s: its weights are held twice for now", name, timeout)
+                return
             await asyncio.sleep(0.1)
+
+
+class Forwarded(Streamed):
+    """A request passed on to Ollama and its answer back, both streamed. When the client goes, Ollama's side is hung up at once,
+    also while it has not answered yet.
+
+    Args:
+        body: what was read of the request already; None: it is streamed.
+    """
+
+    def __init__(self, daemon: Daemon, request: Request, body: bytes | None = None) -> None:
+        style = "openai" if request.url.path.startswith("/v1/") else "ollama"
+        super().__init__(self._parts(), style=style)
+        self._daemon, self._request, self._body = daemon, request, body
+        given = int(request.headers.get("content-length") or 0) > 0 or "transfer-encoding" in request.headers
+        self._has_stream = body is None and given
+        self._sent = asyncio.Event()
+        if not self._has_stream:
+            self._sent.set()
+
+    async def watch(self, receive: Receive) -> None:
+        await self._sent.wait()  # until then the body is read, and reading it tells
+        await watch(receive)
+
+    async def _parts(self) -> AsyncGenerator[bytes, None]:
+        response = await self._send()
+        self.status_code = response.status_code
+        self.raw_headers = [(k, v) for k, v in response.headers.raw if k.decode().lower() not in _HOP]
+        self.broken = _mid_stream(response)
+        try:
+            yield b""  # the headers go out now
+            async for part in response.aiter_raw():
+                yield part
+        except httpx.HTTPError as error:
+            raise self._daemon.unavailable(error) from None
+        finally:
+            await response.aclose()
+
+    async def _send(self) -> httpx.Response:
+        request, client = self._request, self._daemon.client
+        headers = [(k, v) for k, v in request.headers.raw if k.decode().lower() not in _HOP]
+        if self._body is not None:
+            headers = [(k, v) for k, v in headers if k.lower() != b"content-length"]
+        path = request.scope.get("raw_path") or request.url.path.encode()
+        query = request.scope.get("query_string") or b""
+        url = self._daemon.url + path.decode("ascii") + ("?" + query.decode("ascii") if query else "")
+        # Go reuses connections; one that it closed meanwhile fails at once, and what has no stream can be sent again
+        for attempt in (1, 2):
+            content = self._stream() if self._has_stream else self._body
+            try:
+                sent = client.build_request(request.method, url, headers=headers, content=content)
+                return await client.send(sent, stream=True)
+            except httpx.HTTPError as error:
+                if attempt == 2 or self._has_stream or not isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
+                    raise self._daemon.unavailable(error) from None
+        raise AssertionError("unreachable")
+
+    async def _stream(self) -> AsyncGenerator[bytes, None]:
+        try:
+            async for part in self._request.stream():
+                yield part
+        except ClientDisconnect:
+            raise ConnectionAbortedError("the client hung up") from None  # an OSError: nobody is left to be told
+        finally:
+            self._sent.set()
 
 
 def error_text(raw: bytes) -> str:

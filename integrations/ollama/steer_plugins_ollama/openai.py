@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from steer_plugins.errors import SteerError
 
 from . import llama, options, replies
-from .errors import BadRequest, NotFound
+from .daemon import Forwarded
+from .errors import BadRequest
 from .model import STEERING
-from .streams import Streamed, Whole, error_answer
+from .streams import Streamed, Whole
 
 if TYPE_CHECKING:
     from .app import Call, Service
@@ -40,49 +40,43 @@ _OPTIONS = {
 }
 
 
-def routes() -> list[Route]:
-    """The routes that steered models are asked through."""
-    return [
-        Route("/v1/chat/completions", handle, methods=["POST"]),
-        Route("/v1/completions", handle, methods=["POST"]),
-        Route("/v1/responses", handle, methods=["POST"]),
-        Route("/v1/messages", handle, methods=["POST"]),
-    ]
+#: The routes that steered models are asked through.
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
 
 async def handle(request: Request) -> Response:
-    """One of :func:`routes`."""
+    """One of :data:`PATHS`."""
     from .app import make_call, read_body, steering_in
 
     service: Service = request.app.state.service
     path = request.url.path
-    try:
-        raw, body = await read_body(request)
-        model = await service.mine(body, steering_in(body))
-        if model is None:
-            assert service.daemon is not None
-            return await service.daemon.forward(request, raw)
-        given = {ours: body[theirs] for theirs, ours in _OPTIONS.items() if body.get(theirs) is not None}
-        if path == "/v1/messages" and "stop_sequences" in body:
-            given["stop"] = body["stop_sequences"]
-        call = make_call(service, model, {**body, "options": {**(body.get("options") or {}), **given}}, chat=True)
-        streams = bool(body.get("stream"))
-        if path == "/v1/completions":
-            found = completion_body(call.body)
-            call.body, call.chat = found, False
-            return _own(call, body, streams, "text_completion")
-        if path == "/v1/chat/completions":
-            if not replies.checked_messages_openai(body.get("messages")):
-                raise BadRequest("[] is too short - 'messages'")
-            if model.template and not body.get("tools"):
-                call.body = chat_body(call.body)
-                return _own(call, body, streams, "chat.completion")
-        needed = "messages" if path == "/v1/messages" else "input" if path == "/v1/responses" else None
-        if needed and not body.get(needed):
-            raise BadRequest(f"{needed} is required")
-        return _passed(call, path, streams)
-    except SteerError as error:
-        return error_answer(error, "openai")
+    raw, body = await read_body(request)
+    model = await service.mine(body, steering_in(body))
+    if model is None:
+        assert service.daemon is not None
+        return Forwarded(service.daemon, request, raw)
+    for key in ("options", "stream_options", "response_format"):
+        if not isinstance(body.get(key) or {}, dict):
+            raise BadRequest(f"{key} must be an object")
+    given = {ours: body[theirs] for theirs, ours in _OPTIONS.items() if body.get(theirs) is not None}
+    if path == "/v1/messages" and body.get("stop_sequences"):
+        given["stop"] = body["stop_sequences"]
+    call = make_call(service, model, {**body, "options": {**(body.get("options") or {}), **given}}, chat=True)
+    streams = bool(body.get("stream"))
+    if path == "/v1/completions":
+        found = completion_body(call.body)
+        call.body, call.chat = found, False
+        return _own(call, body, streams, "text_completion")
+    if path == "/v1/chat/completions":
+        if not replies.checked_messages_openai(body.get("messages")):
+            raise BadRequest("[] is too short - 'messages'")
+        if model.template and not body.get("tools"):
+            call.body = chat_body(call.body)
+            return _own(call, body, streams, "chat.completion")
+    needed = "messages" if path == "/v1/messages" else "input" if path == "/v1/responses" else None
+    if needed and not body.get(needed):
+        raise BadRequest(f"{needed} is required")
+    return _passed(call, path, streams)
 
 
 # ---- answered by llama-server ----
@@ -111,10 +105,9 @@ async def _passed_bytes(call: Call, path: str) -> AsyncGenerator[bytes, None]:
 
 async def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any]:
     """The request with the model's options, system prompt, history and steering in it."""
-    terms = await job.pool.terms(job.runner, job.model, call.steering)
     drop = {STEERING, "options", "keep_alive", *_OPTIONS}
     body = {**options.sampling(job.options), **{k: v for k, v in call.body.items() if k not in drop}}
-    body.update(replies.steering_fields(terms, job.runner))
+    body.update(await job.pool.fields(job.runner, job.model, call.steering))
     model = job.model
     if path == "/v1/chat/completions":
         body["messages"] = _with_model(model.system, model.messages, call.body["messages"])
@@ -166,7 +159,10 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     if form.get("type") == "json_object":
         found["format"] = form.get("schema") or "json"
     elif form.get("type") == "json_schema":
-        found["format"] = (form.get("json_schema") or {}).get("schema") or "json"
+        schema = form.get("json_schema") or {}
+        if not isinstance(schema, dict):
+            raise BadRequest("json_schema must be an object")
+        found["format"] = schema.get("schema") or "json"
     effort = body.get("reasoning_effort")
     if effort is not None and "think" not in body:
         found["think"] = False if effort == "none" else effort
@@ -274,7 +270,4 @@ async def models(request: Request) -> Response:
                 found.append(entry(str(name), service.store.get(str(name)).modified))
         return {"object": "list", "data": found}
 
-    try:
-        return JSONResponse(await asyncio.to_thread(collect))
-    except (NotFound, SteerError) as error:
-        return error_answer(error, "openai")
+    return JSONResponse(await asyncio.to_thread(collect))

@@ -24,7 +24,6 @@ from .model import Model
 from .options import FOREVER, LoadOptions, whole_number
 
 if TYPE_CHECKING:
-    from steer_plugins.engine.remote.vectors import ServerVectors
     from steer_plugins.library import Library
     from steer_plugins.vector import ModelIdentity, SteeringVector
 
@@ -67,11 +66,16 @@ class Runner:
     expires: float = FOREVER
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     resolver: Resolver | None = None
-    closing: bool = False
+    ending: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
         return self.process.url
+
+    @property
+    def closing(self) -> bool:
+        """Whether it is being stopped, or has been."""
+        return self.ending is not None
 
 
 class Pool:
@@ -103,6 +107,9 @@ class Pool:
         self._max_loaded = whole_number(env, "OLLAMA_MAX_LOADED_MODELS", 3)
         self._runners: dict[Weights, Runner] = {}
         self._locks: dict[Weights, asyncio.Lock] = {}
+        self._load_lock = asyncio.Lock()
+        self._loading: list[Path] = []
+        self._tidying: set[asyncio.Task[None]] = set()
         self._janitor: asyncio.Task[None] | None = None
 
     # ---- use ----
@@ -114,6 +121,10 @@ class Pool:
     def holding(self, gguf: Path) -> Runner | None:
         """The process that has these weights, if one has."""
         return next((r for r in self.loaded() if r.weights[0] == gguf), None)
+
+    def holds(self, gguf: Path) -> bool:
+        """Whether a process has these weights, or is about to."""
+        return gguf in self._loading or self.holding(gguf) is not None
 
     @contextlib.asynccontextmanager
     async def use(self, model: Model, options: LoadOptions, keep: float) -> AsyncIterator[Runner]:
@@ -132,7 +143,7 @@ class Pool:
             if runner.users == 0:
                 runner.idle.set()
                 if runner.keep == 0:
-                    await asyncio.shield(self._end(runner))
+                    await self._end(runner)
 
     async def unload(self, model: Model) -> None:
         """End a model's process: now if nobody uses it, else after the last request."""
@@ -165,12 +176,11 @@ class Pool:
     async def _acquire(self, model: Model, options: LoadOptions) -> Runner:
         async with self._lock(model.weights):
             runner = self._runners.get(model.weights)
-            if runner is not None and not runner.process.running:
-                if not runner.closing:
-                    log.warning("the llama-server of %s has ended: %s", model.name, runner.process.log_tail[-1:])
-                self._runners.pop(model.weights, None)
+            if runner is not None and not runner.closing and not runner.process.running:
+                log.warning("the llama-server of %s has ended: %s", model.name, runner.process.log_tail[-1:])
+                await self._end(runner)
                 runner = None
-            if runner is not None and (runner.closing or not options.served_by(runner.options)):
+            elif runner is not None and (runner.closing or not options.served_by(runner.options)):
                 await runner.idle.wait()  # those who use it finish first; later ones wait at the lock
                 await self._end(runner)
                 runner = None
@@ -184,9 +194,22 @@ class Pool:
             return runner
 
     async def _load(self, model: Model, options: LoadOptions) -> Runner:
-        await self._make_room()
-        if self._before_load is not None:
-            await self._before_load(model)
+        self._loading.append(model.gguf)
+        try:
+            async with self._load_lock:  # one after another, so that there are never more than OLLAMA_MAX_LOADED_MODELS
+                await self._make_room()
+                if self._before_load is not None:
+                    await self._before_load(model)
+                runner = await self._started(model, options)
+                self._runners[model.weights] = runner
+        finally:
+            self._loading.remove(model.gguf)
+        if self._janitor is None or self._janitor.done():
+            self._janitor = asyncio.create_task(self._sweep())
+        return runner
+
+    async def _started(self, model: Model, options: LoadOptions) -> Runner:
+        """A process with the model loaded. One whose client leaves meanwhile is ended, and so is one that fails."""
         binary = self._binary
         if binary is None:
             from steer_plugins.runtime import ensure_runtime
@@ -200,22 +223,23 @@ class Pool:
             flags += ["--lora", ",".join(map(str, model.adapters))]
         if model.projectors:
             flags += ["--mmproj", str(model.projectors[0])]
-        started = time.monotonic()
+        began = time.monotonic()
         log.info("loading %s for %s", model.gguf, model.name)
+        starting = asyncio.create_task(asyncio.to_thread(process.start, model.gguf, [*flags, *self._flags]))
         try:
-            await asyncio.to_thread(process.start, model.gguf, [*flags, *self._flags])
+            await asyncio.shield(starting)
             await asyncio.to_thread(process.wait_ready, _load_timeout(self._environ))
             runner.facts = await asyncio.to_thread(_facts, process)
         except BaseException as error:
             tail = "\n".join(process.log_tail)
-            await asyncio.shield(asyncio.to_thread(process.stop))
+            tidying = asyncio.create_task(_given_up(process, starting))
+            self._tidying.add(tidying)  # asyncio itself does not keep it
+            tidying.add_done_callback(self._tidying.discard)
+            await asyncio.shield(tidying)
             if isinstance(error, EngineError):
                 raise ApiError(_why_not(model, str(error), tail)) from None
             raise
-        self._runners[model.weights] = runner
-        log.info("loaded %s on %s in %.1f s", model.name, runner.facts.device, time.monotonic() - started)
-        if self._janitor is None or self._janitor.done():
-            self._janitor = asyncio.create_task(self._sweep())
+        log.info("loaded %s on %s in %.1f s", model.name, runner.facts.device, time.monotonic() - began)
         return runner
 
     async def _make_room(self) -> None:
@@ -227,17 +251,22 @@ class Pool:
                 for task in pending:
                     task.cancel()
                 continue
-            await self._end(min(idle, key=lambda r: r.expires))
+            await self._end(min(idle, key=lambda r: (r.process.running, r.expires)))
 
     def _touch(self, runner: Runner) -> None:
         runner.expires = time.monotonic() + runner.keep
 
     async def _end(self, runner: Runner) -> None:
-        if runner.closing:
-            return
-        runner.closing = True
+        """Stop a process, and wait until it has ended, whoever asked for it first."""
+        if runner.ending is None:
+            runner.ending = asyncio.create_task(self._stop(runner))
+        await asyncio.shield(runner.ending)
+
+    async def _stop(self, runner: Runner) -> None:
         try:
             await asyncio.to_thread(runner.process.stop)
+        except Exception as error:
+            log.error("the llama-server of %s could not be ended: %s", runner.weights[0].name, error)
         finally:
             if self._runners.get(runner.weights) is runner:
                 del self._runners[runner.weights]
@@ -253,14 +282,14 @@ class Pool:
 
     # ---- steering ----
 
-    async def terms(self, runner: Runner, model: Model, text: str | None) -> list[dict[str, Any]]:
-        """llama-server's terms for a steering text, its vectors uploaded.
+    async def fields(self, runner: Runner, model: Model, text: str | None) -> dict[str, Any]:
+        """llama-server's request fields for a steering text, its vectors uploaded. ``steering`` is always said, also when empty.
 
         Raises:
             SteerError: a vector is missing or does not fit.
         """
         if not text:
-            return []
+            return {"steering": []}
         if runner.resolver is None:
             from steer_plugins.library import Library
 
@@ -268,29 +297,25 @@ class Pool:
         known = runner.resolver.known(model, text)
         if known is not None:
             return known
-        return await asyncio.to_thread(runner.resolver.terms, model, text)
+        return await asyncio.to_thread(runner.resolver.fields, model, text)
 
 
 class Resolver:
-    """Steering texts to terms, for one process. What was resolved once is not read again while its files are the same."""
+    """Steering texts to request fields, for one process. What is known is not read again while its files are the same."""
 
     MAX_CACHED = 256
 
     def __init__(self, url: str, library: Library) -> None:
-        from steer_plugins.engine.remote.http import Connection
-        from steer_plugins.engine.remote.vectors import ServerVectors
         from steer_plugins.engine.server import ServerEngine
 
-        engine = ServerEngine(url, library=library)
-        tags = bool(engine.status()["model"].get("think_open"))
+        self._engine = ServerEngine(url, library=library)
         self._library = library
-        self._identity: ModelIdentity = engine.info.identity
-        self._vectors: ServerVectors = ServerVectors(Connection(url), engine.info, tags=tags)
-        self._cache: OrderedDict[Any, tuple[tuple[Any, ...], list[dict[str, Any]]]] = OrderedDict()
+        self._identity: ModelIdentity = self._engine.info.identity
+        self._cache: OrderedDict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def known(self, model: Model, text: str) -> list[dict[str, Any]] | None:
-        """The terms where they are known already and no file has changed."""
+    def known(self, model: Model, text: str) -> dict[str, Any] | None:
+        """The fields where they are known already and no file has changed."""
         key = self._key(model, text)
         with self._lock:
             found = self._cache.get(key)
@@ -298,30 +323,27 @@ class Resolver:
             return None
         return found[1]
 
-    def terms(self, model: Model, text: str) -> list[dict[str, Any]]:
+    def fields(self, model: Model, text: str) -> dict[str, Any]:
         """Raises SteerError."""
         from steer_plugins.grammar import parse, steering_of
 
         specs = parse(text)
         files = tuple(self._file(model, name) for spec in specs for name in (spec.vector, spec.gate) if name is not None)
         stamp = self._stamp(tuple((path, None) for path in files))
-        terms = self._vectors.terms(steering_of(specs, lambda name: resolve(model, name, self._identity, self._library)))
+        steering = steering_of(specs, lambda name: resolve(model, name, self._identity, self._library))
+        fields = self._engine.request_fields(steering)
         with self._lock:
-            self._cache[self._key(model, text)] = (stamp, terms)
+            self._cache[self._key(model, text)] = (stamp, fields)
             while len(self._cache) > self.MAX_CACHED:
                 self._cache.popitem(last=False)
-        return terms
+        return fields
 
-    def forget(self) -> None:
-        """Start anew: somebody deleted vectors on the server."""
-        with self._lock:
-            self._cache.clear()
-
-    def lost(self, terms: list[dict[str, Any]]) -> bool:
-        """Whether the server lacks a vector of these terms; if so they are uploaded when next asked for."""
-        lost = self._vectors.forget_lost(terms)
+    def lost(self, fields: dict[str, Any]) -> bool:
+        """Whether the server lacks a vector of these fields; if so they are uploaded when next asked for."""
+        lost = self._engine.forget_lost(fields)
         if lost:
-            self.forget()
+            with self._lock:
+                self._cache.clear()
         return lost
 
     def _key(self, model: Model, text: str) -> Any:
@@ -364,6 +386,13 @@ def resolve(model: Model, name: str, identity: ModelIdentity, library: Library) 
         return library.get(name, identity)
     except MissingVector as error:
         raise MissingVector(f"{error} (here: steer ollama train {model.name} {name})") from None
+
+
+async def _given_up(process: ServerProcess, starting: asyncio.Task[None]) -> None:
+    """End a process that nobody waits for any more: only once it has started can it be ended."""
+    with contextlib.suppress(Exception):
+        await starting
+    await asyncio.to_thread(process.stop)
 
 
 def _facts(process: ServerProcess) -> Facts:

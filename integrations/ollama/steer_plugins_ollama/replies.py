@@ -44,9 +44,9 @@ class Job:
     async def steered(self, make: Callable[[dict[str, Any]], AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
         """The pieces of a request with steering fields; once more if the server has lost the vectors meanwhile."""
         for attempt in (1, 2):
-            terms = await self.pool.terms(self.runner, self.model, self.steering)
+            fields = await self.pool.fields(self.runner, self.model, self.steering)
             started = False
-            pieces = make(steering_fields(terms, self.runner))
+            pieces = make(fields)
             try:
                 async for piece in pieces:
                     started = True
@@ -54,20 +54,12 @@ class Job:
                 return
             except BadRequest:
                 resolver = self.runner.resolver
-                if started or attempt == 2 or not terms or resolver is None:
+                if started or attempt == 2 or not fields["steering"] or resolver is None:
                     raise
-                if not await asyncio.to_thread(resolver.lost, terms):
+                if not await asyncio.to_thread(resolver.lost, fields):
                     raise
             finally:
                 await pieces.aclose()
-
-
-def steering_fields(terms: list[dict[str, Any]], runner: Runner) -> dict[str, Any]:
-    """llama-server's fields for some terms. The list is always said, also when empty."""
-    fields: dict[str, Any] = {"steering": terms}
-    if any(term.get("scope") in ("thinking", "answer") for term in terms) and runner.facts.think:
-        fields["steering_tags"] = {"open": runner.facts.think[0], "close": runner.facts.think[1]}
-    return fields
 
 
 # ---- checks ----

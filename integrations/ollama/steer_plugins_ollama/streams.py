@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -39,6 +41,21 @@ def error_body(text: str, status: int, style: str) -> dict[str, Any]:
         return {"error": text}
     kind = {400: "invalid_request_error", 404: "not_found_error"}.get(status, "api_error")
     return {"error": {"message": text, "type": kind, "param": None, "code": None}}
+
+
+def guarded(handler: Callable[[Request], Awaitable[Response]], style: str = "ollama") -> Callable[[Request], Awaitable[Response]]:
+    """A route whose every error is an answer in the shape of its API."""
+
+    @functools.wraps(handler)
+    async def run(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody is left to read it
+        except Exception as error:
+            return error_answer(error, style)
+
+    return run
 
 
 async def watch(receive: Receive) -> None:
@@ -73,7 +90,7 @@ class Streamed(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pump = asyncio.create_task(self._pump(scope, receive, send))
-        gone = asyncio.create_task(watch(receive))
+        gone = asyncio.create_task(self.watch(receive))
         try:
             await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -82,6 +99,10 @@ class Streamed(Response):
                 pump.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await pump
+
+    async def watch(self, receive: Receive) -> None:
+        """Returns when the client has gone."""
+        await watch(receive)
 
     async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False

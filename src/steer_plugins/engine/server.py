@@ -199,6 +199,27 @@ class ServerEngine(Engine):
 
     # ---- steering ----
 
+    def request_fields(self, steering: Any) -> dict[str, Any]:
+        """The fields that steer a request which one sends to the server oneself, with another HTTP client.
+
+        Args:
+            steering: a Steering, a vector, or what else engines take.
+
+        Returns:
+            ``steering``, the list of terms of docs/http-protocol.md (also where it is empty), and ``steering_tags`` where a
+            scope needs them. Vectors are uploaded first, where they are missing. May be called by several threads at once.
+
+        Raises:
+            VectorError: a vector does not fit the model, or the server has no room for it.
+            SpecError: a scope that this model cannot have.
+        """
+        return self._fields(as_steering(steering))
+
+    def forget_lost(self, fields: dict[str, Any]) -> bool:
+        """True if the server lacks a vector of fields made by :meth:`request_fields` (it was restarted, or somebody deleted
+        it): make them anew, which uploads it again."""
+        return self._vectors.forget_lost(fields["steering"])
+
     def _steered(self, steering: Any, send: Callable[[dict[str, Any]], T]) -> T:
         """Send a request with the fields of a steering, once more if the server has lost the vectors meanwhile."""
         wanted = as_steering(steering)
@@ -206,7 +227,7 @@ class ServerEngine(Engine):
         try:
             return send(fields)
         except ServerRefusal as refusal:
-            if refusal.status != 400 or not self._vectors.forget_lost(fields["steering"]):
+            if refusal.status != 400 or not self.forget_lost(fields):
                 raise
         return send(self._fields(wanted))
 
