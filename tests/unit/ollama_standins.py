@@ -1,9 +1,10 @@
-"""A stand-in for the Ollama daemon, and the sidecar in a thread, for tests without either program."""
+"""Stand-ins for the Ollama daemon and for llama-server, and the sidecar in a thread, for tests without any of these programs."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,13 +16,15 @@ import uvicorn
 from steer_plugins_ollama.app import Service, make_app
 
 
-class StandInDaemon:
-    """Answers what it is told to, and remembers what it was asked. ``answers``: (method, path) -> what to do with the handler."""
+class StandIn:
+    """A server that answers what it is told to, and remembers what it was asked.
+
+    ``answers``: (method, path) -> what to do with the handler.
+    """
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str, bytes]] = []
         self.answers: dict[tuple[str, str], Callable[[BaseHTTPRequestHandler, bytes], None]] = {}
-        self.loaded: list[str] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -47,6 +50,26 @@ class StandInDaemon:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
+
+    def paths(self) -> list[str]:
+        return [path for _, path, _ in self.asked]
+
+    def bodies(self, path: str) -> list[Any]:
+        """The JSON bodies that were sent to a path."""
+        return [json.loads(body) for _, asked, body in self.asked if asked == path and body]
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self._thread.join()
+
+
+class StandInDaemon(StandIn):
+    """An Ollama that says it has ``loaded`` these models, and unloads them when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
         self.answers[("GET", "/api/version")] = lambda h, b: send_json(h, {"version": "0.9.3"})
         self.answers[("GET", "/api/ps")] = lambda h, b: send_json(h, {"models": [{"name": n} for n in self.loaded]})
         self.answers[("POST", "/api/generate")] = self._unload
@@ -57,13 +80,107 @@ class StandInDaemon:
             self.loaded.remove(asked["model"])
         send_json(handler, {"model": asked["model"], "done": True})
 
-    def paths(self) -> list[str]:
-        return [path for _, path, _ in self.asked]
 
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self._thread.join()
+class StandInLlama(StandIn):
+    """What a steering llama-server answers, for the routes that the sidecar asks; replies are scripted.
+
+    ``events``: those of ``/v1/chat/completions`` and ``/completion``. ``left``: set when a client has gone that was being
+    answered; ``began``: when such a request has come in.
+    """
+
+    def __init__(self, *, vision: bool = False, think: bool = False) -> None:
+        super().__init__()
+        self.events: list[dict[str, Any]] = []
+        self.began, self.left = threading.Event(), threading.Event()
+        self.wait_at: int | None = None  # this many events are sent, then the client is waited for
+        self.die_at: int | None = None  # this many events are sent, then the connection breaks
+        model = {"n_ctx": 4096, "has_chat_template": True, "n_gpu_layers": 0, "devices": []}
+        if think:
+            model |= {"think_open": "<think>", "think_close": "</think>"}
+        self.answers[("GET", "/health")] = lambda h, b: send_json(h, {"status": "ok"})
+        self.answers[("GET", "/steering")] = lambda h, b: send_json(h, {"protocol": 1, "model": model, "vectors": []})
+        self.answers[("GET", "/props")] = lambda h, b: send_json(h, {"modalities": {"vision": vision}, "media_marker": "<m>"})
+        self.answers[("POST", "/apply-template")] = lambda h, b: send_json(h, {"prompt": "hi"})
+        self.answers[("POST", "/tokenize")] = lambda h, b: send_json(h, {"tokens": [1, 2]})
+        for path in ("/v1/chat/completions", "/completion"):
+            self.answers[("POST", path)] = self._reply
+
+    def _reply(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        self.began.set()
+        if self.wait_at == 0:
+            return self._wait(handler)
+        start_chunks(handler, "text/event-stream")
+        for number, event in enumerate(self.events):
+            send_chunk(handler, b"data: " + json.dumps(event).encode() + b"\n\n")
+            if number + 1 == self.wait_at:
+                return self._wait(handler)
+            if number + 1 == self.die_at:
+                handler.connection.shutdown(socket.SHUT_RDWR)
+                handler.close_connection = True
+                return None
+        send_chunk(handler, b"data: [DONE]\n\n")
+        send_chunk(handler, b"")
+        return None
+
+    def _wait(self, handler: BaseHTTPRequestHandler) -> None:
+        handler.connection.settimeout(30)
+        handler.close_connection = True
+        with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(ConnectionError):
+                assert handler.connection.recv(1) == b""
+            self.left.set()
+
+
+class StandInProcess:
+    """In the place of ``ServerProcess``: "starts" a stand-in. ``started`` and ``stopped`` count."""
+
+    def __init__(self, llama: StandInLlama, *, load_seconds: float = 0.0, stop_seconds: float = 0.0) -> None:
+        self.llama, self.load_seconds, self.stop_seconds = llama, load_seconds, stop_seconds
+        self.log: list[str] = []
+        self.alive: set[object] = set()
+        self.most = 0
+
+    def __call__(self, binary: Any, on_line: Any = None) -> Any:
+        outer = self
+
+        class Process:
+            running = False
+            url, device, log_tail = outer.llama.url, "CPU", ["a line"]
+
+            def start(self, model: Any, args: Any = ()) -> None:
+                outer.log.append("start")
+                time.sleep(outer.load_seconds / 2)
+                self.running = True
+                outer.alive.add(self)
+                outer.most = max(outer.most, len(outer.alive))
+
+            def wait_ready(self, timeout: float) -> None:
+                time.sleep(outer.load_seconds / 2)
+
+            def stop(self) -> int:
+                if self.running:
+                    outer.log.append("stop")
+                    time.sleep(outer.stop_seconds)
+                    self.running = False
+                    outer.alive.discard(self)
+                return 0
+
+        return Process()
+
+
+def said(
+    *, content: str | None = None, thinking: str | None = None, calls: Any = None, finish: str | None = None
+) -> dict[str, Any]:
+    """An event of ``/v1/chat/completions``."""
+    delta = {"content": content, "reasoning_content": thinking, "tool_calls": calls}
+    choice = {"index": 0, "delta": {k: v for k, v in delta.items() if v is not None}, "finish_reason": finish}
+    return {"object": "chat.completion.chunk", "choices": [choice]}
+
+
+def last_said() -> dict[str, Any]:
+    """The last event, with the counts."""
+    timings = {"prompt_n": 5, "cache_n": 2, "prompt_ms": 1.5, "predicted_n": 3, "predicted_ms": 2.5}
+    return {"object": "chat.completion.chunk", "choices": [], "usage": {}, "timings": timings}
 
 
 def _body(handler: BaseHTTPRequestHandler) -> bytes:
