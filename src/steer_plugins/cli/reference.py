@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ import click
 from ..files import write_atomically
 from ..plugins.manager import COMMAND_PLUGINS
 from .main import cli
+
+#: Commands of the integrations that come with this distribution: name -> module that has the command under the same name. They
+#: are taken from there, not from what is installed, so that the page is the same with and without other plugins.
+INTEGRATIONS = {"ollama": "steer_plugins_ollama.plugin"}
 
 HEAD = """# The command line
 
@@ -28,13 +33,20 @@ def render() -> str:
     return "\n".join(parts)
 
 
+class _Steer(click.Group):
+    """``steer`` with the commands of this distribution only, in their order."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 def _commands() -> Iterator[tuple[str, click.Command]]:
-    yield "steer", cli
     context = click.Context(cli, info_name="steer")
-    for name in COMMAND_PLUGINS:
-        command = cli.get_command(context, name)
-        if command is None:
-            continue
+    found = {name: cli.get_command(context, name) for name in COMMAND_PLUGINS}
+    found |= {name: getattr(importlib.import_module(module), name) for name, module in INTEGRATIONS.items()}
+    commands = {name: command for name, command in found.items() if command is not None}
+    yield "steer", _Steer("steer", commands, params=cli.params, help=cli.help, epilog=cli.epilog)
+    for name, command in commands.items():
         yield f"steer {name}", command
         if isinstance(command, click.Group):
             for sub in sorted(command.commands):
