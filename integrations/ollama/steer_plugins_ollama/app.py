@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -22,6 +23,7 @@ from steer_plugins import __version__
 from steer_plugins.errors import EngineError, ModelError, SteerError
 
 from . import creating, expression, llama, openai, options, replies
+from .access import Access
 from .daemon import Daemon, Forwarded
 from .errors import BadRequest, NotFound, Unavailable
 from .folder import FolderStore
@@ -438,7 +440,7 @@ async def _last(steps: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
 async def _created(service: Service, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
     """The status lines of a create."""
     if service.daemon is None:
-        prepared = await asyncio.to_thread(creating.prepare, body, service.store, service.library)
+        prepared = await asyncio.to_thread(creating.prepare, body, service.store, service.library, own=True)
         yield {"status": "writing the Modelfile"}
         assert isinstance(service.store, FolderStore)
         await asyncio.to_thread(service.store.create, prepared.name, prepared.body, prepared.vectors)
@@ -449,13 +451,22 @@ async def _created(service: Service, body: dict[str, Any]) -> AsyncGenerator[dic
         if "error" in step:
             return
     prepared = await asyncio.to_thread(creating.prepare, body, service.store, service.library)
+    store, name = service.store, str(prepared.name)
+    assert isinstance(store, OllamaStore)
+    if prepared.vectors:  # first, so that a store that cannot be written is found before anything is made
+        await asyncio.to_thread(store.add_blobs, prepared.vectors)
+    is_new = not store.manifest_path(prepared.name).is_file()
     async for step in service.daemon.lines("/api/create", {**prepared.body, "stream": True}):
         if "error" in step:
             status = int(step.pop("status", 500))
             raise BadRequest(str(step["error"])) if status < 500 else EngineError(str(step["error"]))
         if step.get("status") == "success" and prepared.vectors:
-            assert isinstance(service.store, OllamaStore)
-            await asyncio.to_thread(service.store.carry, str(prepared.name), prepared.vectors)
+            try:
+                await asyncio.to_thread(store.carry, name, prepared.vectors)
+            except SteerError:
+                if is_new:  # a model without its vectors is half a model
+                    await service.daemon.call("DELETE", "/api/delete", {"model": name, "name": name})
+                raise
         yield step
 
 
@@ -593,8 +604,8 @@ async def anything(request: Request) -> Response:
     return Forwarded(service.daemon, request)
 
 
-def make_app(service: Service) -> Starlette:
-    """The ASGI application."""
+def make_app(service: Service, *, local: bool = True) -> Starlette:
+    """The ASGI application. ``local``: it listens on a loopback address only."""
     everything = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
     def route(path: str, handler: Callable[[Request], Awaitable[Response]], *methods: str) -> Route:
@@ -628,6 +639,7 @@ def make_app(service: Service) -> Starlette:
         yield
         await service.close()
 
-    app = Starlette(routes=routes, lifespan=lifespan)
+    guard = Middleware(Access, environ=service.environ, local=local)
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=[guard])
     app.state.service = service
     return app

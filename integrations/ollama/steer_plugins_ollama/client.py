@@ -207,9 +207,18 @@ def _direct(api: Api, body: dict[str, Any]) -> Iterator[str]:
     """Without a sidecar: what it would have checked is checked here, and Ollama stores the model."""
     store = OllamaStore(store_root())
     prepared = creating.prepare(body, store, Library())
+    name = str(prepared.name)
+    is_new = not store.manifest_path(prepared.name).is_file()
+    if prepared.vectors:
+        store.add_blobs(prepared.vectors)
     yield from _statuses(api.lines("/api/create", prepared.body))
     if prepared.vectors:
-        store.carry(str(prepared.name), prepared.vectors)
+        try:
+            store.carry(name, prepared.vectors)
+        except SteerError:
+            if is_new:  # a model without its vectors is half a model
+                api.call("DELETE", "/api/delete", {"model": name, "name": name})
+            raise
 
 
 def _statuses(lines: Iterator[dict[str, Any]]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,26 +40,27 @@ class Prepared:
     vectors: dict[str, bytes] = field(default_factory=dict)
 
 
-def prepare(body: Mapping[str, Any], store: Store, library: Library) -> Prepared:
+def prepare(body: Mapping[str, Any], store: Store, library: Library, *, own: bool = False) -> Prepared:
     """Check a create body and put the combined steering into it. Nothing is stored.
+
+    ``own``: no Ollama will run the model, so its TEMPLATE has to be understood here in any case.
 
     Raises:
         SteerError: an expression, a vector or a TEMPLATE is wrong.
     """
     name = parse_name(body.get("model") or body.get("name"))
     out = dict(body)
+    _check_kinds(body)
     vectors = decoded(out.pop(VECTORS, None))
     carry = bool(out.pop(CARRY, False))
     parameters = body.get("parameters") or {}
-    if not isinstance(parameters, Mapping):
-        raise BadRequest("parameters must be an object")
     licenses = [body["license"]] if isinstance(body.get("license"), str) else list(body.get("license") or ())
     carried = [text for text in (expression.of_license(one) for one in licenses if isinstance(one, str)) if text is not None]
     base = _base(body, store)
     lines = expression.of_parameters(parameters.get(STEERING))
     steering = base.steering if base is not None else None
     if not lines and not carried and not vectors and not carry:
-        if steering:
+        if steering or own:
             _check_template(body)
         return Prepared(name, out, steering)
     steering = expression.combine_lines(steering, lines)
@@ -82,6 +83,18 @@ def prepare(body: Mapping[str, Any], store: Store, library: Library) -> Prepared
     if kept:
         out["license"] = kept
     return Prepared(name, out, steering, vectors)
+
+
+def _check_kinds(body: Mapping[str, Any]) -> None:
+    """Raise BadRequest for a key of another kind than Ollama takes."""
+    checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        **dict.fromkeys(("from", "system", "template", "quantize"), ("a text", lambda value: isinstance(value, str))),
+        **dict.fromkeys(("files", "adapters", "parameters"), ("an object", lambda value: isinstance(value, Mapping))),
+        "license": ("a text or a list", lambda value: isinstance(value, str | list)),
+    }
+    for key, (what, fits) in checks.items():
+        if body.get(key) is not None and not fits(body[key]):
+            raise BadRequest(f"{key} must be {what}")
 
 
 def decoded(value: Any) -> dict[str, bytes]:

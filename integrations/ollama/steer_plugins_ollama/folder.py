@@ -210,7 +210,7 @@ class FolderStore:
     def _base(self, body: Mapping[str, Any]) -> tuple[Model | None, str]:
         files = body.get("files") or {}
         if files:
-            if len(files) > 1 or not isinstance(files, Mapping):
+            if len(files) > 1:
                 raise BadRequest("without Ollama a model is made from one GGUF file")
             return None, self._relative(next(iter(files.values())))
         source = body.get("from")
@@ -251,16 +251,19 @@ class FolderStore:
         if path is None:
             raise BadRequest(f"{str(model.name)!r} is the file {model.gguf}: delete it yourself if that is what you want")
         try:
+            text = path.read_text("utf-8", errors="replace")
             path.unlink()
-            self._collect()
+            self._collect(text)
         except OSError as error:
             raise SteerError(f"{path} cannot be deleted: {error.strerror or error}") from None
 
-    def _collect(self) -> None:
+    def _collect(self, deleted: str) -> None:
+        """Remove the uploads that a deleted Modelfile names and no other does."""
         texts = "".join(p.read_text("utf-8", errors="replace") for p in self._modelfiles())
         for folder, mark in (("blobs", "{0.name}"), ("vectors", "{0.stem}")):
             for path in (self.root / folder).glob("*"):
-                if not path.name.startswith(".") and mark.format(path) not in texts:
+                name = mark.format(path)
+                if not path.name.startswith(".") and name in deleted and name not in texts:
                     path.unlink()
 
 

@@ -19,7 +19,9 @@ LABEL = "org.steer-plugins.ollama"
 UNIT = "steer-ollama.service"
 #: Variables of this shell that the service needs to behave as the commands here do.
 KEPT: tuple[str, ...] = ("OLLAMA_HOST", "OLLAMA_MODELS", "OLLAMA_KEEP_ALIVE", "OLLAMA_NUM_PARALLEL", "OLLAMA_MAX_LOADED_MODELS")
-KEPT += ("OLLAMA_CONTEXT_LENGTH", "STEER_LIBRARY", "STEER_RUNTIME", "STEER_CACHE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+KEPT += ("OLLAMA_CONTEXT_LENGTH", "OLLAMA_FLASH_ATTENTION", "OLLAMA_KV_CACHE_TYPE", "OLLAMA_LOAD_TIMEOUT", "OLLAMA_ORIGINS")
+KEPT += ("STEER_LIBRARY", "STEER_RUNTIME", "STEER_CACHE", "STEER_MODEL")
+KEPT += ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def systemd_unit(command: Sequence[str], environ: Mapping[str, str]) -> str:
     """The unit file."""
     lines = "".join(f"Environment={_quoted(f'{key}={value}')}\n" for key, value in environ.items())
     return (
-        "[Unit]\nDescription=Steering for Ollama (steer ollama serve)\nAfter=network-online.target ollama.service\n\n"
+        "[Unit]\nDescription=Steering for Ollama (steer ollama serve)\n\n"
         f"[Service]\nExecStart={' '.join(_quoted(word).replace('$', '$$') for word in command)}\n{lines}"
         "Restart=on-failure\nRestartSec=3\nKillMode=mixed\nTimeoutStopSec=30\n\n"
         "[Install]\nWantedBy=default.target\n"

@@ -107,7 +107,7 @@ def serve(wanted: ServeOptions, ready: Callable[[str], None]) -> None:
                 ready(f"Serving {what} at http://{host}:{port}")
 
     config = uvicorn.Config(
-        make_app(service),
+        make_app(service, local=is_local(wanted.host)),
         host=wanted.host,
         port=wanted.port,
         log_config=None,

@@ -172,6 +172,16 @@ class OllamaStore:
                 found = value
         return found
 
+    def add_blobs(self, files: Mapping[str, bytes]) -> None:
+        """Write vectors as blobs, where they are not there yet. Raises SteerError when the store cannot be written."""
+        try:
+            for data in files.values():
+                blob = self.root / "blobs" / f"sha256-{hashlib.sha256(data).hexdigest()}"
+                if not blob.is_file():
+                    write_atomically(blob, data)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
     def carry(self, name: str, files: Mapping[str, bytes]) -> None:
         """Put vectors into a model's manifest, in place of those of the same name.
 
@@ -182,19 +192,20 @@ class OllamaStore:
         path = self.manifest_path(parse_name(name))
         manifest, _ = self.manifest(path, name)
         layers = [la for la in manifest["layers"] if la["mediaType"].removeprefix(VECTOR_MEDIA) not in files]
+        self.add_blobs(files)
+        for key, data in files.items():
+            digest = hashlib.sha256(data).hexdigest()
+            layers.append({"mediaType": VECTOR_MEDIA + key, "digest": f"sha256:{digest}", "size": len(data)})
         try:
-            for key, data in files.items():
-                digest = hashlib.sha256(data).hexdigest()
-                blob = self.root / "blobs" / f"sha256-{digest}"
-                if not blob.is_file():
-                    write_atomically(blob, data)
-                layers.append({"mediaType": VECTOR_MEDIA + key, "digest": f"sha256:{digest}", "size": len(data)})
             write_atomically(path, json.dumps({**manifest, "layers": layers}).encode())
         except OSError as error:
-            raise SteerError(
-                f"the vectors cannot be stored with {name!r} in {self.root} ({error.strerror}): "
-                "run as the user that owns Ollama's store, or keep the vectors in the library"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> SteerError:
+        return SteerError(
+            f"vectors cannot be stored with a model in {self.root} ({error.strerror or error}): "
+            "run as the user that owns Ollama's store, or keep the vectors in the library"
+        )
 
 
 def own_steering(parameters: Mapping[str, Any], licenses: list[str]) -> tuple[str | None, bool]:
