@@ -33,6 +33,11 @@ _HOMES = {
     "Steering": "steer_plugins.steering",
     "SteeringVector": "steer_plugins.vector",
     "Term": "steer_plugins.steering",
+    "cap_dose": "steer_plugins.together",
+    "combine": "steer_plugins.together",
+    "correlations": "steer_plugins.together",
+    "dose": "steer_plugins.together",
+    "orthogonalise": "steer_plugins.together",
     "read_vector": "steer_plugins.vectorfile",
     "write_vector": "steer_plugins.vectorfile",
 }
@@ -56,6 +61,11 @@ __all__ = [
     "Steering",
     "SteeringVector",
     "Term",
+    "cap_dose",
+    "combine",
+    "correlations",
+    "dose",
+    "orthogonalise",
     "read_vector",
     "write_vector",
 ]
@@ -72,6 +82,7 @@ if TYPE_CHECKING:
     from steer_plugins.schedule import Schedule
     from steer_plugins.server import ServerProcess
     from steer_plugins.steering import Steering, Term
+    from steer_plugins.together import cap_dose, combine, correlations, dose, orthogonalise
     from steer_plugins.vector import ModelIdentity, SteeringVector
     from steer_plugins.vectorfile import read_vector, write_vector
 

@@ -20,6 +20,8 @@ from steer_plugins.engine.server import ServerEngine
 from steer_plugins.errors import DataError, EngineError, SpecError, SteerError, VectorError
 from steer_plugins.schedule import Schedule
 from steer_plugins.steering import Steering, Term
+from steer_plugins.together import CorrelatedWarning, combine
+from steer_plugins.vector import SteeringVector
 from tests.engine import harness as H
 from tests.engine.engines import BOTH, LONG, MORE_NOISE, NOISE, PROMPT, ServedEngine, moved, near, open_engine, readable, vector
 
@@ -541,6 +543,27 @@ def test_projections_of_a_running_reply(engines: Any, arch: str) -> None:
     for n, projections in seen:
         assert projections["probe"] == pytest.approx(expected[n - 1], abs=2e-3)
     assert len(engine.generate(PROMPT, max_tokens=2).tokens) > 0  # nothing is left behind
+
+
+def test_vectors_made_fit_to_act_together(engines: Any) -> None:
+    """The directions that orthogonalising makes are new content: what moves the states is just that, at the capped dose."""
+    engine = engines("llama")
+    one = vector(engine, (1,), seed=1, name="one")
+    mixed = {key: d + vector(engine, (1,), seed=2).directions[key] for key, d in one.directions.items()}
+    other = SteeringVector("other", mixed, {(1, "resid_post"): 3.0}, default_scope="all")
+    with pytest.warns(CorrelatedWarning, match="'one' and 'other'"):
+        correlated = combine([one, other])
+    fit = combine([one, other], orthogonal=True, max_dose=0.5)
+    plain, before, after = (
+        engine.read([PROMPT], layers=[1], positions="all", steering=s)[0].values[1].astype(np.float64)
+        for s in (None, correlated, fit)
+    )
+    near(before - plain, np.outer(np.arange(len(plain)) > 0, sum(moved(engine, t.vector, 1) for t in correlated)), 2e-3)
+    want = sum(t.strength * moved(engine, t.vector, 1) for t in fit)
+    near(after - plain, np.outer(np.arange(len(plain)) > 0, want), 2e-3)
+    most = max(v.scales[1, "resid_post"] for v in (t.vector for t in fit))
+    assert abs(np.linalg.norm((after - plain)[-1]) - 0.5 * most) < 1e-3
+    assert engine.generate(PROMPT, steering=fit, max_tokens=4).tokens
 
 
 @pytest.mark.parametrize("arch", BOTH)

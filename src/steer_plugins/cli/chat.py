@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..plugins import hookimpl
-from .common import EngineOptions, engine_options
+from .common import EngineOptions, Together, engine_options, together_options
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -40,6 +40,7 @@ def register_commands(cli: click.Group) -> None:
 
 @click.command(epilog='\b\nExample:\n  steer chat --steer "mood:0.5"')
 @click.option("-s", "--steer", "steer", multiple=True, metavar="TERMS", help="Steering at the start, as for generate.")
+@together_options
 @engine_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=400, show_default=True, metavar="N")
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0: the likeliest token.")
@@ -48,6 +49,7 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--force", is_flag=True, help="Take a vector of another fine-tune of this model.")
 def chat(
     steer: tuple[str, ...],
+    together: Together,
     engine: EngineOptions,
     max_tokens: int,
     temperature: float,
@@ -64,8 +66,9 @@ def chat(
 
     terms = parse_options(steer)
     with engine.open() as opened:
-        talk = Conversation(opened, force=force, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed)
-        talk.sliders = Sliders(terms, talk.steering_of(terms))
+        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        talk = Conversation(opened, force=force, together=together, system=system, **options)
+        talk.sliders = talk.sliders_of(terms)
         talk.run()
 
 
@@ -75,10 +78,11 @@ class Sliders:
     >>> sliders.press("right")   # the chosen term's strength + 0.1
     """
 
-    def __init__(self, terms: Sequence[TermSpec], steering: Steering) -> None:
+    def __init__(self, terms: Sequence[TermSpec], steering: Steering, max_dose: float | None = None) -> None:
         self._steering = steering
         self.strengths = [t.strength for t in terms]
         self._terms = list(terms)
+        self._max_dose = max_dose
         self.chosen = 0
         self.off = False
 
@@ -105,7 +109,12 @@ class Sliders:
 
         if self.off:
             return Steering([])
-        return Steering([replace(t, strength=s) for t, s in zip(self._steering.terms, self.strengths, strict=True)])
+        wanted = Steering([replace(t, strength=s) for t, s in zip(self._steering.terms, self.strengths, strict=True)])
+        if self._max_dose is None:
+            return wanted
+        from ..together import cap_dose
+
+        return cap_dose(wanted, self._max_dose)
 
     @property
     def probes(self) -> list[Any]:
@@ -125,9 +134,12 @@ class Sliders:
 class Conversation:
     """The loop of ``steer chat``."""
 
-    def __init__(self, engine: Engine, *, force: bool, system: str | None, **options: Any) -> None:
+    def __init__(
+        self, engine: Engine, *, force: bool, system: str | None, together: Together | None = None, **options: Any
+    ) -> None:
         self.engine = engine
         self._force = force
+        self._together = together or Together()
         self._options = options
         self._system = system
         self.sliders = Sliders([], self.steering_of([]))
@@ -141,6 +153,15 @@ class Conversation:
 
         library, identity = Library(), self.engine.info.identity
         return steering_of(terms, lambda spec: library.resolve(spec, identity, force=self._force))
+
+    def sliders_of(self, terms: Sequence[TermSpec]) -> Sliders:
+        """Sliders for terms, whose vectors are made fit to act together. Raises SteerError."""
+        from ..steering import Steering
+
+        wanted = self.steering_of(terms)
+        # a term at 0 may be moved later, so it counts here like the others
+        fit = Together(self._together.orthogonal).apply(Steering([replace(t, strength=t.strength or 1.0) for t in wanted]))
+        return Sliders(terms, fit, self._together.max_dose)
 
     def run(self) -> None:
         """Read lines and answer them until the end of the input."""
@@ -170,7 +191,7 @@ class Conversation:
         rest = rest.strip()
         if name == "steer" and rest:
             terms = [] if rest == "off" else parse(rest)
-            self.sliders = Sliders(terms, self.steering_of(terms))
+            self.sliders = self.sliders_of(terms)
             click.echo(f"steering: {self.sliders.text()}")
         elif name == "steer":
             click.echo(f"steering: {self.sliders.text()}")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..engine.base import Engine
+    from ..steering import Steering
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,6 +86,56 @@ def engine_options(command: F) -> F:
         local = {"--model": model, "--n-ctx": n_ctx, "--n-gpu-layers": n_gpu_layers, "--threads": threads}
         server = _chosen_server(server, [name for name, value in local.items() if value is not None])
         return command(*args, engine=EngineOptions(model, n_ctx, n_gpu_layers, threads, server), **rest)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Together:
+    """What the user said about several vectors that act together."""
+
+    orthogonal: bool = False
+    max_dose: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.orthogonal or self.max_dose is not None
+
+    def apply(self, steering: Steering) -> Steering:
+        """The steering to use; pairs that point along each other are named on standard error. Raises SpecError."""
+        import warnings
+
+        from ..together import CorrelatedWarning, combine
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CorrelatedWarning)
+            wanted = combine(steering, orthogonal=self.orthogonal, max_dose=self.max_dose)
+        for sentence in dict.fromkeys(str(one.message) for one in caught):
+            click.echo(f"steer: warning: {sentence}", err=True)
+        return wanted
+
+
+def _finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter("it has to be a finite number, such as 1.", context, parameter)
+    return value
+
+
+def together_options(command: F) -> F:
+    """Adds ``--orthogonalise`` and ``--max-dose``; the command gets them as ``together: Together``."""
+
+    @click.option(
+        "--orthogonalise", is_flag=True, help="Free each vector of --steer from what it has in common with those before."
+    )
+    @click.option(
+        "--max-dose",
+        type=click.FloatRange(min=0.0, min_open=True),
+        metavar="X",
+        callback=_finite,
+        help="The most that all vectors add together; 1: the full effect of one.",
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, orthogonalise: bool, max_dose: float | None, **rest: Any) -> Any:
+        return command(*args, together=Together(orthogonalise, max_dose), **rest)
 
     return wrapped  # type: ignore[return-value]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..plugins import hookimpl
-from .common import EngineOptions, engine_options, json_option, print_json
+from .common import EngineOptions, Together, engine_options, json_option, print_json, together_options
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -32,6 +32,7 @@ def register_commands(cli: click.Group) -> None:
     help='Vectors of the library or files, and how strongly: mood:0.8, "mood:0.6 + !hedging@10-20?response", FILE:-0.5. '
     "May be given several times.",
 )
+@together_options
 @engine_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0: the likeliest token.")
@@ -44,6 +45,7 @@ def register_commands(cli: click.Group) -> None:
 def generate(
     prompt: str,
     steer: tuple[str, ...],
+    together: Together,
     engine: EngineOptions,
     max_tokens: int,
     temperature: float,
@@ -65,7 +67,7 @@ def generate(
     text = read_prompt(prompt)
     with engine.open() as opened:
         messages = make_prompt(opened, text, system=system, raw=raw)
-        steering = find_steering(opened, steer, force=force)
+        steering = find_steering(opened, steer, force=force, together=together)
         options: dict[str, Any] = {
             "max_tokens": max_tokens,
             "temperature": temperature,
@@ -121,10 +123,17 @@ def make_prompt(engine: Engine, text: str, *, system: str | None, raw: bool) -> 
     return chat(text, system)
 
 
-def find_steering(engine: Engine, steer: tuple[str, ...], *, force: bool = False) -> Steering:
+def find_steering(
+    engine: Engine,
+    steer: tuple[str, ...],
+    *,
+    force: bool = False,
+    together: Together = Together(),  # noqa: B008
+) -> Steering:
     """The steering of ``--steer`` options: names from the library for the engine's model, or files."""
     from ..grammar import parse_options, steering_of
     from ..library import Library
 
     library, identity = Library(), engine.info.identity
-    return steering_of(parse_options(steer), lambda spec: library.resolve(spec, identity, force=force))
+    wanted = steering_of(parse_options(steer), lambda spec: library.resolve(spec, identity, force=force))
+    return together.apply(wanted)

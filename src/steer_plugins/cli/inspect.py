@@ -9,7 +9,7 @@ import click
 
 from ..errors import DataError
 from ..plugins import hookimpl
-from .common import EngineOptions, console, engine_options, json_option, print_json
+from .common import EngineOptions, Together, console, engine_options, json_option, print_json, together_options
 from .generate import check_spelling, find_steering, make_prompt, read_prompt
 from .read import parse_layer_list
 
@@ -31,6 +31,7 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--vector", required=True, metavar="NAME", help="The direction to look along: a name in the library, or a file.")
 @engine_options
 @click.option("-s", "--steer", multiple=True, metavar="TERMS", help="Steer, and show before and after; may be repeated.")
+@together_options
 @click.option("--layers", metavar="LIST", help="Such as 10-15 (default: all that the vector has).")
 @click.option(
     "-n",
@@ -51,6 +52,7 @@ def inspect(
     vector: str,
     engine: EngineOptions,
     steer: tuple[str, ...],
+    together: Together,
     layers: str | None,
     max_tokens: int | None,
     out: Path | None,
@@ -84,7 +86,7 @@ def inspect(
             opened,
             make_prompt(opened, text, system=system, raw=raw),
             Library().resolve(vector, opened.info.identity, force=force),
-            steering=find_steering(opened, steer, force=force),
+            steering=find_steering(opened, steer, force=force, together=together),
             layers=wanted,
             max_tokens=(REPLY_TOKENS if steer else 0) if max_tokens is None else max_tokens,
             thinking=thinking,

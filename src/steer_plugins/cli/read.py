@@ -11,7 +11,7 @@ import click
 
 from ..errors import SpecError, VectorError
 from ..plugins import hookimpl
-from .common import EngineOptions, engine_options, json_option, print_json
+from .common import EngineOptions, Together, engine_options, json_option, print_json, together_options
 from .generate import check_spelling, find_steering, make_prompt, read_prompt
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--stream", type=click.Choice(["mean", "all"]), default="mean", show_default=True, help="For models with several.")
 @click.option("-n", "--max-tokens", type=click.IntRange(min=0), default=0, show_default=True, help="Read a reply, too.")
 @click.option("-s", "--steer", multiple=True, metavar="TERMS", help="Steer while reading; may be repeated.")
+@together_options
 @click.option("--system", metavar="TEXT", help="A system prompt.")
 @click.option("--raw", is_flag=True, help="Take PROMPT as it is, without the model's chat template.")
 @click.option("--thinking/--no-thinking", default=None, help="The chat template's switch for thinking.")
@@ -56,6 +57,7 @@ def read(
     stream: str,
     max_tokens: int,
     steer: tuple[str, ...],
+    together: Together,
     system: str | None,
     raw: bool,
     thinking: bool | None,
@@ -86,7 +88,7 @@ def read(
             site=site,
             positions=where,
             stream=stream,
-            steering=find_steering(opened, steer, force=force),
+            steering=find_steering(opened, steer, force=force, together=together),
             max_tokens=max_tokens,
             thinking=thinking,
         )[0]

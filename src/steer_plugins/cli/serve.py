@@ -17,7 +17,7 @@ import click
 
 from ..errors import EngineError, SpecError, VectorError
 from ..plugins import hookimpl
-from .common import console, json_option, model_path
+from .common import Together, console, json_option, model_path, together_options
 
 if TYPE_CHECKING:
     from ..library import Library
@@ -43,6 +43,7 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen; 0.0.0.0: everywhere.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N", help="0: a free one.")
 @click.option("--steering", metavar="TERMS", help='For requests that bring none: "mood:0.6 + !hedging@10-20?response".')
+@together_options
 @click.option("--library/--no-library", default=True, show_default=True, help="Load this model's vectors from the library.")
 @click.option("--vector", "vectors", multiple=True, metavar="NAME=FILE", help="Load a vector under a name; may be repeated.")
 @click.option("--force", is_flag=True, help="Take vectors of another fine-tune of this model.")
@@ -53,6 +54,7 @@ def serve(
     host: str,
     port: int,
     steering: str | None,
+    together: Together,
     library: bool,
     vectors: tuple[str, ...],
     force: bool,
@@ -77,6 +79,8 @@ def serve(
     if "-h" in flags:
         click.echo(click.get_current_context().get_help())
         return
+    if together and steering is None:
+        raise SpecError("--orthogonalise and --max-dose are about the vectors of --steering: give that, too")
     model, rest = split_flags(flags)
     binary = ensure_runtime(need_server=True).server
     err = console(stderr=True)
@@ -97,7 +101,7 @@ def serve(
                     err.print(f"steer: warning: {sentence}", markup=False)
             for spec in vectors:
                 staged.add(spec)
-            rest = [*staged.flags(steering), *rest]
+            rest = [*staged.flags(steering, together), *rest]
             names = staged.names
         elif steering is not None or vectors:
             raise SpecError("--steering and --vector need a model file: name one, in place of the flag that fetches a model.")
@@ -188,30 +192,35 @@ class Staged:
         write_vector(vector, self._folder / f"{name}.safetensors")
         self._vectors[name] = vector
 
-    def flags(self, steering: str | None) -> list[str]:
+    def flags(self, steering: str | None, together: Together = Together()) -> list[str]:  # noqa: B008
         """The flags that make llama-server load the folder, and steer by a text of the grammar unless a request says how."""
         from ..gate import Gate
         from ..grammar import parse, steering_of
+
+        terms = parse(steering) if steering is not None else []
+        found: dict[str, SteeringVector] = {}
+        for name in dict.fromkeys(name for term in terms for name in (term.vector, term.gate) if name is not None):
+            known = self._vectors.get(name)
+            found[name] = known if known is not None else self._library.resolve(name, self._identity, force=self._force)
+        wanted = together.apply(steering_of(terms, found.__getitem__))  # complains of a window without directions, too
+        texts = []
+        for term, fit in zip(terms, wanted, strict=True):
+            data: dict[str, Any] = {**term.to_json(), "strength": fit.strength}
+            if term.vector not in self._vectors or fit.vector.content_hash != found[term.vector].content_hash:
+                data["vector"] = self._along(f"c-{fit.vector.content_hash[:24]}", fit.vector)
+            if term.gate is not None and term.gate not in self._vectors:
+                gate = found[term.gate]
+                data["gate"] = self._along(f"g-{Gate.of(gate).digest[:24]}", gate)
+            texts.append(data)
+        flags = ["--steering-dir", str(self._folder)]
+        return [*flags, "--steering", json.dumps(texts)] if texts else flags
+
+    def _along(self, name: str, vector: SteeringVector) -> str:
+        """Put a vector that has no name of the user's (a file's, or one made here) into the folder, under ``name``."""
         from ..vectorfile import write_vector
 
-        terms = []
-        for term in parse(steering) if steering is not None else []:
-            data = term.to_json()
-            found: dict[str, SteeringVector] = {}
-            for key, name, prefix in (("vector", term.vector, "c"), ("gate", term.gate, "g")):
-                if name is None:
-                    continue
-                vector = self._vectors.get(name)
-                if vector is None:  # a file, or a name that only the library has: it goes along under a name of its own
-                    vector = self._library.resolve(name, self._identity, force=self._force)
-                    digest = vector.content_hash if key == "vector" else Gate.of(vector).digest
-                    data[key] = f"{prefix}-{digest[:24]}"
-                    write_vector(vector, self._folder / f"{data[key]}.safetensors")
-                found[name] = vector
-            steering_of([term], found.__getitem__)  # complains of a window without directions
-            terms.append(data)
-        flags = ["--steering-dir", str(self._folder)]
-        return [*flags, "--steering", json.dumps(terms)] if terms else flags
+        write_vector(vector, self._folder / f"{name}.safetensors")
+        return name
 
 
 def _wait_ready(server: ServerProcess, model: Path | None, *, quiet: bool) -> None:
