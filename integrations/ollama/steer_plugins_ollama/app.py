@@ -441,9 +441,9 @@ async def _created(service: Service, body: dict[str, Any]) -> AsyncGenerator[dic
     """The status lines of a create."""
     if service.daemon is None:
         prepared = await asyncio.to_thread(creating.prepare, body, service.store, service.library, own=True)
-        yield {"status": "writing the Modelfile"}
         assert isinstance(service.store, FolderStore)
         await asyncio.to_thread(service.store.create, prepared.name, prepared.body, prepared.vectors)
+        yield {"status": "writing the Modelfile"}
         yield {"status": "success"}
         return
     async for step in _pulled_first(service, body):
