@@ -1,6 +1,6 @@
 """How long fitting takes, against repeng with transformers on the float32 weights of the same GGUF, on the same pairs.
 
-Needs torch, transformers, gguf, scikit-learn and repeng, which may live in a Python of their own:
+Needs torch, transformers, accelerate, gguf, scikit-learn and repeng, which may live in a Python of their own:
 
     python benchmarks/train_vs_repeng.py --repeng-python other-venv/bin/python
 

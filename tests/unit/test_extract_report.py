@@ -113,7 +113,14 @@ def test_the_window_lies_around_the_best_layer_of_the_middle():
     assert suggest_window(layers(*[0.0] * 10), 10) is None
     assert suggest_window({}, 10) is None
     # only early layers were fitted
-    assert suggest_window(layers(0.5, 0.9), 30) == (1, 1)
+    assert suggest_window(layers(0.4, 0.9), 30) == (1, 1)
+
+
+def test_a_lone_peak_takes_its_passable_neighbours_along():
+    peak = [0.0, 0.0, 0.0, 0.6, 0.7, 1.0, 0.2, 0.0, 0.0, 0.0]
+    assert suggest_window(layers(*peak), 10) == (3, 5)
+    assert suggest_window(layers(*peak[:4], 0.1, 1.0, 0.6, *peak[7:]), 10) == (5, 6), "one beside it is noise"
+    assert suggest_window(layers(*peak[:3], 0.1, 0.1, 1.0, *peak[6:]), 10) == (5, 5)
 
 
 def test_a_layer_that_depends_on_the_sample_is_not_suggested():

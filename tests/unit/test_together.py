@@ -203,7 +203,16 @@ def test_the_options_name_a_pair_once_on_stderr(capsys: pytest.CaptureFixture[st
     Together().apply(Steering([MOOD, WARM]))
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("steer: warning: 'mood' and 'warm' have a cosine of 0.80") == 1
-    assert Together(True, 0.5).apply(Steering([MOOD, WARM])) and capsys.readouterr().err == ""
+    assert Together(True, 0.5).apply(Steering([MOOD, WARM])) and "cosine" not in capsys.readouterr().err
+
+
+def test_a_vector_without_calibration_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    note = "steer: note: 'mood' is not calibrated, so strength 1.0 is a guess\n"
+    Together().apply(Steering([Term(MOOD), Term(MOOD, 0.2)]))
+    assert capsys.readouterr().err == note
+    measured = MOOD.replace(calibration={"method": "sweep-v1"})
+    Together(True).apply(Steering([measured, Term(FAR, 0.0), Term(FAR, op="project")]))
+    assert capsys.readouterr().err == ""
 
 
 def test_the_options() -> None:

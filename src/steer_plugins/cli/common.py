@@ -101,7 +101,10 @@ class Together:
         return self.orthogonal or self.max_dose is not None
 
     def apply(self, steering: Steering) -> Steering:
-        """The steering to use; pairs that point along each other are named on standard error. Raises SpecError."""
+        """The steering to use. Raises SpecError.
+
+        Vectors whose strength was never measured, and pairs that point along each other, are named on standard error.
+        """
         import warnings
 
         from ..together import CorrelatedWarning, combine
@@ -109,6 +112,12 @@ class Together:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CorrelatedWarning)
             wanted = combine(steering, orthogonal=self.orthogonal, max_dose=self.max_dose)
+        # removing a component has no dose; a vector fitted with --calibrate none has one relative to the residual norm
+        guessed = [
+            t.vector.name for t in steering if not t.is_zero and t.effective_op != "project" and t.vector.calibration is None
+        ]
+        for name in dict.fromkeys(guessed):
+            click.echo(f"steer: note: {name!r} is not calibrated, so strength 1.0 is a guess", err=True)
         for sentence in dict.fromkeys(str(one.message) for one in caught):
             click.echo(f"steer: warning: {sentence}", err=True)
         return wanted

@@ -21,6 +21,12 @@ MIDDLE = (0.3, 0.75)
 NEAR_BEST = 0.9
 """A layer belongs to the suggested window as long as its score is at least this part of the best one's."""
 
+MIN_WINDOW = 3
+"""A suggested window has at least so many layers where those beside it ..."""
+
+PASSABLE = 0.5
+"""... score at least this part of the best one."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -126,6 +132,11 @@ def suggest_window(layers: Mapping[int, LayerReport], n_layer: int) -> tuple[int
         first -= 1
     while middle.get(last + 1, 0.0) >= NEAR_BEST * middle[best]:
         last += 1
+    while last - first + 1 < MIN_WINDOW:
+        beside = max((first - 1, last + 1), key=lambda il: middle.get(il, 0.0))
+        if middle.get(beside, 0.0) < PASSABLE * middle[best]:
+            break
+        first, last = min(first, beside), max(last, beside)
     return first, last
 
 
