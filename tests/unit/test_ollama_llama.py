@@ -168,7 +168,7 @@ def test_images_go_to_a_model_with_a_projector(serve: Serve) -> None:
     assert client.post("/api/chat", json={"model": "one", "messages": [message], "stream": False}).status_code == 200
     parts = llama.bodies("/v1/chat/completions")[-1]["messages"][0]["content"]
     assert parts[0] == {"type": "text", "text": "What is this?"}
-    assert parts[1]["type"] == "image_url" and parts[1]["image_url"]["url"].endswith(";base64,QUJD")
+    assert parts[1]["type"] == "image_url" and parts[1]["image_url"]["url"] == "data:image/png;base64,QUJD"
     body = {"model": "one", "prompt": "What is this?", "images": ["QUJD"], "stream": False}
     assert client.post("/api/generate", json=body).json()["response"] == "A cat."
     assert llama.bodies("/v1/chat/completions")[-1]["messages"][0]["content"] == parts

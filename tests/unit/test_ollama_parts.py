@@ -133,7 +133,7 @@ def test_messages_for_llama_server() -> None:
     )
     assert found[0]["tool_calls"][0]["function"]["arguments"] == '{"x": 1}' and found[0]["reasoning_content"] == "hm"
     assert found[1]["tool_call_id"] == found[0]["tool_calls"][0]["id"] and found[1]["name"] == "f"
-    assert [part["image_url"]["url"] for part in found[2]["content"][1:]] == ["data:image;base64,QUJD"] * 2
+    assert [part["image_url"]["url"] for part in found[2]["content"][1:]] == ["data:image/png;base64,QUJD"] * 2
 
 
 @pytest.mark.parametrize(

@@ -145,13 +145,14 @@ def request_of(name: str, parsed: modelfile.Modelfile, folder: Path, api: Api, *
     """The create body of a Modelfile, its files uploaded."""
     body: dict[str, Any] = {"model": name, "stream": True}
     steering, vectors = _steering_of(parsed, folder)
-    source = _path(parsed.source, folder)
-    if source.exists():
-        body["files"] = _uploaded(source, parsed.source_line, api)
-    elif _looks_like_path(parsed.source):
-        raise modelfile.ModelfileError(parsed.source_line, f"FROM: there is no file {source}")
-    else:
-        body["from"] = parsed.source
+    for one, line in [(parsed.source, parsed.source_line), *parsed.more_sources]:
+        path = _path(one, folder)
+        if path.exists():
+            body.setdefault("files", {}).update(_uploaded(path, line, api))
+        elif _looks_like_path(one):
+            raise modelfile.ModelfileError(line, f"FROM: there is no file {path}")
+        else:
+            body["from"] = one
     for key, entries in (("adapters", parsed.adapters), ("draft_files", parsed.drafts)):
         for one, line in entries:
             path = _path(one, folder)

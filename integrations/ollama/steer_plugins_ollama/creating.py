@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer_plugins.errors import ModelError
 from steer_plugins.grammar import TermSpec, parse, steering_of
 
 from . import expression, gotemplate
 from .errors import BadRequest, NotFound
+from .gguf import facts_of
 from .model import STEERING, Model, Store
 from .names import Name, parse_name
 from .pool import resolve
@@ -206,10 +209,13 @@ def _weights(body: Mapping[str, Any], base: Model | None, store: Store) -> Path 
     """The GGUF that the model will have, where it is known before it exists."""
     if base is not None:
         return base.gguf
-    files = body.get("files")
-    if isinstance(files, Mapping) and len(files) == 1:
-        return store.blob(str(next(iter(files.values()))))
-    return None
+    found = []
+    for digest in (body.get("files") or {}).values():
+        path = store.blob(str(digest))
+        with contextlib.suppress(ModelError):  # no GGUF: Ollama converts it
+            if path is not None and facts_of(path).architecture != "clip":  # a projector's
+                found.append(path)
+    return found[0] if len(found) == 1 else None
 
 
 def _check_template(body: Mapping[str, Any]) -> None:

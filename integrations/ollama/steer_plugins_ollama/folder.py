@@ -123,7 +123,7 @@ class FolderStore:
             messages=tuple(parsed.messages) or base.messages,
             licenses=licenses,
             adapters=(*base.adapters, *(self._file(one) for one, _ in parsed.adapters)),
-            projectors=base.projectors,
+            projectors=tuple(self._file(one) for one, _ in parsed.more_sources) or base.projectors,
             vectors={**base.vectors, **vectors},
             parent="" if base.parent == "" and depth else str(base.name),
             carriers=bool(carried),
@@ -145,7 +145,7 @@ class FolderStore:
     def _file(self, source: str) -> Path:
         path = (self.root / source).expanduser()
         if not path.is_file():
-            raise ModelError(f"the adapter {source!r} is missing in {self.root}")
+            raise ModelError(f"the file {source!r} is missing in {self.root}")
         return path
 
     # ---- writing ----
@@ -193,6 +193,7 @@ class FolderStore:
             parameters=parameters,
             messages=body.get("messages") or (base.messages if base else ()),
             licenses=[*(base.licenses if base else ()), *licenses],
+            projectors=map(str, base.projectors if base else ()),
         )
         _check_same(text, body, source)
         carried = {key: hashlib.sha256(data).hexdigest() for key, data in (vectors or {}).items()}

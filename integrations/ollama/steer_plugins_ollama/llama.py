@@ -314,8 +314,8 @@ def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         role, content = message.get("role"), message.get("content") or ""
         entry: dict[str, Any] = {"role": role, "content": content}
         images = message.get("images") or []
-        if images:
-            parts = [{"type": "image_url", "image_url": {"url": f"data:image;base64,{plain_base64(i)}"}} for i in images]
+        if images:  # whatever the picture is: llama-server looks at its bytes, but wants a kind to be named
+            parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{plain_base64(i)}"}} for i in images]
             entry["content"] = [{"type": "text", "text": content}, *parts]
         if message.get("thinking"):
             entry["reasoning_content"] = message["thinking"]

@@ -61,10 +61,12 @@ class Command:
 
 @dataclass
 class Modelfile:
-    """A Modelfile's instructions, checked. ``parameters`` are typed; ``steering`` holds the texts of its lines, in order."""
+    """A Modelfile's instructions, checked. ``parameters`` are typed; ``steering`` holds the texts of its lines, in order;
+    ``more_sources`` are further FROM lines (a projector's)."""
 
     source: str = ""
     source_line: int = 0
+    more_sources: list[tuple[str, int]] = field(default_factory=list)
     adapters: list[tuple[str, int]] = field(default_factory=list)
     drafts: list[tuple[str, int]] = field(default_factory=list)
     template: str | None = None
@@ -90,7 +92,9 @@ def parse(text: str) -> Modelfile:
 
     found = Modelfile()
     for one in commands(text):
-        if one.name == "from":
+        if one.name == "from" and found.source:
+            found.more_sources.append((one.value, one.line))
+        elif one.name == "from":
             found.source, found.source_line = one.value, one.line
         elif one.name == "parameter":
             _add_parameter(found, one)
@@ -236,9 +240,10 @@ def render(
     parameters: Mapping[str, Any] | None = None,
     messages: Iterable[Mapping[str, Any]] = (),
     licenses: Iterable[str] = (),
+    projectors: Iterable[str] = (),
 ) -> str:
     """A Modelfile that :func:`parse` reads back to the same."""
-    lines = [f"FROM {source}"]
+    lines = [f"FROM {one}" for one in (source, *projectors)]
     if template:
         lines.append(f"TEMPLATE {quote(template)}")
     if system:
