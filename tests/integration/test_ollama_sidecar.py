@@ -296,6 +296,30 @@ def test_suffix_and_images_say_what_is_missing(http: httpx.Client) -> None:
     assert answer.status_code == 400 and "images" in answer.json()["error"]
 
 
+def test_images(client: Any, http: httpx.Client, folder: Path) -> None:
+    """A tiny random projector: what matters is that the picture is looked at."""
+    from .tiny_projector import png, write_projector
+
+    write_projector(folder / "eyes.gguf", identity_of_gguf(folder / "tiny.gguf").n_embd)
+    common = "FROM ./tiny.gguf\nFROM ./eyes.gguf\nPARAMETER temperature 0\nPARAMETER num_ctx 256\nPARAMETER num_predict 8\n"
+    (folder / "seeing.modelfile").write_text(common)
+    (folder / "seeing-templated.modelfile").write_text(common + 'TEMPLATE """<u>{{ .Prompt }}<a>"""\n')
+    assert "vision" in client.show("seeing").capabilities and "vision" not in client.show("tiny").capabilities
+    for model in ("seeing", "seeing-templated"):
+        texts = []
+        for shade in (0, 255, 255):
+            message = {"role": "user", "content": "What is this?", "images": [png(shade)]}
+            answer = client.chat(model, [message])
+            texts.append(answer.message.content)
+            assert answer.prompt_eval_count > client.chat(model, [{**message, "images": []}]).prompt_eval_count
+        assert texts[0] != texts[1] == texts[2], model
+        asked = client.generate(model, "What is this?", images=[png(0)])
+        assert asked.response == texts[0]
+        broken = http.post("/api/generate", json={"model": model, "prompt": "x", "images": ["QUJD"]})
+        assert broken.status_code == 400 and broken.json()["error"]
+        client.generate(model, keep_alive=0)
+
+
 def test_a_long_conversation_loses_its_oldest_messages(http: httpx.Client) -> None:
     long = [{"role": "user", "content": "old " * 700}, {"role": "assistant", "content": "ok"}] * 2
     body = {"model": "tiny", "messages": [*long, *CHAT], "options": {"num_ctx": 512, "num_predict": 2}, "stream": False}
