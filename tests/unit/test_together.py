@@ -115,8 +115,9 @@ def test_afterwards_all_cosines_are_zero(n: int, seed: int, alike: float) -> Non
 
 
 def test_what_is_left_is_what_the_vector_had_of_its_own() -> None:
-    given_ = vector("warm", 1, like=MOOD, calibration=None, op="clamp")
+    given_ = vector("warm", 1, like=MOOD, calibration={"method": "sweep-v1"}, op="clamp")
     free = orthogonalise([MOOD, Term(given_, -0.7, scope="response")]).terms[1]
+    assert free.vector.calibration is None, "it was measured with other directions"
     assert (free.strength, free.effective_op, free.scope) == (-0.7, "clamp", "response")
     assert free.vector.provenance["orthogonalised_against"] == ["mood"]
     for key in given_.directions:
