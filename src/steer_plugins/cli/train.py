@@ -306,8 +306,9 @@ def print_report(vector: SteeringVector, path: Path) -> None:
     if report.get("window"):
         lo, hi = report["window"]
         best = max((row for row in report["layers"] if lo <= row["layer"] <= hi), key=lambda row: row.get("separation", 0.0))
+        where = f"layers {lo}-{hi} tell" if hi > lo else f"layer {lo} tells"
         out.print(
-            f"{vector.name}: layers {lo}-{hi} tell the poles apart best and most reproducibly (held-out pairs in order: "
+            f"{vector.name}: {where} the poles apart best and most reproducibly (held-out pairs in order: "
             f"{best.get('ordered', 0.5):.0%} at layer {best['layer']}; steer show {vector.name} has them all).",
             markup=False,
         )
