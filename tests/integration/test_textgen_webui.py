@@ -192,7 +192,7 @@ def test_faults_are_named_before_a_stream_begins(webui: Webui, wish: Any, named:
 
 def test_the_other_routes_are_steered(webui: Webui) -> None:
     def logits(wish: Any) -> Any:
-        return webui.post("/v1/internal/logits", {"prompt": "She felt very", "top_logits": 5, "steering": wish}).json()["logits"]
+        return webui.post("/v1/internal/logits", {"prompt": "She felt very", "top_logits": 5, "steering": wish}).json()
 
     def completion(wish: Any) -> str:
         body = {"prompt": "She felt very", "max_tokens": 12, "temperature": 0, "steering": wish}

@@ -142,6 +142,17 @@ def test_a_gpu_is_not_given_up_unasked(stand_in: StandIn, server: FakeServer, mo
     assert stand_in.shared.model.server_path == "ours"
 
 
+def test_a_server_that_does_not_say_what_it_runs_on_is_kept(
+    stand_in: StandIn, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock(stand_in, monkeypatch)
+    monkeypatch.setattr(loader, "stock_server", lambda: "/binaries/llama-server")
+    monkeypatch.setattr(loader, "devices", lambda path: None if path.startswith("/binaries") else ())
+    load(stand_in)
+    setup_with(stand_in)
+    assert stand_in.started == ["stock"] and "could not be found out" in loader.state.problem
+
+
 def test_ik_keeps_its_server(stand_in: StandIn, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     stock(stand_in, monkeypatch)
     stand_in.shared.args.ik = True
@@ -185,6 +196,7 @@ def test_flags_and_devices_are_asked_of_the_program(monkeypatch: pytest.MonkeyPa
     assert loader.flags_problem(str(program), ["--new"]) == "error: invalid argument: --new"
     assert "error" in loader.flags_problem(str(tmp_path / "none"), [])
     assert loader.devices(str(program)) == ("Fake GPU",)
+    assert loader.devices(str(tmp_path / "none")) is None
 
 
 # ---- requests ----
@@ -233,6 +245,17 @@ def test_a_reply_of_the_page_is_steered_and_remembered(stand_in: StandIn, server
     assert link.current()._running == {}
 
 
+def test_asking_for_logits_is_no_reply_that_follows(stand_in: StandIn, server: FakeServer) -> None:
+    put("mood")
+    setup_with(stand_in)
+    model, _ = stand_in.load("m")
+    stand_in.shared.model = model
+    settings.settings().set_terms(parse("mood:0.5"))
+    payload = model.prepare_payload({"temperature": 1})
+    assert payload["steering"] and "request_id" not in payload
+    assert link.current()._running == {}
+
+
 def test_switched_off(stand_in: StandIn, server: FakeServer) -> None:
     put("mood")
     setup_with(stand_in)
@@ -278,6 +301,8 @@ def test_checked_fields(stand_in: StandIn, server: FakeServer) -> None:
         ("mood@3", "layers"),
         ("mood:x", "character 6"),
         ("mood?sometimes", "character 6"),
+        ('"./mood.safetensors"', "is a file"),
+        ([{"vector": "mood"}, {"vector": "mood", "op": "renorm"}], "restores the length"),
     ):
         with pytest.raises(SteerError, match=named):
             api.checked(value)
@@ -329,6 +354,40 @@ def test_request_models(stand_in: StandIn, server: FakeServer, monkeypatch: pyte
     assert model(prompt="x", steering="mood:0.5").__dict__["steering"] == [{"vector": "mood", "strength": 0.5}]
     with pytest.raises(Refused, match="nomood"):
         model(prompt="x", steering="nomood")
+
+
+def test_log_probabilities_of_a_prompt_are_not_steered(stand_in: StandIn, server: FakeServer) -> None:
+    pydantic = pytest.importorskip("pydantic", reason="the webui brings pydantic, this project does not need it")
+
+    class Refused(Exception):
+        def __init__(self, message: str, param: str) -> None:
+            super().__init__(message)
+
+    class CompletionRequest(pydantic.BaseModel):  # type: ignore[misc, name-defined]
+        echo: bool = False
+        logprobs: int | None = None
+
+    stand_in._module("modules.api.errors").InvalidRequestError = Refused
+    put("mood")
+    setup_with(stand_in)
+    stand_in.shared.model, _ = stand_in.load("m")
+    model = api.with_steering(CompletionRequest)
+    assert model(echo=True, logprobs=3).steering is None
+    assert model(echo=True, steering="mood").steering and model(logprobs=3, steering="mood").steering
+    with pytest.raises(Refused, match="not steered"):
+        model(echo=True, logprobs=0, steering="mood")
+
+
+def test_names_are_looked_for_in_the_library_only(
+    stand_in: StandIn, server: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put("mood")
+    setup_with(stand_in)
+    stand_in.shared.model, _ = stand_in.load("m")
+    monkeypatch.chdir(Library().path("mood", IDENTITY).parent)  # where mood.safetensors is a file
+    with pytest.raises(SteerError, match="No vector 'mood.safetensors'"):
+        link.current().steering(parse("mood.safetensors"))
+    assert link.current().steering(parse('"./mood.safetensors"')).terms  # typed in the page
 
 
 def test_the_api_lists_vectors_and_presets(stand_in: StandIn, server: FakeServer) -> None:

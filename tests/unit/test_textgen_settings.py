@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from steer_plugins_textgen.settings import Settings, check_preset_name
-from steer_plugins_textgen.wishes import from_page, terms_of, wish_of
+from steer_plugins_textgen.wishes import fitting, from_page, names_only, terms_of, wish_of
 
 from steer_plugins.errors import SpecError
 from steer_plugins.grammar import TermSpec, parse
+from tests.unit.textgen_webui import StandIn
 
 
 def saved(path: Path) -> Settings:
@@ -97,7 +98,8 @@ def test_wrong_fields_are_named(value: object, named: str) -> None:
         terms_of(value, settings)
 
 
-def test_whose_steering_a_generation_gets() -> None:
+def test_whose_steering_a_generation_gets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_in = StandIn(monkeypatch, tmp_path)
     settings = Settings(None)
     settings.set_terms(parse("mood:1"))
     page, silent, empty, own = {}, {"steering": None}, {"steering": []}, {"steering": "succinctness:0.5"}
@@ -107,6 +109,36 @@ def test_whose_steering_a_generation_gets() -> None:
     settings.set_flag("api_too", True)
     assert wish_of(silent, settings) == parse("mood:1")
     assert wish_of(empty, settings) == [] and wish_of(own, settings) == parse("succinctness:0.5")
+    stand_in.shared.args.multi_user = True  # sliders of an earlier session, which nobody sees now
+    assert wish_of(page, settings) is None and wish_of(own, settings) == parse("succinctness:0.5")
+
+
+@pytest.mark.parametrize("text", ['"./mood"', '"C:\\\\mood":0.5', "\"//host/share/mood.gguf\"", 'mood{"/etc/gate"}'])
+def test_requests_do_not_name_files(text: str) -> None:
+    with pytest.raises(SpecError, match="is a file"):
+        names_only(parse(text))
+    names_only(parse("mood.v2:0.5 + !hedging{medical}"))
+
+
+def test_terms_that_do_not_go_together() -> None:
+    def check(terms: list[TermSpec]) -> None:
+        if len({term.op for term in terms}) > 1:
+            raise SpecError(f"{terms[-1].vector} does not go with {terms[0].vector}")
+
+    good, wrong = fitting(parse("a%add + b%renorm + c%add"), check)
+    assert [term.vector for term in good] == ["a", "c"] and wrong == ["b does not go with a"]
+
+
+def test_a_preset_comes_with_its_character_and_not_with_each_page(tmp_path: Path) -> None:
+    settings = saved(tmp_path / "s.json")
+    settings.set_terms(parse("mood:1"))
+    assert not settings.meet("Chiharu") and settings.expression == "mood"  # bound while the chat was with her
+    assert not settings.meet("Assistant") and settings.expression == "mood"
+    assert settings.meet("Chiharu") and settings.terms == settings.preset("Calm evening")
+    settings.set_terms(parse("mood:-1"))
+    settings.flush()
+    again = Settings(tmp_path / "s.json")
+    assert not again.meet("Chiharu") and again.expression == "mood:-1"  # a page that is opened once more
 
 
 def test_the_file_is_the_grammars_json(tmp_path: Path) -> None:

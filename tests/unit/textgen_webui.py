@@ -27,6 +27,8 @@ class StandIn:
         vars(self._module("modules.logging_colors")).update(logger=logger)
         self.extensions = self._module("modules.extensions")
         self.switch(True)
+        self.logits = self._module("modules.logits")
+        self.logits._get_next_logits = lambda prompt, state, use_samplers, previous: "logits"  # type: ignore[attr-defined]
         self.models = self._module("modules.models")
         vars(self.models).update(
             active_generation_count=0, _generation_count_lock=threading.Lock(), load_model=self.load, unload_model=self.unload

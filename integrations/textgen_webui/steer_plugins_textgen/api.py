@@ -24,7 +24,7 @@ problem = ""
 
 
 def patch() -> None:
-    """Give the request models the field, before the webui makes its routes of them, and add our routes."""
+    """Give the request models the field, also where the API runs already, and add our routes."""
     global problem
     arguments = webui.shared().args
     if not (arguments.api or arguments.public_api):
@@ -34,12 +34,37 @@ def patch() -> None:
     typing = webui.module("api.typing")
     if all("steering" in getattr(typing, name).model_fields for name in REQUESTS):
         return
-    if webui.loaded("api.script"):
-        problem = "The API was on before this extension: restart the webui so that its requests take the steering field."
-        return
+    runs = webui.loaded("api.script")
+    models = {}
     for name in REQUESTS:
-        setattr(typing, name, with_steering(getattr(typing, name)))
-    _add_routes(webui.module("api.script"))
+        plain = getattr(typing, name)
+        models[plain] = with_steering(plain)
+        setattr(typing, name, models[plain])
+    script = webui.module("api.script")
+    if runs:
+        _retype_routes(script.app, models)
+    _add_routes(script)
+
+
+def _retype_routes(app: Any, models: dict[Any, Any]) -> None:
+    """Make the routes anew that read one of ``models``, with its steered counterpart: their bodies were settled before us."""
+    from fastapi.routing import APIRoute
+
+    for i, route in enumerate(app.router.routes):
+        if not isinstance(route, APIRoute):
+            continue
+        hints = route.endpoint.__annotations__
+        changed = {name: models[kind] for name, kind in hints.items() if kind in models}
+        if changed:
+            hints.update(changed)
+            app.router.routes[i] = APIRoute(
+                route.path,
+                route.endpoint,
+                methods=route.methods,
+                response_model=route.response_model,
+                dependencies=route.dependencies,
+                name=route.name,
+            )
 
 
 def with_steering(model: Any) -> Any:
@@ -49,6 +74,8 @@ def with_steering(model: Any) -> Any:
     def check_steering(self: Any) -> Any:
         try:
             self.steering = checked(self.steering)
+            if self.steering and getattr(self, "echo", False) and getattr(self, "logprobs", None) is not None:
+                raise SpecError("Log-probabilities of a prompt are not steered: leave out echo, logprobs or steering.")
         except SteerError as error:
             raise _refusal(model.__name__, str(error)) from None
         return self
@@ -73,6 +100,8 @@ def checked(value: Any) -> list[dict[str, Any]] | None:
     if not webui.enabled():
         raise SpecError("The steering extension is switched off: switch it on in the Session tab, or leave steering out.")
     terms = wishes.terms_of(value, settings())
+    if not (isinstance(value, dict) and "preset" in value):
+        wishes.names_only(terms)
     models = webui.module("models")
     if terms and hasattr(models, "load_model_if_idle_unloaded"):
         models.load_model_if_idle_unloaded()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,10 @@ from .settings import settings
 SCOPES = "all, prompt, response, or positions such as 5-20"
 
 BLOCKS = ("model.layers", "model.language_model.layers", "language_model.model.layers", "transformer.h", "gpt_neox.layers")
+"""Where models keep their decoder blocks."""
 
-_active: list[Hooks] = []
+_following: list[Hooks] = []
+"""Those of a reply of the page, which moved sliders change. Requests of the API keep what they began with."""
 
 
 def applies() -> bool:
@@ -38,6 +41,7 @@ def applies() -> bool:
 def patch() -> None:
     """Wrap the webui's generation with Transformers. Nothing is imported that it has not imported itself."""
     webui.wrap(webui.module("text_generation"), "generate_reply_HF", _generate_reply)
+    webui.wrap(webui.module("logits"), "_get_next_logits", _next_logits)
 
 
 def _generate_reply(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,24 +50,39 @@ def _generate_reply(original: Callable[..., Any]) -> Callable[..., Any]:
         if not webui.enabled() or not applies():
             yield from original(question, original_question, state, *rest, **more)
             return
-        wish = wishes.wish_of(state, settings()) or []
-        if wishes.from_page(state):
-            wish = usable(wish)
-        with hooked(webui.shared().model, resolve(wish)):
+        with _hooked_for(state):
             yield from original(question, original_question, state, *rest, **more)
 
     return generate_reply_HF
 
 
+def _next_logits(original: Callable[..., Any]) -> Callable[..., Any]:
+    """With samplers it is a generation, which has its hooks already; without, the webui runs the model itself."""
+
+    @functools.wraps(original)
+    def _get_next_logits(prompt: Any, state: dict[str, Any], use_samplers: Any, *rest: Any, **more: Any) -> Any:
+        if use_samplers or not webui.enabled() or not applies():
+            return original(prompt, state, use_samplers, *rest, **more)
+        with _hooked_for(state):
+            return original(prompt, state, use_samplers, *rest, **more)
+
+    return _get_next_logits
+
+
+def _hooked_for(state: dict[str, Any]) -> AbstractContextManager[Hooks]:
+    """The hooks that a generation of the webui asks for."""
+    wish = wishes.wish_of(state, settings()) or []
+    page = wishes.from_page(state)
+    if page:
+        wish = usable(wish)
+    return hooked(webui.shared().model, resolve(wish), follows=page)
+
+
 def usable(terms: list[TermSpec]) -> list[TermSpec]:
     """The terms that this model can have; the console names the others."""
-    good = []
-    for term in terms:
-        try:
-            check([term])
-            good.append(term)
-        except SteerError as error:
-            webui.log(f"left out: {error}", error=True)
+    good, wrong = wishes.fitting(terms, check)
+    for sentence in wrong:
+        webui.log(f"left out: {sentence}", error=True)
     return good
 
 
@@ -130,7 +149,10 @@ def vectors() -> list[dict[str, Any]]:
     for entry in Library().list():
         identity = entry.identity
         if identity and (identity.n_layer, identity.n_embd) == (config.num_hidden_layers, config.hidden_size):
-            vector = entry.read()
+            try:
+                vector = entry.read()
+            except SteerError:
+                continue
             found.append({"name": entry.name, "layers": vector.layers, "op": vector.op, "scope": vector.default_scope})
     return found
 
@@ -147,13 +169,7 @@ def layers_of(model: Any) -> Any:
     Raises:
         SpecError: a model that keeps its blocks where nobody would look.
     """
-    for path in (
-        "model.layers",
-        "model.language_model.layers",
-        "language_model.model.layers",
-        "transformer.h",
-        "gpt_neox.layers",
-    ):
+    for path in BLOCKS:
         found = functools.reduce(lambda at, name: getattr(at, name, None), path.split("."), model)
         if found is not None:
             return found
@@ -161,9 +177,9 @@ def layers_of(model: Any) -> Any:
 
 
 def change_running(terms: list[TermSpec]) -> None:
-    """Let the running reply follow, from its next token on."""
-    for active in list(_active):
-        active.steering = resolve(usable(terms))
+    """Let the running reply of the page follow, from its next token on."""
+    for hooks in list(_following):
+        hooks.steering = resolve(usable(terms))
 
 
 class Hooks:
@@ -191,7 +207,8 @@ class Hooks:
         return steer
 
     def apply(self, layer: int, hidden: Any, start: int) -> Any:
-        """``hidden`` with h <- h + V (c + g * V'h) where the scopes say so; itself when nothing acts there."""
+        """``hidden`` with h <- h + V (c + g * V'h) where the scopes say so, and its length restored by ``renorm``; itself when
+        nothing acts there."""
         if self.n_prompt is None:
             self.n_prompt = start + hidden.shape[1]
         steering = self.steering
@@ -200,10 +217,11 @@ class Hooks:
         import torch
 
         positions = np.arange(start, start + hidden.shape[1])
-        columns, shifts, gains = coefficients(steering, layer)
         acting = [term for term in steering.terms if term.strength != 0.0 and (layer, "resid_post") in term.keys()]
         if not acting:
             return hidden
+        restores = acting[0].effective_op == "renorm"  # then all do, which Steering has seen to
+        columns, shifts, gains = coefficients([replace(term, op="add") for term in acting] if restores else acting, layer)
         masks = np.stack([acts(term, positions, self.n_prompt) for term in acting], axis=1).astype(np.float32)
         if not masks.any():
             return hidden
@@ -214,6 +232,9 @@ class Hooks:
         c = torch.as_tensor(masks * shifts.astype(np.float32), **to)
         g = torch.as_tensor(masks * gains.astype(np.float32), **to)
         edited = wide + (c + g * (wide @ matrix)) @ matrix.T
+        if restores:
+            before, after = (x.norm(dim=-1, keepdim=True) for x in (wide, edited))
+            edited = edited * torch.where(after > 0, before / after, torch.ones_like(after))
         touched = torch.as_tensor(masks.any(axis=1), device=hidden.device)[None, :, None]
         return torch.where(touched, edited.to(hidden.dtype), hidden)
 
@@ -245,17 +266,19 @@ def first_position(kwargs: dict[str, Any], layer: int, hooks: Hooks, n_tokens: i
 
 
 @contextmanager
-def hooked(model: Any, steering: Steering) -> Iterator[Hooks]:
-    """Steer what runs inside; without a steering the model is left alone, but a live change may still come."""
+def hooked(model: Any, steering: Steering, *, follows: bool = False) -> Iterator[Hooks]:
+    """Steer what runs inside. Without a steering there are no hooks, unless a live change may come (``follows``)."""
     hooks = Hooks(steering)
     handles = []
     try:
-        for layer, block in enumerate(layers_of(model)):
-            handles.append(block.register_forward_hook(hooks.hook(layer), with_kwargs=True))
-        _active.append(hooks)
+        if steering or follows:
+            for layer, block in enumerate(layers_of(model)):
+                handles.append(block.register_forward_hook(hooks.hook(layer), with_kwargs=True))
+        if follows:
+            _following.append(hooks)
         yield hooks
     finally:
-        if hooks in _active:
-            _active.remove(hooks)
+        if hooks in _following:
+            _following.remove(hooks)
         for handle in handles:
             handle.remove()

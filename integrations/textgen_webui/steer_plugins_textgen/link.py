@@ -14,8 +14,9 @@ from steer_plugins.errors import EngineError, SteerError
 from steer_plugins.grammar import TermSpec, steering_of
 from steer_plugins.library import Library
 from steer_plugins.steering import Steering
+from steer_plugins.vector import SteeringVector
 
-from . import webui
+from . import webui, wishes
 
 RETRY = 0.2
 """Seconds until a reply that has not begun yet is asked again to change."""
@@ -46,9 +47,14 @@ class Link:
 
     def steering(self, terms: list[TermSpec]) -> Steering:
         """The terms with their vectors from the library. Raises SteerError that names what is missing or does not fit."""
-        steering = steering_of(terms, lambda name: self.library.resolve(name, self.info.identity))
+        steering = steering_of(terms, self._find)
         self._vectors.check(steering)
         return steering
+
+    def _find(self, name: str) -> SteeringVector:
+        # not library.resolve for names: it would look for files of the webui's folder as well
+        find = self.library.resolve if wishes.is_file(name) else self.library.get
+        return find(name, self.info.identity)
 
     def fields(self, terms: list[TermSpec]) -> dict[str, Any]:
         """What goes into a request's body. Vectors are uploaded when they are first used. Raises SteerError."""
@@ -59,15 +65,8 @@ class Link:
         return fields
 
     def usable(self, terms: list[TermSpec]) -> tuple[list[TermSpec], list[str]]:
-        """The terms that fit this model, and a sentence for each of the others."""
-        good, wrong = [], []
-        for term in terms:
-            try:
-                self.steering([term])
-                good.append(term)
-            except SteerError as error:
-                wrong.append(str(error))
-        return good, wrong
+        """The terms that fit this model and each other, and a sentence for each of the others."""
+        return wishes.fitting(terms, self.steering)
 
     # ---- replies of the page that are being generated ----
 

@@ -84,17 +84,25 @@ def _generate_with_streaming(original: Any) -> Any:
     @functools.wraps(original)
     def generate_with_streaming(self: Any, prompt: Any, state: dict[str, Any]) -> Any:
         text = ""
+        following = Following()
+        state["steering_following"] = following
         try:
             for text in original(self, prompt, state):
                 yield text
         finally:
-            name = state.pop("steering_request", None)
-            link = current_or_none() if name else None
-            if link is not None:
-                terms = link.end(name)
-                replies.remember(prompt, state, text, terms)
+            state.pop("steering_following", None)
+            if following.link is not None:
+                replies.remember(prompt, state, text, following.link.end(following.name))
 
     return generate_with_streaming
+
+
+@dataclass
+class Following:
+    """A reply of the page under way, which is told of moved sliders. Asking for logits is none."""
+
+    link: Link | None = None
+    name: str = ""
 
 
 def _fields(server: Any, generation: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +133,10 @@ def _page_fields(link: Link, wish: list[TermSpec], generation: dict[str, Any]) -
         for sentence in wrong:
             webui.log(f"left out: {sentence}", error=True)
         fields = link.fields(good)
-    generation["steering_request"] = fields["request_id"] = link.begin(good)
+    following = generation.get("steering_following")
+    if following is not None:
+        following.link, following.name = link, link.begin(good)
+        fields["request_id"] = following.name
     return fields
 
 
@@ -141,14 +152,26 @@ def candidate() -> str | None:
     if getattr(webui.shared().args, "ik", False):
         state.problem = "The webui runs with --ik, whose flags and quantisations are not llama.cpp's: leave it out to steer."
         return None
+    state.problem = cpu_problem(ours)
+    return None if state.problem else ours
+
+
+def cpu_problem(ours: str) -> str:
+    """Why our server would be a step back from a GPU to the CPU; "" when it is none, or the user wants it so."""
     stock = stock_server()
-    if stock and not settings().cpu_too and not devices(ours) and (gpus := devices(stock)):
-        state.problem = (
-            f"The steering server here runs on the CPU only, and the webui's own on {', '.join(gpus)}: "
-            f"build it on those libraries with: steer build --on {Path(stock).parent}"
-        )
-        return None
-    return ours
+    if stock is None or settings().cpu_too or devices(ours):
+        return ""
+    gpus = devices(stock)
+    if gpus is None:
+        where = "what the webui's own runs on could not be found out"
+    elif gpus:
+        where = f"the webui's own on {', '.join(gpus)}"
+    else:
+        return ""
+    return (
+        f"The steering server here runs on the CPU only, and {where}: "
+        f"build it on those libraries with: steer build --on {Path(stock).parent}"
+    )
 
 
 def find_server() -> tuple[str | None, str]:
@@ -175,15 +198,18 @@ def stock_server() -> str | None:
     try:
         from llama_cpp_binaries import get_binary_path
 
-        return str(get_binary_path())
+        path = str(get_binary_path())
     except Exception:  # not installed, or a platform it does not know
         return None
+    return path if Path(path).is_file() else None
 
 
 @functools.lru_cache(maxsize=16)
-def devices(server: str) -> tuple[str, ...]:
-    """The GPUs that a llama-server would use."""
-    _, out, _ = _run([server, "--list-devices"])
+def devices(server: str) -> tuple[str, ...] | None:
+    """The GPUs that a llama-server would use, None when it does not say."""
+    code, out, _ = _run([server, "--list-devices"])
+    if code != 0:
+        return None
     listed = out.partition("Available devices:")[2].splitlines()
     return tuple(match[2] for line in listed if (match := _DEVICE.match(line)) and match[1] != "CPU")
 

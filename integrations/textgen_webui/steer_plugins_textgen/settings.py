@@ -38,6 +38,8 @@ class Settings:
         self.cpu_too = False
         self.presets: dict[str, list[TermSpec]] = {}
         self.characters: dict[str, str] = {}
+        self.character = ""
+        """Whom the chat was with last: a page that is opened again is no change of character."""
         self.problem = ""
         self.touched = False
         """Whether the terms have ever been set, here or in an earlier session."""
@@ -109,7 +111,20 @@ class Settings:
             self.characters.pop(character, None)
             if preset:
                 self.characters[character] = preset
+                self.character = character
         self._changed()
+
+    def meet(self, character: str) -> bool:
+        """The chat is with this character now. Load its preset, if it has one and the chat was with another before."""
+        with self._lock:
+            if not character or character == self.character:
+                return False
+            self.character = character
+            name = self.characters.get(character)
+            if name is not None:
+                self.set_terms(self.preset(name))
+        self._changed()
+        return name is not None
 
     # ---- the file ----
 
@@ -136,6 +151,7 @@ class Settings:
                 "cpu_too": self.cpu_too,
                 "presets": {name: [t.to_json() for t in terms] for name, terms in sorted(self.presets.items())},
                 "characters": dict(sorted(self.characters.items())),
+                "character": self.character,
             }
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +174,7 @@ class Settings:
             self.touched = True
             self.api_too, self.cpu_too = data.get("api_too") is True, data.get("cpu_too") is True
             self.presets, self.characters = presets, characters
+            self.character = str(data.get("character") or "")
         except (OSError, ValueError, AttributeError, TypeError, RecursionError, SteerError) as error:
             aside = self._path.with_suffix(".damaged.json")
             with contextlib.suppress(OSError):

@@ -347,9 +347,7 @@ class Tab:
         settings().set_character(character, preset if bound else None)
 
     def new_character(self, character: str | None) -> list[Any]:
-        name = settings().characters.get(character or "")
-        if name is not None:
-            settings().set_terms(settings().preset(name))
+        if settings().meet(character or ""):
             follow()
         return self.view()
 
