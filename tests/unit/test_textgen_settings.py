@@ -113,7 +113,7 @@ def test_whose_steering_a_generation_gets(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert wish_of(page, settings) is None and wish_of(own, settings) == parse("succinctness:0.5")
 
 
-@pytest.mark.parametrize("text", ['"./mood"', '"C:\\\\mood":0.5', "\"//host/share/mood.gguf\"", 'mood{"/etc/gate"}'])
+@pytest.mark.parametrize("text", ['"./mood"', '"C:\\\\mood":0.5', '"//host/share/mood.gguf"', 'mood{"/etc/gate"}'])
 def test_requests_do_not_name_files(text: str) -> None:
     with pytest.raises(SpecError, match="is a file"):
         names_only(parse(text))

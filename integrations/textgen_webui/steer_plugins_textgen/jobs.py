@@ -153,12 +153,15 @@ def missing_traits(link: Link) -> list[str]:
     return [name for name in bundled_traits() if name not in there]
 
 
-def poles_of(name: str) -> tuple[str, str]:
-    """What the two ends of a slider are called, negative first; "" where nobody has said."""
-    if name not in bundled_traits():
-        return "", ""
-    poles = load_trait(name).poles
-    return poles["negative"], poles["positive"]
+def poles_of(vector: SteeringVector) -> tuple[str, str] | None:
+    """What the two ends of a vector are called, negative first: by whom it was fitted, else by the trait of its name."""
+    source = (vector.provenance or {}).get("source")
+    poles = source.get("poles") if isinstance(source, dict) else None
+    if poles is None and vector.name in bundled_traits():
+        poles = load_trait(vector.name).poles
+    if not isinstance(poles, dict) or not {"negative", "positive"} <= set(poles):
+        return None
+    return str(poles["negative"])[:60], str(poles["positive"])[:60]
 
 
 def lines_of(text: str, what: str) -> list[str]:

@@ -251,8 +251,11 @@ def adopt() -> None:
         state.problem = f"The steering server does not take the webui's flags ({problem}), so the webui's own stays in use."
         webui.log(state.problem, error=True)
         return
-    webui.log(f"reloading {name} with the steering server")
     models = webui.module("models")
+    if getattr(models, "active_generation_count", 0) > 0:
+        state.problem = "A reply is being written: look for the steering server again when it has ended."
+        return
+    webui.log(f"reloading {name} with the steering server")
     models.unload_model(keep_model_name=True)
     shared.model, shared.tokenizer = models.load_model(name)
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer_plugins.engine.base import GenerateRequest
-from steer_plugins.errors import DataError, SteerError
+from steer_plugins.errors import DataError, EngineError, SteerError
 from steer_plugins.grammar import TermSpec
 from steer_plugins.pictures import inspect_prompt, neutral_levels, to_html
 
-from . import webui
+from . import jobs, webui
 from .link import Link
 
 MAX_HEATMAP = 600
@@ -50,8 +50,11 @@ def activations(link: Link, vector_name: str) -> str:
         raise DataError("There is no reply yet: write something in the Chat tab first.")
     vector = link.library.resolve(vector_name, link.info.identity)
     engine = link.engine
+    server = webui.llama_server()
+    if server is None:
+        raise EngineError("The model has been unloaded: load it again in the Model tab.")
     layers = [il for il in vector.layers if not (engine.info.last_layer_outputs_only and il == engine.info.n_layer - 1)]
-    tokens = webui.llama_server().encode(last.prompt, add_bos_token=last.add_bos)  # as it was sent
+    tokens = server.encode(last.prompt, add_bos_token=last.add_bos)  # as it was sent
     with webui.busy():
         levels = neutral_levels(engine, vector, layers, chat=engine.info.has_chat_template)
         found = inspect_prompt(
@@ -62,6 +65,7 @@ def activations(link: Link, vector_name: str) -> str:
             response=last.text,
             layers=layers,
             levels=levels,
+            poles=jobs.poles_of(vector),
         )
     return to_html(found, heatmap=len(found.tokens) <= MAX_HEATMAP)
 

@@ -5,22 +5,18 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from html import escape
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
 from steer_plugins.errors import SpecError, SteerError
 from steer_plugins.grammar import TermSpec, parse
-from steer_plugins.library import Library
 from steer_plugins.vector import OPS, check_name
 
-from . import charts, hooks, jobs, loader, replies, webui
-from .link import Link, current, current_or_none, why_not
+from . import hooks, jobs, loader, replies, webui, wording
+from .link import current, current_or_none
 from .settings import settings
-
-MAX_ROWS = 12
-"""Sliders that are there, shown or not; gradio 4 cannot add any while it runs. More terms act all the same."""
 
 OWN = "the vector's own"
 FIT = "Fit in the background"
@@ -58,6 +54,7 @@ class Tab:
     def __init__(self) -> None:
         self.all: list[Any] = []
         self.rows: list[tuple[Any, Any, Any, Any]] = []
+        self._listed: dict[str, list[str]] = {}
         with gr.Column(elem_id="steering-tab"):
             self.status = self._add(gr.HTML(elem_id="steering-status"))
             with gr.Row():
@@ -84,9 +81,12 @@ class Tab:
     def _sliders(self) -> None:
         with gr.Row(elem_classes="steer-head"):
             gr.Markdown("### Sliders")
+            self.zero_all = self._add(
+                gr.Button("All to 0", elem_classes="small-button", elem_id="steering-zero", scale=0, min_width=84, visible=False)
+            )
             self.on = self._add(gr.Checkbox(label="Steering on", elem_id="steering-on", scale=0, min_width=140))
         self.empty = self._add(gr.HTML())
-        for i in range(MAX_ROWS):
+        for i in range(wording.MAX_ROWS):
             with gr.Row(visible=False, elem_classes="steer-row") as row:
                 slider = gr.Slider(-1, 1, step=0.05, elem_id=f"steering-slider-{i}", scale=6, min_width=180)
                 zero = gr.Button("0", elem_classes="refresh-button", scale=0, min_width=36)
@@ -148,7 +148,7 @@ class Tab:
         self.traits_note = self._add(gr.HTML())
         with gr.Row():
             self.fit = self._add(gr.Button(FIT, elem_classes="small-button", elem_id="steering-fit"))
-            self.cancel = gr.Button("Cancel", elem_classes="small-button", elem_id="steering-cancel")
+            self.cancel = self._add(gr.Button("Cancel", elem_classes="small-button", elem_id="steering-cancel", visible=False))
         self.progress = self._add(gr.HTML(elem_id="steering-progress"))
 
     def _compare(self) -> None:
@@ -196,7 +196,7 @@ class Tab:
             with gr.Row():
                 self.overwrite = gr.Checkbox(label="Replace a vector of this name", scale=0, min_width=240)
                 self.train = gr.Button("Train", elem_classes="small-button", elem_id="steering-start")
-                self.stop = gr.Button("Cancel", elem_classes="small-button")
+                self.stop = self._add(gr.Button("Cancel", elem_classes="small-button", visible=False))
             self.train_progress = self._add(gr.HTML(elem_id="steering-train-progress"))
             self.shown = self._add(gr.Dropdown([], label="Report of", elem_classes="slim-dropdown", elem_id="steering-report-of"))
             self.report = gr.HTML(elem_id="steering-report")
@@ -232,6 +232,7 @@ class Tab:
             slider.input(functools.partial(self.slide, i), [slider], [self.text, self.note], trigger_mode="always_last", **quick)
             zero.click(functools.partial(self.zero, i), None, self.all, **quick)
             remove.click(functools.partial(self.drop, i), None, self.all, **quick)
+        self.zero_all.click(self.zeros, None, self.all, **quick)
         self.add.click(self.add_vector, [self.choice], self.all, **quick)
         self.refresh.click(self.view, None, self.all, **quick)
         self.text.submit(self.typed, [self.text], self.all, **quick)
@@ -266,7 +267,7 @@ class Tab:
             self.character.input(self.bind_character, [self.character, self.preset, character], self.all, **quick)
         page = shared.gradio.get("interface")
         if page is not None:
-            page.load(self.view, None, self.all, **quick).then(self.watch, None, self.all, **watch)
+            page.load(functools.partial(self.view, fresh=True), None, self.all, **quick).then(self.watch, None, self.all, **watch)
         tab = getattr(gr.context.Context, "block", None)
         if tab is not None and hasattr(tab, "select"):
             tab.select(self.view, None, self.all, **quick)  # a model may have come or gone meanwhile
@@ -281,10 +282,13 @@ class Tab:
     def slide(self, i: int, value: float) -> tuple[Any, Any]:
         settings().change_term(i, strength=float(value))
         follow()
-        return settings().expression, note()
+        return settings().expression, wording.note()
 
     def zero(self, i: int) -> list[Any]:
         return self._with(lambda: settings().change_term(i, strength=0.0))
+
+    def zeros(self) -> list[Any]:
+        return self._with(lambda: settings().set_terms([replace(term, strength=0.0) for term in settings().terms]))
 
     def drop(self, i: int) -> list[Any]:
         return self._with(lambda: settings().set_terms([t for k, t in enumerate(settings().terms) if k != i]))
@@ -308,7 +312,7 @@ class Tab:
         if index is None or not 0 <= index < len(terms):
             return "", OWN, ""
         term = terms[index]
-        return window_text(term), term.op or OWN, term.scope or ""
+        return wording.window_text(term), term.op or OWN, term.scope or ""
 
     @told
     def change_term(self, index: int | None, window: str, op: str, scope: str) -> None:
@@ -379,7 +383,7 @@ class Tab:
         while jobs.trainer.active:
             values = [gr.skip() for _ in self.all] if hasattr(gr, "skip") else [gr.update() for _ in self.all]
             for i in at:
-                values[i] = gr.update(value=progress())
+                values[i] = gr.update(value=wording.progress())
             yield values
             time.sleep(0.5)
         done = [job for job in jobs.trainer.jobs if job.state == "done"]
@@ -387,9 +391,9 @@ class Tab:
 
     def show_report(self, name: str | None) -> str:
         try:
-            return report(name) if name else ""
+            return wording.report(name) if name else ""
         except SteerError as error:
-            return bad(str(error))
+            return wording.bad(str(error))
 
     def compare(self, prompt: str, length: float) -> Iterator[tuple[Any, Any, Any]]:
         try:
@@ -399,7 +403,7 @@ class Tab:
             for plain, steered in replies.compare(current(), prompt or "", terms, int(length)):
                 yield plain, steered, ""
         except SteerError as error:
-            yield gr.update(), gr.update(), bad(str(error))
+            yield gr.update(), gr.update(), wording.bad(str(error))
 
     def show_activations(self, name: str | None) -> str:
         try:
@@ -407,7 +411,7 @@ class Tab:
                 raise SpecError("Choose a vector.")
             return replies.activations(current(), name)
         except SteerError as error:
-            return bad(str(error))
+            return wording.bad(str(error))
 
     def flag(self, name: str, value: bool) -> list[Any]:
         return self._with(lambda: settings().set_flag(name, value))
@@ -424,56 +428,54 @@ class Tab:
 
     # ---- what is shown ----
 
-    def view(self, *, problem: str = "", show: str | None = None) -> list[Any]:
-        """A value for each of ``self.all``. ``problem``: what the last action came to; ``show``: the report to open."""
+    def view(self, *, problem: str = "", show: str | None = None, fresh: bool = False) -> list[Any]:
+        """A value for each of ``self.all``. ``problem``: what the last action came to; ``show``: the report to open;
+        ``fresh``: the page has just been opened, so nobody has chosen anything in it."""
         link = current_or_none()
-        first_use(link)
-        terms, names = settings().terms, names_of(link)
+        names = wording.names_of(link)
+        wording.first_use(names)
+        terms = settings().terms
         missing = jobs.missing_traits(link) if link is not None else []
+        if fresh:
+            self._listed.clear()
+        if show:
+            self._listed.pop("shown", None)
         values: dict[Any, Any] = {
-            self.status: status(link),
+            self.status: wording.status(link),
             self.on: settings().on,
-            self.empty: "" if terms else '<p class="steer-quiet">No sliders yet: add a vector, or fit a trait.</p>',
+            self.empty: wording.rows_note(len(terms)),
+            self.zero_all: gr.update(visible=bool(terms)),
             self.choice: gr.update(choices=names, value=next((n for n in names if n not in {t.vector for t in terms}), None)),
             self.text: settings().expression,
-            self.note: bad(problem) if problem else note(),
+            self.note: wording.bad(problem) if problem else wording.note(),
             self.term: gr.update(choices=[f"{i + 1}. {t.vector}" for i, t in enumerate(terms)]),
             self.preset: gr.update(choices=sorted(settings().presets)),
             self.character: gr.update(),
-            self.traits: gr.update(choices=missing, value=missing, visible=bool(missing)),
-            self.traits_note: traits_note(link, missing),
-            self.fit: gr.update(value=FIT, interactive=bool(missing)),
-            self.progress: progress(),
-            self.train_progress: progress(),
-            self.shown: gr.update(choices=names, **({"value": show} if show else {})),
-            self.along: gr.update(choices=names, **({"value": names[0]} if names else {})),
-            self.details: details(link),
+            self.traits: gr.update(**self._list("traits", missing, missing), visible=bool(missing)),
+            self.traits_note: wording.traits_note(link, missing),
+            self.fit: gr.update(interactive=bool(missing), visible=bool(missing)),
+            self.cancel: gr.update(visible=jobs.trainer.active),
+            self.stop: gr.update(visible=jobs.trainer.active),
+            self.progress: wording.progress(),
+            self.train_progress: wording.progress(),
+            self.shown: gr.update(**self._list("shown", names, show)),
+            self.along: gr.update(**self._list("along", names, names[0] if names else None)),
+            self.details: wording.details(link),
             self.api_too: settings().api_too,
             self.cpu_too: gr.update(value=settings().cpu_too, visible=settings().cpu_too or "CPU only" in loader.state.problem),
         }
         for i, (row, slider, _, _) in enumerate(self.rows):
             shown = i < len(terms)
             values[row] = gr.update(visible=shown)
-            values[slider] = slider_of(terms[i]) if shown else gr.update()
+            values[slider] = wording.slider_of(terms[i]) if shown else gr.update()
         return [values[component] for component in self.all]
 
-
-def slider_of(term: TermSpec) -> Any:
-    """A slider as wide as its strength needs: what was typed beyond 1 is shown as it is."""
-    low, high = jobs.poles_of(term.vector)
-    info = f"−1 {low} · 0 off · 1 {high}" if low else None
-    if term.op == "project":
-        info = "0 off · 1 removed"
-    reach = max(1.0, abs(term.strength))
-    return gr.update(label=term.vector, info=info, value=term.strength, minimum=-reach, maximum=reach)
-
-
-def window_text(term: TermSpec) -> str:
-    """The layers as they are written in the grammar."""
-    if term.layers is None:
-        return ""
-    lo, hi = term.layers
-    return f"{lo}" if lo == hi else f"{lo}-{'' if hi is None else hi}"
+    def _list(self, key: str, choices: list[str], value: Any) -> dict[str, Any]:
+        """Choices, and what is chosen of them where they are others than before: what the user has chosen stays."""
+        if self._listed.get(key) == choices:
+            return {}
+        self._listed[key] = list(choices)
+        return {"choices": choices, "value": value}
 
 
 def follow() -> None:
@@ -485,127 +487,7 @@ def follow() -> None:
         hooks.change_running(settings().active)
 
 
-def first_use(link: Link | None) -> None:
-    """Sliders at 0 for the bundled traits that the model has vectors for, before the user has set anything."""
-    if link is None or settings().touched:
-        return
-    there = set(jobs.library_names(link))
-    settings().set_terms([TermSpec(name, 0.0) for name in jobs.bundled_traits() if name in there])
-
-
 def add_slider(job: jobs.Job) -> None:
     """A vector that has just been made gets a slider, at 0."""
     if all(term.vector != job.name for term in settings().terms):
         settings().set_terms([*settings().terms, TermSpec(job.name, 0.0)])
-
-
-def names_of(link: Link | None) -> list[str]:
-    """The vectors that can be added."""
-    if link is not None:
-        return jobs.library_names(link)
-    return [vector["name"] for vector in hooks.vectors()] if hooks.applies() else []
-
-
-def bad(sentence: str) -> str:
-    """A sentence that something is wrong."""
-    return f'<div class="steer-note bad" role="alert">{coded(sentence)}</div>'
-
-
-def coded(sentence: str) -> str:
-    """The sentence as HTML; a command to type stands out."""
-    head, mark, command = sentence.partition("with: ")
-    if mark:
-        return f"{escape(head)}with: <code>{escape(command)}</code>"
-    return escape(sentence)
-
-
-def note() -> str:
-    """What keeps terms from acting on this model; "" when all is well."""
-    link = current_or_none()
-    wrong = settings().problem and [settings().problem] or []
-    if link is not None:
-        wrong = [*wrong, *link.usable(settings().active)[1]]
-    elif hooks.applies():
-        for term in settings().active:
-            try:
-                hooks.check([term])
-            except SteerError as error:
-                wrong.append(str(error))
-    return "".join(bad(sentence) for sentence in wrong)
-
-
-def status(link: Link | None) -> str:
-    """One line: whether the loaded model can be steered, and where it runs."""
-    if link is not None:
-        model = escape(webui.shared().model_name or link.info.name)
-        active = len(settings().active)
-        what = f"{active} active" if active else ("nothing set" if settings().on else "switched off")
-        where = f"{model} on {escape(link.device)}"
-        return f'<div class="steer-status good"><i></i><b>Ready</b><span>{where}</span><span>{what}</span></div>'
-    if hooks.applies():
-        return (
-            '<div class="steer-status good"><i></i><b>Ready</b><span>Transformers loader, through hooks; '
-            "training, comparing and activations need llama.cpp</span></div>"
-        )
-    sentence = why_not() if webui.llama_server() is None else loader.state.problem
-    if not webui.loader_name() and loader.state.problem:
-        sentence = f"{sentence} {loader.state.problem}"
-    why = coded(sentence or "This server cannot steer.")
-    return f'<div class="steer-status warn"><i></i><b>Not available</b><span>{why}</span></div>'
-
-
-def details(link: Link | None) -> str:
-    """The server in use, and what is lost with it."""
-    from . import api
-
-    lines = []
-    if link is not None:
-        lines.append(f"llama-server with steering: <code>{escape(loader.state.server)}</code>, on {escape(link.device)}.")
-        lines.append(coded(loader.LOST))
-    elif loader.state.problem:
-        lines.append(coded(loader.state.problem))
-    if api.problem:
-        lines.append(escape(api.problem))
-    else:
-        lines.append(
-            'API requests take <code>"steering": "mood:0.6"</code>; '
-            "<code>GET /v1/internal/steering</code> lists vectors and presets."
-        )
-    return "".join(f"<p>{line}</p>" for line in lines)
-
-
-def traits_note(link: Link | None, missing: list[str]) -> str:
-    """What there is to say when nothing is left to fit, or nothing can be."""
-    if link is None:
-        return '<p class="steer-quiet">Needs a model on the steering server.</p>'
-    return "" if missing else '<p class="steer-quiet">All bundled traits have a vector for this model.</p>'
-
-
-def progress() -> str:
-    """A bar for each job of this session that has something to say."""
-    parts = []
-    for job in jobs.trainer.jobs:
-        name = escape(job.name)
-        if job.state == "failed":
-            parts.append(bad(f"{job.name}: {job.error}"))
-        elif job.state == "done" and job.vector is not None:
-            parts.append(f'<div class="steer-job done"><b>Fitted</b> {escape(charts.summary(job.vector))}</div>')
-        elif job.state == "cancelled":
-            parts.append(f'<div class="steer-job"><b>{name}</b> cancelled</div>')
-        else:
-            percent = f"{100 * job.share:.0f}"
-            seconds = f", {time.monotonic() - job.started:.0f} s" if job.started else ""
-            if job.seconds:
-                seconds += f" of about {job.seconds:.0f}"
-            parts.append(
-                f'<div class="steer-job"><b>{name}</b> {escape(job.stage)}{seconds}'
-                f'<div class="steer-bar"><i style="width:{percent}%"></i></div></div>'
-            )
-    return "".join(parts)
-
-
-def report(name: str) -> str:
-    """Charts of a vector's fit and calibration."""
-    vector = Library().resolve(name, current().info.identity)
-    drawn = charts.report_chart(vector) + charts.curve_chart(vector)
-    return f'<p>{escape(charts.summary(vector))}</p><div class="steer-charts">{drawn}</div>'
