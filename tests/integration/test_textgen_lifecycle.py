@@ -1,4 +1,7 @@
-"""Our server under a real text-generation-webui: put there, kept out, taken back; models that come and go (see textgen_webui.py)."""
+"""Our server under a real text-generation-webui: put there, kept out, taken back; models that come and go.
+
+See textgen_webui.py for what it needs.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +135,8 @@ def test_a_server_of_ours_that_fails_leaves_the_webuis_own(
 
 
 def test_a_gpu_is_kept(make: Callable[..., Webui], tmp_path: Path) -> None:
-    fake = 'case "$*" in *--list-devices*) echo "Available devices:"; echo "  CUDA0: A GPU (24000 MiB, 23000 MiB free)"; exit 0;; esac'
+    listed = 'echo "Available devices:"; echo "  CUDA0: A GPU (24000 MiB, 23000 MiB free)"; exit 0'
+    fake = f'case "$*" in *--list-devices*) {listed};; esac'
     webui = make(stock=script(tmp_path / "stock" / "llama-server", f'{fake}\nexec {stock_server()} "$@"'))
     webui.install()
     webui.start("--portable", ready="problem")

@@ -9,11 +9,7 @@ from typing import Any
 
 import pytest
 
-KINDS = (
-    (
-        "Accordion Button Checkbox CheckboxGroup Column Dropdown HTML Markdown Radio Row Slider Textbox Tab"  # those that the tab uses
-    ).split()
-)
+KINDS = "Accordion Button Checkbox CheckboxGroup Column Dropdown HTML Markdown Radio Row Slider Textbox".split()
 EVENTS = "blur change click input load select submit then".split()
 
 
