@@ -2,5 +2,5 @@
 
 The webui runs ``script.py``, whose one line imports :mod:`steer_plugins_textgen.extension`. Nothing of the webui, of gradio or
 of torch is imported before the webui has done so itself: portable builds have no torch, API-only mode has no gradio.
-See docs/text-generation-webui.md.
+See docs/textgen.md.
 """

@@ -20,22 +20,26 @@ CSS = """
 .steer-bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); margin-top: 4px; overflow: hidden; }
 .steer-bar i { display: block; height: 100%; background: var(--accent, #4a72ff); transition: width .4s; }
 .steer-charts { display: flex; flex-wrap: wrap; gap: 24px; }
-.steer-chart { flex: 1 1 320px; min-width: 0; max-width: 520px; margin: 0; color: var(--body-text-color); }
+.steer-chart { flex: 1 1 320px; min-width: 0; max-width: 520px; margin: 0; color: var(--body-text-color);
+  --steer-a: #3b62e0; --steer-b: #b4530f; }
+.dark .steer-chart { --steer-a: #7f9cff; --steer-b: #f0935a; }
 .steer-chart figcaption { font-weight: 600; margin-bottom: 4px; }
 .steer-chart svg { width: 100%; height: auto; display: block; }
 .steer-chart text { font-size: 11px; fill: currentColor; opacity: .8; }
 .steer-chart .grid { stroke: currentColor; opacity: .13; }
-.steer-chart .band { fill: #4a72ff; opacity: .13; }
+.steer-chart .band { fill: var(--steer-a); opacity: .13; }
 .steer-chart polyline { fill: none; stroke-width: 2; }
-.steer-chart polyline.a { stroke: #4a72ff; } .steer-chart circle.a { fill: #4a72ff; }
-.steer-chart polyline.b { stroke: #d1671f; stroke-dasharray: 4 3; } .steer-chart circle.b { fill: #d1671f; }
-.steer-chart text.b { fill: #d1671f; opacity: 1; }
+.steer-chart polyline.a { stroke: var(--steer-a); } .steer-chart circle.a { fill: var(--steer-a); }
+.steer-chart polyline.b { stroke: var(--steer-b); stroke-dasharray: 4 3; } .steer-chart circle.b { fill: var(--steer-b); }
+.steer-chart text.b { fill: var(--steer-b); opacity: 1; }
 .steer-chart .key { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .85rem; }
 .steer-chart .key span::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px;
-  vertical-align: middle; background: #4a72ff; }
-.steer-chart .key span.b::before { background: #d1671f; }
+  vertical-align: middle; background: var(--steer-a); }
+.steer-chart .key span.b::before { background: var(--steer-b); }
 #steering-tab .small-button { min-width: 84px !important; white-space: nowrap; }
 #steering-tab .form { gap: 12px; }
+#steering-tab .label-wrap { text-align: left; gap: 12px; }
+#steering-tab .label-wrap > span:first-child { flex: 1 1 auto; min-width: 0; }
 #steering-picture { overflow-x: auto; }
 #steering-picture table { margin: 0; }
 #steering-picture td, #steering-picture th { border: 0; }
