@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from steer_plugins.grammar import parse
 from steer_plugins.library import Library
 from steer_plugins.steering import Steering, Term
 from steer_plugins.vector import ModelIdentity, SteeringVector
+from tests.unit import numpy_torch
 from tests.unit.textgen_webui import StandIn
 
 N_LAYER, N_EMBD = 3, 8
@@ -82,98 +84,145 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Any = None) -
     return stand_in
 
 
-# ---- with torch ----
+# ---- with torch, and with a stand-in for it ----
 
 
-def tiny_model(torch: Any, tuples: bool) -> Any:
-    """Blocks with the calling convention of Transformers: hidden states in, and the position of the first as a keyword."""
+class Kit:
+    """A tiny model and its tensors. Blocks have the calling convention of Transformers: hidden states in, and the position of
+    the first as a keyword."""
 
-    class Block(torch.nn.Module):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = torch.nn.Linear(N_EMBD, N_EMBD)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, real: bool) -> None:
+        self.real = real
+        random = np.random.default_rng(1)
+        shape = (N_LAYER, N_EMBD, N_EMBD)
+        self.weights = (random.normal(size=shape) / N_EMBD).astype(np.float32)
+        self.biases = random.normal(size=shape[:2]).astype(np.float32)
+        if real:
+            self.torch = pytest.importorskip("torch", reason="torch is not installed: its stand-in is used alone")
+        else:
+            self.torch = numpy_torch.module()
+            monkeypatch.setitem(sys.modules, "torch", self.torch)
 
-        def forward(self, hidden: Any, *, cache_position: Any = None) -> Any:
-            out = hidden + self.linear(hidden)
-            return (out, None) if tuples else out
+    def model(self, tuples: bool) -> Any:
+        blocks = [self._block(w, b, tuples) for w, b in zip(self.weights, self.biases, strict=True)]
+        config = SimpleNamespace(num_hidden_layers=N_LAYER, hidden_size=N_EMBD)
+        return SimpleNamespace(model=SimpleNamespace(layers=blocks), config=config)
 
-    class Model(torch.nn.Module):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = torch.nn.Module()
-            self.model.layers = torch.nn.ModuleList(Block() for _ in range(N_LAYER))
-            self.config = SimpleNamespace(num_hidden_layers=N_LAYER, hidden_size=N_EMBD)
+    def _block(self, weight: np.ndarray, bias: np.ndarray, tuples: bool) -> Any:
+        if not self.real:
+            return numpy_torch.Block(weight, bias, tuples)
+        torch = self.torch
 
-        def forward(self, hidden: Any, first: int = 0, positions: bool = True) -> Any:
-            more = {"cache_position": torch.arange(first, first + hidden.shape[1])} if positions else {}
-            for block in self.model.layers:
-                hidden = block(hidden, **more)
-                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            return hidden
+        class Block(torch.nn.Module):  # type: ignore[misc, name-defined]
+            def forward(self, hidden: Any, **_: Any) -> Any:
+                out = hidden + hidden @ torch.from_numpy(weight).T + torch.from_numpy(bias)
+                return (out, None) if tuples else out
 
-    torch.manual_seed(1)
-    return Model().eval()
+        return Block()
+
+    def run(self, model: Any, hidden: np.ndarray, first: int = 0, positions: bool = True) -> np.ndarray:
+        """What comes out of the last block: float32 [tokens, n_embd]."""
+        at: Any = hidden[None]
+        at = self.torch.from_numpy(at) if self.real else numpy_torch.tensor(at)
+        where = np.arange(first, first + len(hidden))
+        more = {"position_ids": self.torch.as_tensor(where[None])} if positions else {}
+        for block in model.model.layers:
+            at = block(at, **more)
+            at = at[0] if isinstance(at, tuple) else at
+        return np.array(at[0])
 
 
-def expected(torch: Any, model: Any, hidden: np.ndarray, terms: list[Term], n_prompt: int) -> np.ndarray:
+@pytest.fixture(params=[False, True], ids=["stand-in", "torch"])
+def kit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kit:
+    return Kit(monkeypatch, request.param)
+
+
+def states(n: int = 7) -> np.ndarray:
+    return np.random.default_rng(4).normal(size=(n, N_EMBD)).astype(np.float32)
+
+
+def expected(kit: Kit, hidden: np.ndarray, terms: list[Term], n_prompt: int) -> np.ndarray:
     """The formula in numpy, token by token."""
     scopes = ScopeMap(Steering(terms), n_prompt, has_thinking=False)
-    for il, block in enumerate(model.model.layers):
-        weight, bias = block.linear.weight.detach().numpy(), block.linear.bias.detach().numpy()
-        hidden = hidden + hidden @ weight.T + bias
+    for il in range(N_LAYER):
+        hidden = hidden + hidden @ kit.weights[il].T + kit.biases[il]
         rows = [steer(hidden[p], [terms[i] for i in scopes.active(p, False)], il) for p in range(len(hidden))]
         hidden = np.stack(rows).astype(np.float32)
     return hidden
 
 
+MIXED = [
+    Term(vector("a", 1), 0.7, scope="response"),
+    Term(vector("b", 2), -0.4, op="project", scope="all", layers=(1, 2)),
+    Term(vector("c", 3), 0.3, op="clamp", scope="2-4"),
+]
+RESTORED = [Term(vector("a", 1), 0.7, op="renorm", scope="response"), Term(vector("b", 2), -0.4, op="renorm", scope="0-")]
+
+
+@pytest.mark.parametrize("terms", [MIXED, RESTORED], ids=["mixed", "renorm"])
 @pytest.mark.parametrize("positions", [True, False])
 @pytest.mark.parametrize("tuples", [True, False])
-def test_hooks_compute_the_formula(tuples: bool, positions: bool) -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed: hooks are for the webui's Transformers loader")
-    model = tiny_model(torch, tuples)
-    terms = [
-        Term(vector("a", 1), 0.7, scope="response"),
-        Term(vector("b", 2), -0.4, op="project", scope="all", layers=(1, 2)),
-        Term(vector("c", 3), 0.3, op="clamp", scope="2-4"),
-    ]
-    hidden = np.random.default_rng(4).normal(size=(7, N_EMBD)).astype(np.float32)
-    wanted = expected(torch, model, hidden, terms, n_prompt=5)
-    with torch.no_grad(), hooks.hooked(model, Steering(terms)):
-        parts = [torch.from_numpy(hidden[None, a:b]) for a, b in ((0, 5), (5, 6), (6, 7))]
-        found = torch.cat([model(part, first, positions) for part, first in zip(parts, (0, 5, 6), strict=True)], dim=1)
-    np.testing.assert_allclose(found[0].numpy(), wanted, rtol=1e-5, atol=1e-5)
+def test_hooks_compute_the_formula(kit: Kit, tuples: bool, positions: bool, terms: list[Term]) -> None:
+    model, hidden = kit.model(tuples), states()
+    with hooks.hooked(model, Steering(terms)):
+        parts = [kit.run(model, hidden[a:b], a, positions) for a, b in ((0, 5), (5, 6), (6, 7))]
+    np.testing.assert_allclose(np.concatenate(parts), expected(kit, hidden, terms, 5), rtol=1e-5, atol=1e-5)
     assert all(not block._forward_hooks for block in model.model.layers)
 
 
-def test_no_steering_is_bit_identical_and_live_changes_act() -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed: hooks are for the webui's Transformers loader")
-    model = tiny_model(torch, True)
-    x = torch.randn(1, 6, N_EMBD)
-    with torch.no_grad():
-        plain = model(x)
-        with hooks.hooked(model, Steering([Term(vector(), 0.0)])) as active:
-            assert torch.equal(model(x), plain)
-            active.steering = Steering([Term(vector(), 1.0, scope="0-")])
-            assert not torch.equal(model(x), plain)
-        assert torch.equal(model(x), plain)
+def test_no_steering_is_bit_identical_and_live_changes_act(kit: Kit) -> None:
+    model, x = kit.model(True), states(6)
+    plain = kit.run(model, x)
+    with hooks.hooked(model, Steering([Term(vector(), 0.0)])):
+        assert all(not block._forward_hooks for block in model.model.layers)  # nothing to do, nothing hooked
+    with hooks.hooked(model, Steering(), follows=True) as active:
+        assert np.array_equal(kit.run(model, x), plain)
+        active.steering = Steering([Term(vector(), 1.0, scope="0-")])
+        assert not np.array_equal(kit.run(model, x), plain)
+    assert np.array_equal(kit.run(model, x), plain)
 
 
-def test_a_reply_of_the_transformers_loader_is_steered_on_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed: hooks are for the webui's Transformers loader")
-    model = tiny_model(torch, False)
+def generating(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kit: Kit) -> StandIn:
+    """A webui whose replies are the hidden states of six tokens."""
+    model = kit.model(False)
     stand_in = loaded(monkeypatch, tmp_path, model)
     Library().put(vector(), identity())
-    x = torch.randn(1, 6, N_EMBD)
 
     def generate(question: Any, original: Any, state: Any) -> Any:
-        with torch.no_grad():
-            yield model(x)
+        yield kit.run(model, states(6))
+        yield kit.run(model, states(6))
 
     stand_in.text_generation.generate_reply_HF = generate
+    stand_in.logits._get_next_logits = lambda prompt, state, use_samplers, previous: kit.run(model, states(6))
     extension.setup()
-    replies = [
+    return stand_in
+
+
+def test_a_reply_of_the_transformers_loader_is_steered_on_its_own(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stand_in = generating(monkeypatch, tmp_path, kit)
+    plain, steered, again = (
         next(stand_in.text_generation.generate_reply_HF("", "", state))
         for state in ({"steering": None}, {"steering": "mood:1"}, {"steering": None})
-    ]
-    assert torch.equal(replies[0], replies[2]) and not torch.equal(replies[0], replies[1])
-    assert all(not block._forward_hooks for block in model.model.layers)
+    )
+    assert np.array_equal(plain, again) and not np.array_equal(plain, steered)
+    assert all(not block._forward_hooks for block in stand_in.shared.model.model.layers)
+    logits = [stand_in.logits._get_next_logits("", {"steering": wish}, False, "") for wish in (None, "mood:1")]
+    assert np.array_equal(logits[0], plain) and np.array_equal(logits[1], steered)
+
+
+def test_sliders_move_the_pages_reply_and_no_other(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_in = generating(monkeypatch, tmp_path, kit)
+    reply = stand_in.text_generation.generate_reply_HF
+    plain = next(reply("", "", {"steering": []}))
+    page, other = reply("", "", {}), reply("", "", {"steering": []})
+    assert np.array_equal(next(page), plain)
+    hooks.change_running(parse("mood:1"))
+    assert not np.array_equal(next(page), plain)
+    page.close()
+    assert np.array_equal(next(other), plain)
+    hooks.change_running(parse("mood:1"))
+    assert np.array_equal(next(other), plain)
+    other.close()
+    assert hooks._following == []
