@@ -129,7 +129,7 @@ class Kit:
         for block in model.model.layers:
             at = block(at, **more)
             at = at[0] if isinstance(at, tuple) else at
-        return np.array(at[0])
+        return np.array(at[0].numpy() if self.real else at[0])
 
 
 @pytest.fixture(params=[False, True], ids=["stand-in", "torch"])
@@ -212,17 +212,27 @@ def test_a_reply_of_the_transformers_loader_is_steered_on_its_own(
     assert np.array_equal(logits[0], plain) and np.array_equal(logits[1], steered)
 
 
+def test_guesses_behind_a_prompt_are_no_prompt(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_in = generating(monkeypatch, tmp_path, kit)
+    stand_in.text_generation.get_max_prompt_length = lambda state: 100
+    stand_in.text_generation.encode = lambda question, **more: [[1] * 4]  # of the six tokens of the first pass
+    state = {"steering": "mood:1?response", "prompt_lookup_num_tokens": 2, "add_bos_token": True}
+    found = next(stand_in.text_generation.generate_reply_HF("", "", state))
+    wanted = expected(kit, states(6), [Term(vector(), 1.0, scope="response")], 4)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_sliders_move_the_pages_reply_and_no_other(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stand_in = generating(monkeypatch, tmp_path, kit)
     reply = stand_in.text_generation.generate_reply_HF
     plain = next(reply("", "", {"steering": []}))
-    page, other = reply("", "", {}), reply("", "", {"steering": []})
+    page, other = reply("", "", {}), reply("", "", {"steering": "mood:-1"})
     assert np.array_equal(next(page), plain)
     hooks.change_running(parse("mood:1"))
     assert not np.array_equal(next(page), plain)
     page.close()
-    assert np.array_equal(next(other), plain)
+    begun = next(other)
     hooks.change_running(parse("mood:1"))
-    assert np.array_equal(next(other), plain)
+    assert np.array_equal(next(other), begun) and not np.array_equal(begun, plain)
     other.close()
     assert hooks._following == []

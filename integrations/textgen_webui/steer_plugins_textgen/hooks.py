@@ -50,10 +50,19 @@ def _generate_reply(original: Callable[..., Any]) -> Callable[..., Any]:
         if not webui.enabled() or not applies():
             yield from original(question, original_question, state, *rest, **more)
             return
-        with _hooked_for(state):
+        with _hooked_for(state) as active:
+            if state.get("prompt_lookup_num_tokens"):  # then the first pass holds guesses behind the prompt
+                active.n_prompt = _prompt_tokens(question, state)
             yield from original(question, original_question, state, *rest, **more)
 
     return generate_reply_HF
+
+
+def _prompt_tokens(question: Any, state: dict[str, Any]) -> int:
+    """How many tokens the webui makes of a prompt."""
+    generation = webui.module("text_generation")
+    limit = generation.get_max_prompt_length(state)
+    return len(generation.encode(question, add_bos_token=state["add_bos_token"], truncation_length=limit)[0])
 
 
 def _next_logits(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,8 +194,8 @@ def change_running(terms: list[TermSpec]) -> None:
 class Hooks:
     """The hooks of one generation. ``steering`` may be replaced while it runs.
 
-    ``n_prompt`` is found out by the first pass, whose tokens are the prompt. With several sequences in a pass (beams) all are
-    steered alike.
+    ``n_prompt`` is found out by the first pass, whose tokens are the prompt, unless it is set before. With several sequences in
+    a pass (beams) all are steered alike.
     """
 
     def __init__(self, steering: Steering) -> None:
