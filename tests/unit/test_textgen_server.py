@@ -153,6 +153,18 @@ def test_a_server_that_does_not_say_what_it_runs_on_is_kept(
     assert stand_in.started == ["stock"] and "could not be found out" in loader.state.problem
 
 
+def test_a_reply_that_is_being_written_is_not_cut_off(
+    stand_in: StandIn, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock(stand_in, monkeypatch)
+    load(stand_in)
+    with webui.busy():
+        setup_with(stand_in)
+    assert stand_in.started == ["stock"] and "being written" in loader.state.problem
+    loader.adopt()
+    assert stand_in.started == ["stock", "ours"] and loader.state.problem == ""
+
+
 def test_ik_keeps_its_server(stand_in: StandIn, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     stock(stand_in, monkeypatch)
     stand_in.shared.args.ik = True
@@ -170,14 +182,14 @@ def test_a_first_load_that_failed_is_made_up_for(stand_in: StandIn, server: Fake
 def test_patches_do_not_stack(stand_in: StandIn, server: FakeServer) -> None:
     setup_with(stand_in)
     cls = stand_in.llama_cpp_server.LlamaServer
-    before = [cls.__init__, cls.prepare_payload, cls.generate_with_streaming, stand_in.text_generation.generate_reply_HF]
+
+    def patched() -> list[Any]:
+        others = [stand_in.text_generation.generate_reply_HF, stand_in.logits._get_next_logits]
+        return [cls.__init__, cls.prepare_payload, cls.generate_with_streaming, *others]
+
+    before = patched()
     setup_with(stand_in)
-    assert before == [
-        cls.__init__,
-        cls.prepare_payload,
-        cls.generate_with_streaming,
-        stand_in.text_generation.generate_reply_HF,
-    ]
+    assert before == patched()
 
 
 @posix
@@ -243,6 +255,16 @@ def test_a_reply_of_the_page_is_steered_and_remembered(stand_in: StandIn, server
     assert replies.last is not None and (replies.last.prompt, replies.last.text) == ("Hello", "one two")
     assert replies.last.terms == parse("mood:0.5")
     assert link.current()._running == {}
+
+
+def test_terms_of_the_page_that_do_not_go_together(stand_in: StandIn, server: FakeServer) -> None:
+    put("mood")
+    setup_with(stand_in)
+    model, _ = stand_in.load("m")
+    settings.settings().set_terms(parse("mood:0.5 + mood:0.25%renorm + mood:-1"))
+    payload = model.prepare_payload({"temperature": 1})  # the reply is not lost over it
+    assert [term["strength"] for term in payload["steering"]] == [0.5, -1.0]
+    assert any("restores the length" in line for line in stand_in.lines)
 
 
 def test_asking_for_logits_is_no_reply_that_follows(stand_in: StandIn, server: FakeServer) -> None:
