@@ -67,7 +67,7 @@ def test_switched_on_in_the_session_tab_of_a_running_webui(make: Callable[..., W
     webui.key = "secret"
     webui.start("--portable", "--api-key", "secret", extension=False)
     assert webui.post("/v1/chat/completions", {"messages": [], "steering": 7}).status_code != 400  # nobody looks at it yet
-    with opened(webui) as page:
+    with opened(webui, steering=False) as page:
         page.tab("Session")
         page.page.locator("label", has_text="steering").locator("input").check()
         page.page.get_by_role("button", name="Apply flags/extensions and restart").click()

@@ -190,7 +190,7 @@ def put_direction(webui: Webui, name: str, dose: float = 8.0) -> None:
 
 
 @contextlib.contextmanager
-def opened(webui: Webui, width: int = 1280, height: int = 1000) -> Iterator[Page]:
+def opened(webui: Webui, *, steering: bool = True) -> Iterator[Page]:
     """The page in Chromium; skips where there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="driving the page needs playwright")
     chromium = os.environ.get("STEER_CHROMIUM") or shutil.which("chromium")
@@ -200,7 +200,7 @@ def opened(webui: Webui, width: int = 1280, height: int = 1000) -> Iterator[Page
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=flags.split())
         try:
-            yield Page(browser.new_page(viewport={"width": width, "height": height}), webui)
+            yield Page(browser.new_page(viewport={"width": 1280, "height": 1000}), webui, steering=steering)
         finally:
             browser.close()
 
@@ -208,20 +208,25 @@ def opened(webui: Webui, width: int = 1280, height: int = 1000) -> Iterator[Page
 class Page:
     """The page in Chromium, by what a user sees of it. Nothing here waits for a fixed time where it can wait for something."""
 
-    def __init__(self, page: Any, webui: Webui) -> None:
+    def __init__(self, page: Any, webui: Webui, *, steering: bool = True) -> None:
         self.page, self.webui = page, webui
-        page.set_default_timeout(90_000)
-        self.open()
+        page.set_default_timeout(600_000)  # a busy machine is no fault of the page
+        self.open(steering=steering)
 
-    def open(self) -> None:
-        """Load the page, also when it has just been restarted."""
+    def open(self, *, steering: bool = True) -> None:
+        """Load the page, also when it has just been restarted. ``steering``: the tab is there, and has been told what to show."""
         self.page.goto(f"http://127.0.0.1:{self.webui.page_port}")
-        self.page.wait_for_selector("#chat-tab", state="attached")
+        self.page.wait_for_selector("#steering-status .steer-status" if steering else "#chat-tab", state="attached")
         self.page.wait_for_timeout(1500)
 
     def tab(self, name: str) -> None:
-        self.page.locator("button[role=tab]", has_text=name).first.click()
-        self.page.wait_for_timeout(700)
+        button = self.page.locator("button[role=tab]", has_text=name).first
+
+        def chosen() -> bool:
+            button.click()
+            return bool(button.get_attribute("aria-selected") == "true")
+
+        self.expect(chosen)
 
     def text(self, name: str) -> str:
         return str(self.page.locator(f"#steering-{name}").inner_text())
@@ -251,7 +256,7 @@ class Page:
         box.press("Enter")
         box.blur()
 
-    def expect(self, wanted: Callable[[], bool], seconds: float = 90) -> None:
+    def expect(self, wanted: Callable[[], bool], seconds: float = 300) -> None:
         for _ in range(int(seconds * 5)):
             if wanted():
                 return
