@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from steer_plugins.errors import EngineError, ModelError, SteerError
 from . import creating, expression, llama, openai, options, replies
 from .access import Access
 from .daemon import Daemon, Forwarded
-from .errors import BadRequest, NotFound, Unavailable
+from .errors import BadName, BadRequest, NotFound, NotSteerable, Unavailable
 from .folder import FolderStore
 from .llama import Piece
 from .model import STEERING, Model, rfc3339
@@ -42,6 +43,9 @@ log = logging.getLogger("steer.ollama")
 MAX_BODY = 256 << 20
 #: What a sidecar without Ollama says its version is: that of the API it follows.
 API_VERSION = "0.12.0"
+
+
+_OTHER_STORE = "the sidecar reads another store than Ollama, so set OLLAMA_MODELS to Ollama's own folder where the sidecar starts"
 
 
 class Service:
@@ -91,18 +95,38 @@ class Service:
         """Raises SteerError."""
         return await asyncio.to_thread(self.store.get, name)
 
+    async def check_not_steered(self, name: str) -> None:
+        """Raise ModelError for a model that Ollama has with a steering, and that is not in the store that the sidecar reads."""
+        assert self.daemon is not None
+        try:
+            status, found = await self.daemon.call("POST", "/api/show", {"model": name, "name": name})
+        except Unavailable:
+            return  # the request itself will say so
+        if status == 200 and isinstance(found, dict) and steered_in_show(found):
+            raise ModelError(f"{name} has a steering in Ollama, but is not in {self.store.root}: {_OTHER_STORE}")
+
+    async def check_same_store(self) -> None:
+        """Raise ModelError where none of Ollama's models is in the store that the sidecar reads."""
+        assert self.daemon is not None
+        status, found = await self.daemon.call("GET", "/api/tags")
+        models = found.get("models") if status == 200 and isinstance(found, dict) else None
+        theirs = {str(m.get("name")) for m in models or () if isinstance(m, dict)}
+        if theirs and theirs.isdisjoint(map(str, await asyncio.to_thread(self.store.names))):
+            raise ModelError(f"none of Ollama's models is in {self.store.root}: {_OTHER_STORE}")
+
     async def mine(self, body: Mapping[str, Any], steering: Any) -> Model | None:
         """The model of a request, where the sidecar answers it; None where Ollama does.
 
         Raises:
-            SteerError: the model cannot be steered, and the request or the model wants to be.
+            SteerError: the model cannot be steered, and the request or the model wants to be, or it cannot be known.
         """
         name = body.get("model") or body.get("name")
         try:
             model = await self.find(name or "")
-        except (NotFound, BadRequest, ModelError):
+        except (NotFound, NotSteerable, BadName):
             if self.daemon is None or steering is not None:
                 raise
+            await self.check_not_steered(str(name or ""))
             return None  # Ollama knows better what is wrong with it, or runs it elsewhere
         wanted = steering is not None or model.steering is not None or self.serve_all
         return model if wanted or self.pool.holds(model.gguf) else None
@@ -170,12 +194,12 @@ class Call:
 
     @property
     def name(self) -> str:
-        return str(self.body.get("model"))
+        return str(self.body.get("model") or self.body.get("name"))
 
     @contextlib.asynccontextmanager
     async def job(self) -> AsyncGenerator[replies.Job, None]:
         """The process, loaded, and what is asked of it."""
-        load = options.load_options(self.options, self.service.environ)
+        load = options.load_options(self.options, self.service.environ, self.model.facts.number("context_length"))
         async with self.service.pool.use(self.model, load, self.keep) as runner:
             think = replies.checked_think(self.body.get("think"), self.model, runner)
             yield replies.Job(
@@ -269,13 +293,12 @@ class Call:
 def make_call(service: Service, model: Model, body: dict[str, Any], *, chat: bool) -> Call:
     """Raises SteerError for a request that cannot be understood."""
     given = options.checked(body.get("options"))
-    wanted = body[STEERING] if STEERING in body else given.get(STEERING)
     return Call(
         service=service,
         model=model,
         body=body,
         options=options.merged(model.parameters, given),
-        steering=expression.of_request(wanted, model.steering),
+        steering=expression.of_request(steering_in(body), model.steering),
         keep=options.keep_alive(body.get("keep_alive"), service.environ),
         chat=chat,
     )
@@ -361,6 +384,13 @@ async def show(request: Request) -> Response:
                 if model.carriers:
                     found["parameters"] = parameter_text({**model.parameters, STEERING: model.steering})
     return JSONResponse(found, status_code=status)
+
+
+def steered_in_show(found: Mapping[str, Any]) -> bool:
+    """Whether Ollama's answer to ``/api/show`` tells of a steering."""
+    parameters = str(found.get("parameters") or "").splitlines()
+    licenses = str(found.get("license") or "").splitlines()
+    return any(re.match(rf"{STEERING}\s", text) for text in parameters) or any(map(expression.of_license, licenses))
 
 
 def parameter_text(parameters: Mapping[str, Any]) -> str:
@@ -452,6 +482,8 @@ async def _created(service: Service, body: dict[str, Any]) -> AsyncGenerator[dic
         if "error" in step:
             return
     prepared = await asyncio.to_thread(creating.prepare, body, service.store, service.library)
+    if prepared.steering:
+        await service.check_same_store()
     store, name = service.store, str(prepared.name)
     assert isinstance(store, OllamaStore)
     if prepared.vectors:  # first, so that a store that cannot be written is found before anything is made

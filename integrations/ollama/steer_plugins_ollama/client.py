@@ -107,7 +107,7 @@ def create(name: str, path: Path, url: str, *, quantize: str | None = None, carr
     """Create a model; yields what to print. Raises SteerError, with the line where the Modelfile is wrong."""
     parse_name(name)
     try:
-        text = path.read_text("utf-8-sig")
+        text = modelfile.decode(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the Modelfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     parsed = modelfile.parse(text)

@@ -23,6 +23,14 @@ class NotFound(ApiError):
     status = 404
 
 
+class BadName(BadRequest):
+    """What should name a model is no model name (400)."""
+
+
+class NotSteerable(BadRequest):
+    """The model has no weights that can be steered: a safetensors or cloud model (400)."""
+
+
 class Unavailable(ApiError):
     """Ollama does not answer (502)."""
 

@@ -18,6 +18,8 @@ from typing import Any
 MAX_TEMPLATE = 1 << 20
 MAX_OUTPUT = 64 << 20
 MAX_DEPTH = 100
+MAX_STEPS = 1_000_000
+"""Nodes and values of one rendering: a request may bring a template, and must not keep the sidecar busy with it."""
 
 
 class TemplateError(ValueError):
@@ -124,7 +126,7 @@ def _length(value: Any) -> int:
 def _slice(value: Any, *bounds: int) -> Any:
     part = slice(*bounds) if len(bounds) == 2 else slice(bounds[0] if bounds else None, None)
     if any(not 0 <= b <= _length(value) for b in bounds):
-        raise ValueError("slice: the bounds lie outside")
+        raise ValueError("the bounds lie outside")
     return value.encode()[part].decode(errors="replace") if isinstance(value, str) else (value or [])[part]
 
 
@@ -135,7 +137,7 @@ def _index(value: Any, *keys: Any) -> Any:
         elif isinstance(key, int) and 0 <= key < len(value):
             value = value[key]
         else:
-            raise ValueError(f"index: there is no {key!r:.40}")
+            raise ValueError(f"there is no {key!r:.40}")
     return value
 
 
@@ -148,7 +150,7 @@ def _printf(form: str, *values: Any) -> str:
         if verb == "%":
             return "%"
         if verb not in "svdq" or not rest:
-            raise ValueError(f"printf: %{verb} is not supported, or has no value")
+            raise ValueError(f"%{verb} is not supported, or has no value")
         text = _show(rest.pop(0))
         return json.dumps(text, ensure_ascii=False) if verb == "q" else text
 
@@ -217,11 +219,14 @@ class _Parser:
             raise TemplateError(stop[1], f"{{{{ {stop[0]} }}}} has nothing to end")
         return nodes
 
-    def nodes(self, until: Sequence[str]) -> tuple[list[Any], tuple[str, int, list[_Token]] | None]:
-        found: list[Any] = []
+    def deeper(self, line: int) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise TemplateError(1, "the template is nested too deeply")
+            raise TemplateError(line, "the template is nested too deeply")
+
+    def nodes(self, until: Sequence[str]) -> tuple[list[Any], tuple[str, int, list[_Token]] | None]:
+        found: list[Any] = []
+        self.deeper(1)
         while self.at < len(self.pieces):
             kind, text, line = self.pieces[self.at]
             self.at += 1
@@ -274,7 +279,9 @@ class _Parser:
         if stop[0] == "else":
             rest = stop[2]
             if rest and rest[0].text in ("if", "with"):  # `else if`: a branch of its own that shares our end
+                self.deeper(stop[1])
                 node.otherwise = [self.branch(rest[0].text, rest[1:], stop[1])]
+                self.depth -= 1
                 return node
             if rest:
                 raise TemplateError(stop[1], f"else {rest[0].text} is not supported")
@@ -427,6 +434,8 @@ def _literal(token: _Token) -> Any:
         return _Literal(token.text[1:-1])
     if token.kind == "number":
         digits = token.text.replace("_", "")
+        if len(digits) > 20:
+            raise TemplateError(token.line, f"the number {digits[:20]}… is too long")
         return _Literal(float(digits) if "." in digits else int(digits))
     if token.kind == "word" and token.text in ("true", "false", "nil"):
         return _Literal({"true": True, "false": False, "nil": None}[token.text])
@@ -451,6 +460,12 @@ class _Run:
         self.scopes: list[dict[str, Any]] = [{"$": data}]
         self.out: list[str] = []
         self.size = 0
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise TemplateError(1, "the template takes too many steps")
 
     def write(self, text: str) -> None:
         self.size += len(text)
@@ -460,6 +475,7 @@ class _Run:
 
     def nodes(self, nodes: list[Any], dot: Any) -> None:
         for node in nodes:
+            self.step()
             if isinstance(node, _Text):
                 self.write(node.text)
             elif isinstance(node, _Action):
@@ -501,11 +517,11 @@ class _Run:
             self.scopes.pop()
 
     def loop(self, node: _Branch, value: Any, dot: Any) -> None:
-        pairs: list[tuple[Any, Any]]
+        pairs: Sequence[tuple[Any, Any]]
         if isinstance(value, Mapping):
             pairs = sorted(value.items())
         elif isinstance(value, int) and not isinstance(value, bool):
-            pairs = [(i, i) for i in range(value)]
+            pairs = [(i, i) for i in range(min(value, MAX_STEPS + 1))]
         elif isinstance(value, list | tuple) or value is None:
             pairs = list(enumerate(value or ()))
         else:
@@ -513,6 +529,7 @@ class _Run:
         if not pairs:
             self.nodes(node.otherwise, dot)
         for key, item in pairs:
+            self.step()
             self.scopes.append(dict(zip(node.names, (key, item) if len(node.names) == 2 else (item,), strict=False)))
             try:
                 self.nodes(node.body, item)
@@ -524,6 +541,7 @@ class _Run:
                 self.scopes.pop()
 
     def value(self, node: Any, dot: Any) -> Any:
+        self.step()
         if isinstance(node, _Literal):
             return node.value
         if isinstance(node, _Field):

@@ -21,7 +21,7 @@ from steer_plugins.errors import SteerError
 from . import llama, options, replies
 from .daemon import Forwarded
 from .errors import BadRequest
-from .model import STEERING
+from .model import STEERING, Model
 from .streams import Streamed, Whole
 
 if TYPE_CHECKING:
@@ -73,10 +73,29 @@ async def handle(request: Request) -> Response:
         if model.template and not body.get("tools"):
             call.body = chat_body(call.body)
             return _own(call, body, streams, "chat.completion")
-    needed = "messages" if path == "/v1/messages" else "input" if path == "/v1/responses" else None
-    if needed and not body.get(needed):
+    needed = "input" if path == "/v1/responses" else "messages"
+    if not body.get(needed):
         raise BadRequest(f"{needed} is required")
+    if not isinstance(body[needed], list | str if needed == "input" else list):
+        raise BadRequest(f"{needed} must be a list")
+    refuse_links(body[needed])
     return _passed(call, path, streams)
+
+
+_MEDIA = ("image", "image_url", "input_image", "input_audio", "input_video", "video_url")
+
+
+def refuse_links(value: Any, *, media: bool = False) -> None:
+    """Raise BadRequest for pictures and sounds at an address: llama-server would fetch them, from wherever a request says."""
+    if isinstance(value, str) and media and value.startswith(("http", "file:")):
+        raise BadRequest("images are data: URLs: nothing is fetched from elsewhere")
+    if isinstance(value, list):
+        for one in value:
+            refuse_links(one, media=media)
+    elif isinstance(value, dict):
+        inside = media or value.get("type") in _MEDIA
+        for one in value.values() if inside else (value.get("content"), value.get("output")):
+            refuse_links(one, media=inside)
 
 
 # ---- answered by llama-server ----
@@ -116,10 +135,22 @@ async def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any
     elif path == "/v1/messages":
         if model.system and not call.body.get("system"):
             body["system"] = model.system
+        body["messages"] = [*_history(model), *call.body["messages"]]
         body["max_tokens"] = call.body.get("max_tokens") or 4096
-    elif model.system and not call.body.get("instructions"):
-        body["instructions"] = model.system
+    else:
+        if model.system and not call.body.get("instructions"):
+            body["instructions"] = model.system
+        asked = call.body["input"]
+        if history := _history(model):
+            body["input"] = [*history, *(asked if isinstance(asked, list) else [{"role": "user", "content": asked}])]
+    if model.template and path != "/v1/chat/completions":
+        replies.tell_once(f"{model.name}: {path} uses the chat template of its GGUF, not its TEMPLATE")
     return body
+
+
+def _history(model: Model) -> list[dict[str, Any]]:
+    """The model's MESSAGE lines, as routes take them that know no system message."""
+    return [{"role": m["role"], "content": m.get("content") or ""} for m in model.messages if m.get("role") != "system"]
 
 
 def _with_model(system: str, history: Any, messages: list[Any]) -> list[Any]:

@@ -247,9 +247,11 @@ class Pool:
             idle = [r for r in self._runners.values() if r.users == 0]
             if not idle:
                 busy = [asyncio.create_task(r.idle.wait()) for r in self._runners.values()]
-                _, pending = await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
-                for task in pending:
-                    task.cancel()
+                try:
+                    await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for task in busy:
+                        task.cancel()
                 continue
             await self._end(min(idle, key=lambda r: (r.process.running, r.expires)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ log = logging.getLogger("steer.ollama")
 ROLES = ("system", "user", "assistant", "tool")
 THINK_LEVELS = ("low", "medium", "high", "max")
 _told: set[str] = set()
+_IMAGE_MARK = re.compile(r"\[img-([0-9]{1,4})\]")
 
 
 @dataclass
@@ -143,11 +145,12 @@ def template_of(model: Model, runner: Runner) -> gotemplate.Template | None:
     try:
         return parsed_template(model.template)
     except gotemplate.TemplateError as error:
-        _tell_once(f"the TEMPLATE of {model.name} is not understood ({error}): the chat template of its GGUF is used")
+        tell_once(f"the TEMPLATE of {model.name} is not understood ({error}): the chat template of its GGUF is used")
         return None
 
 
-def _tell_once(text: str) -> None:
+def tell_once(text: str) -> None:
+    """Log a warning, the first time only."""
     if text not in _told:
         _told.add(text)
         log.warning("%s", text)
@@ -173,7 +176,7 @@ async def chat(job: Job) -> AsyncGenerator[Piece, None]:
     if tools is not None and template is not None:
         if "tools" not in job.model.facts.chat_template:
             raise BadRequest(f'"{job.model.name}" does not support tools')
-        _tell_once(f"{job.model.name}: requests with tools use the chat template of its GGUF, not its TEMPLATE")
+        tell_once(f"{job.model.name}: requests with tools use the chat template of its GGUF, not its TEMPLATE")
         template = None
     while True:
         started = False
@@ -308,6 +311,11 @@ async def generate(job: Job, told: Generated) -> AsyncGenerator[Piece, None]:
         if body.get("template") or body.get("system") or context:
             raise BadRequest("raw mode does not support template, system, or context")
         job.think = None
+        if images:
+            _check_images(job, [{"images": images}])
+            async for piece in _complete(job, *_raw_images(job, prompt, images)):
+                yield piece
+            return
         async for piece in _cut_to_fit(job, prompt, []):
             yield piece
         return
@@ -338,6 +346,14 @@ async def generate(job: Job, told: Generated) -> AsyncGenerator[Piece, None]:
     told.prompt, told.before, told.known = text, tuple(context), True
     async for piece in _cut_to_fit(job, text, context):
         yield piece
+
+
+def _raw_images(job: Job, prompt: str, images: list[Any]) -> tuple[str, list[str]]:
+    """A raw prompt with llama-server's mark where it says ``[img-0]``, and the pictures in that order. Raises BadRequest."""
+    order = [int(number) for number in _IMAGE_MARK.findall(prompt)]
+    if sorted(order) != list(range(len(images))):
+        raise BadRequest("a raw prompt says where each image belongs: [img-0] for the first, [img-1] for the second")
+    return _IMAGE_MARK.sub(job.runner.facts.media_marker, prompt), [llama.plain_base64(images[number]) for number in order]
 
 
 def _text(body: Mapping[str, Any], key: str) -> str:

@@ -19,7 +19,7 @@ from steer_plugins.server.process import port_taken
 from .daemon import Daemon, daemon_url, is_local
 from .folder import FolderStore
 from .pool import Pool
-from .store import OllamaStore, store_root
+from .store import OllamaStore, check_readable, has_models, store_root
 
 if TYPE_CHECKING:
     from .app import Service
@@ -54,7 +54,8 @@ def make_service(wanted: ServeOptions) -> tuple[Service, str]:
     pool = Pool(flags=wanted.flags, library=library, environ=wanted.environ)
     url = wanted.daemon or daemon_url(wanted.environ, (wanted.host, wanted.port))
     root = store_root(wanted.environ)
-    if wanted.folder is None and (wanted.daemon or (root / "manifests").is_dir() or _answers(url)):
+    if wanted.folder is None and (wanted.daemon or has_models(root) or _answers(url)):
+        check_readable(root)
         service = Service(
             OllamaStore(root), pool, library, daemon=Daemon(url), serve_all=wanted.serve_all, environ=wanted.environ
         )
