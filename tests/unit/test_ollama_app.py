@@ -62,6 +62,7 @@ def test_what_passes_through(sidecar: httpx.Client, daemon: StandInDaemon) -> No
     answer = sidecar.post("/api/new/thing?x=1%2F2", content=b"raw")
     assert (answer.status_code, answer.json()) == (202, {"body": "raw"})
     assert daemon.asked[-1][1] == "/api/new/thing?x=1%2F2"
+    assert len(answer.headers.get_list("date")) == 1
     assert sidecar.get("/").text == "Ollama is running" and sidecar.head("/").status_code == 200
     assert sidecar.get("/api/version").json()["version"] == "0.9.3" and "steer" in sidecar.get("/api/version").json()
     assert sidecar.get("/nosuch").json() == {"error": "404 /nosuch"}

@@ -246,3 +246,34 @@ def test_the_launchd_agent_is_a_property_list(tmp_path: Path) -> None:
     found = plistlib.loads(content)
     assert found["ProgramArguments"] == ["python", "a b", "<&>"] and found["EnvironmentVariables"] == {"OLLAMA_MODELS": "/m & m"}
     assert found["Label"] == install.LABEL and found["RunAtLoad"] is True
+
+
+def test_a_service_finds_its_folders_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(install.sys, "platform", "darwin")
+    monkeypatch.setenv("STEER_LIBRARY", "vectors")
+    runner = click.testing.CliRunner()
+
+    def agent(*options: str) -> dict[str, Any]:
+        done = runner.invoke(ollama, ["install", "--json", "--", *options])
+        assert done.exit_code == 0, done.output
+        return dict(plistlib.loads(json.loads(done.output)["content"].encode()))
+
+    for options in (["--folder", "ggufs"], ["--folder=ggufs"]):
+        found = agent("--all", *options, "--", "--folder", "x")
+        assert found["EnvironmentVariables"]["STEER_LIBRARY"] == str(tmp_path / "vectors")
+        words = " ".join(found["ProgramArguments"]).replace("=", " ")
+        assert words.endswith(f"serve --all --folder {tmp_path / 'ggufs'} -- --folder x")
+    done = runner.invoke(ollama, ["install", "--json", "--", "--prot", "1"])
+    assert done.exit_code == 2 and "--prot" in done.output
+
+
+def test_a_modelfile_as_powershell_writes_it(tmp_path: Path, daemon: StandInDaemon) -> None:
+    path = tmp_path / "Modelfile"
+    for encoding in ("utf-16", "utf-8-sig"):
+        path.write_text("FROM base\nPARAMETER steering mood:\n", encoding=encoding)
+        done = click.testing.CliRunner().invoke(ollama, ["create", "x", "-f", str(path), "--url", daemon.url])
+        assert "Modelfile line 2" in str(done.exception)
+        (tmp_path / "x.modelfile").write_bytes(path.read_bytes())
+        with pytest.raises(SteerError, match="line 2"):
+            FolderStore(tmp_path).get("x")

@@ -39,7 +39,7 @@ class Api:
     """A few calls, one after another. Raises SteerError."""
 
     def __init__(self, url: str) -> None:
-        self.url = host_url(url) if "://" not in url else url.rstrip("/")
+        self.url = host_url(url, "--url")
         local = is_local(httpx.URL(self.url).host)
         self._client = httpx.Client(trust_env=not local, timeout=httpx.Timeout(None, connect=5.0))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from steer_plugins.errors import ModelError, SteerError
+from steer_plugins.errors import EngineError, ModelError
 from steer_plugins.files import write_atomically
 
 from . import expression, modelfile
@@ -171,7 +171,7 @@ class FolderStore:
 
         Raises:
             BadRequest: it has no weights, or asks for what only Ollama does.
-            SteerError: the folder cannot be written.
+            EngineError: the folder cannot be written.
         """
         if body.get("quantize") or body.get("quantization"):
             raise BadRequest("quantize is Ollama's: this sidecar serves GGUFs as they are")
@@ -208,7 +208,7 @@ class FolderStore:
             self.root.mkdir(parents=True, exist_ok=True)
             write_atomically(self.modelfile_path(name), (head + text).encode())
         except OSError as error:
-            raise SteerError(f"{name} cannot be stored in {self.root}: {error.strerror or error}") from None
+            raise EngineError(f"{name} cannot be stored in {self.root}: {error.strerror or error}") from None
 
     def _base(self, body: Mapping[str, Any]) -> tuple[Model | None, str]:
         files = body.get("files") or {}
@@ -233,14 +233,14 @@ class FolderStore:
         return f"./blobs/{path.name}"
 
     def copy(self, source: str, target: Name) -> None:
-        """Raises NotFound, or SteerError when the folder cannot be written."""
+        """Raises NotFound, or EngineError when the folder cannot be written."""
         model = self.get(source)
         path = self.modelfile_path(model.name)
         try:
             text = path.read_text("utf-8", errors="replace") if path.is_file() else f"FROM {str(model.name)}\n"
             write_atomically(self.modelfile_path(target), text.encode())
         except OSError as error:
-            raise SteerError(f"{target} cannot be stored in {self.root}: {error.strerror or error}") from None
+            raise EngineError(f"{target} cannot be stored in {self.root}: {error.strerror or error}") from None
 
     def delete(self, text: str) -> None:
         """Remove a model that was created here, and the uploads that only it used. GGUFs of the folder are not ours to delete.
@@ -258,7 +258,7 @@ class FolderStore:
             path.unlink()
             self._collect(text)
         except OSError as error:
-            raise SteerError(f"{path} cannot be deleted: {error.strerror or error}") from None
+            raise EngineError(f"{path} cannot be deleted: {error.strerror or error}") from None
 
     def _collect(self, deleted: str) -> None:
         """Remove the uploads that a deleted Modelfile names and no other does."""
@@ -289,7 +289,7 @@ def _check_same(text: str, source: str, wanted: Mapping[str, Any]) -> None:
     )
     if not same:
         raise BadRequest(
-            "a text of the model cannot be written into a Modelfile as it is: it has quotes at the end of a line, or carriage returns"
+            "a text of the model cannot be written into a Modelfile as it is: it has quotes at a line end, or carriage returns"
         )
 
 

@@ -75,7 +75,7 @@ def serve(
         click.echo(sentence)
         sys.stdout.flush()
 
-    wanted = ServeOptions(host, port, folder, host_url(daemon) if daemon else None, serve_all, flags)
+    wanted = ServeOptions(host, port, folder, host_url(daemon, "--daemon") if daemon else None, serve_all, flags)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order already
         run(wanted, ready)
 

@@ -186,8 +186,8 @@ async def chat(job: Job) -> AsyncGenerator[Piece, None]:
                 started = True
                 yield piece
             return
-        except TooLong:
-            shorter = _without_oldest(messages)
+        except TooLong as error:
+            shorter = without_oldest(messages, error.n_prompt, error.n_ctx)
             if started or shorter is None or job.body.get("truncate") is False:
                 raise
             messages = shorter
@@ -218,12 +218,25 @@ def _rendered(job: Job, template: gotemplate.Template, messages: list[dict[str, 
         raise BadRequest(f"the TEMPLATE of {job.model.name} fails at {error}") from None
 
 
-def _without_oldest(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages without the oldest that is neither a system prompt nor the last; None if there is none."""
-    for at, message in enumerate(messages[:-1]):
-        if message.get("role") != "system":
-            return messages[:at] + messages[at + 1 :]
-    return None
+def without_oldest(messages: list[dict[str, Any]], n_prompt: int = 0, n_ctx: int = 0) -> list[dict[str, Any]] | None:
+    """The messages without the oldest that are neither system prompts nor the last; None if there are none.
+
+    Fewer than need be, and at least one: those that make up two thirds of what is too long, as their lengths say. So a long
+    conversation takes a few rounds, not one for each of its messages, and the last rounds still go one by one.
+    """
+    old = [at for at, message in enumerate(messages[:-1]) if message.get("role") != "system"]
+    if not old:
+        return None
+    sizes = [len(message.get("content") or "") + 16 for message in messages]
+    left = sum(sizes) * (1 - n_ctx / n_prompt) * 2 / 3 if n_prompt > n_ctx else 0.0
+    dropped = {old[0]}
+    left -= sizes[old[0]]
+    for at in old[1:]:
+        left -= sizes[at]
+        if left < 0:
+            break
+        dropped.add(at)
+    return [message for at, message in enumerate(messages) if at not in dropped]
 
 
 def _check_images(job: Job, messages: list[dict[str, Any]]) -> None:

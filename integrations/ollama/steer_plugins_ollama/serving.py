@@ -59,7 +59,7 @@ def make_service(wanted: ServeOptions) -> tuple[Service, str]:
         service = Service(
             OllamaStore(root), pool, library, daemon=Daemon(url), serve_all=wanted.serve_all, environ=wanted.environ
         )
-        return service, f"Ollama at {url}, models in {root}"
+        return service, f"Ollama at {url} (its models: {root})"
     folder = wanted.folder or default_folder()
     if wanted.folder is not None and not folder.is_dir():
         raise ModelError(f"there is no folder {folder}: make it and put GGUF files into it")
@@ -105,7 +105,7 @@ def serve(wanted: ServeOptions, ready: Callable[[str], None]) -> None:
             if self.started:
                 port = self.servers[0].sockets[0].getsockname()[1]
                 host = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
-                ready(f"Serving {what} at http://{host}:{port}")
+                ready(f"Listening on http://{host}:{port} for {what}")
 
     config = uvicorn.Config(
         make_app(service, local=is_local(wanted.host)),

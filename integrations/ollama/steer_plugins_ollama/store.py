@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steer_plugins.errors import ModelError, SpecError, SteerError
+from steer_plugins.errors import EngineError, ModelError, SpecError
 from steer_plugins.files import write_atomically
 
 from . import expression
@@ -196,7 +196,7 @@ class OllamaStore:
         return found
 
     def add_blobs(self, files: Mapping[str, bytes]) -> None:
-        """Write vectors as blobs, where they are not there yet. Raises SteerError when the store cannot be written."""
+        """Write vectors as blobs, where they are not there yet. Raises EngineError when the store cannot be written."""
         try:
             for data in files.values():
                 blob = self.root / "blobs" / f"sha256-{hashlib.sha256(data).hexdigest()}"
@@ -210,7 +210,7 @@ class OllamaStore:
 
         Raises:
             NotFound: there is no such model.
-            SteerError: the store cannot be written; the model is as it was.
+            EngineError: the store cannot be written; the model is as it was.
         """
         path = self.manifest_path(parse_name(name))
         manifest, _ = self.manifest(path, name)
@@ -224,8 +224,8 @@ class OllamaStore:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def _unwritable(self, error: OSError) -> SteerError:
-        return SteerError(
+    def _unwritable(self, error: OSError) -> EngineError:
+        return EngineError(
             f"vectors cannot be stored with a model in {self.root} ({error.strerror or error}): "
             "run as the user that owns Ollama's store, or keep the vectors in the library"
         )
