@@ -277,3 +277,22 @@ def test_a_modelfile_as_powershell_writes_it(tmp_path: Path, daemon: StandInDaem
         (tmp_path / "x.modelfile").write_bytes(path.read_bytes())
         with pytest.raises(SteerError, match="line 2"):
             FolderStore(tmp_path).get("x")
+
+
+def test_what_the_command_sends_of_several_steering_lines(tmp_path: Path, daemon: StandInDaemon) -> None:
+    """A leading plus is kept: only the server knows what it is added to."""
+    from steer_plugins_ollama import modelfile
+    from steer_plugins_ollama.client import Api, request_of
+
+    api = Api(daemon.url)
+    try:
+        for lines, wanted in (
+            (["mood:0.6", "kind:0.3"], "mood:0.6 + kind:0.3"),
+            (["+ mood:0.6", "kind:0.3"], "+ mood:0.6 + kind:0.3"),
+            (["mood:0.6", "+ kind:0.3"], "mood:0.6 + kind:0.3"),
+            ([""], ""),
+        ):
+            text = "FROM base\n" + "".join(f'PARAMETER steering "{line}"\n' for line in lines)
+            assert request_of("x", modelfile.parse(text), tmp_path, api)["parameters"] == {"steering": wanted}
+    finally:
+        api.close()

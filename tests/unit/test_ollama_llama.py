@@ -428,3 +428,18 @@ def test_requests_for_weights_that_are_loading_here_are_not_ollamas(
     assert "/api/chat" not in daemon.paths()
     daemon.close()
     llama.close()
+
+
+def test_loading_and_the_whole_are_told_in_nanoseconds(tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = StandInLlama()
+    llama.events = [said(content="x"), said(finish="stop"), last_said()]
+    monkeypatch.setattr(pools, "ServerProcess", StandInProcess(llama, load_seconds=0.05))
+    (tmp_path / "one.gguf").write_bytes(gguf.read_bytes())
+    library = Library(tmp_path / "library")
+    pool = Pool(binary=gguf, library=library, environ={})
+    with running(lambda: Service(FolderStore(tmp_path), pool, library, environ={})) as (client, _):
+        began = time.monotonic()
+        found = client.post("/api/chat", json={"model": "one", "messages": CHAT, "stream": False}).json()
+        took = (time.monotonic() - began) * 1e9
+    llama.close()
+    assert 50_000_000 <= found["load_duration"] <= found["total_duration"] <= took

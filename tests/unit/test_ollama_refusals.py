@@ -275,3 +275,44 @@ def test_raw_prompts_place_their_images(talks: tuple[httpx.Client, StandInLlama]
     for prompt in ("a", "[img-0]", "[img-0] [img-2]", "[img-0][img-0]"):
         answer = client.post("/api/generate", json={**body, "prompt": prompt})
         assert answer.status_code == 400 and "[img-0]" in answer.json()["error"]
+
+
+# ---- what an OpenAI client asks for is done ----
+
+
+def test_every_name_of_the_limit(talks: tuple[httpx.Client, StandInLlama]) -> None:
+    client, llama = talks
+    for path, asked, name in (
+        ("/v1/chat/completions", "messages", "max_tokens"),
+        ("/v1/chat/completions", "messages", "max_completion_tokens"),
+        ("/v1/messages", "messages", "max_tokens"),
+        ("/v1/responses", "input", "max_output_tokens"),
+    ):
+        assert client.post(path, json={"model": "base", asked: CHAT, name: 3}).status_code == 200
+        assert llama.bodies(path)[-1]["n_predict"] == 3, name
+
+
+def test_logprobs_of_completions(talks: tuple[httpx.Client, StandInLlama]) -> None:
+    client, llama = talks
+    top = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105]}, {"token": "Ho", "logprob": -1.5, "bytes": [72, 111]}]
+    one = {"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": top}
+    two = {"token": " x", "logprob": -0.25, "bytes": [32, 120], "top_logprobs": []}
+    llama.events = [
+        {"content": "Hi", "completion_probabilities": [one]},
+        {"content": " x", "completion_probabilities": [two]},
+        {"content": "", "stop": True, "timings": last_said()["timings"]},
+    ]
+    wanted = {
+        "tokens": ["Hi", " x"],
+        "token_logprobs": [-0.5, -0.25],
+        "top_logprobs": [{"Hi": -0.5, "Ho": -1.5}, {}],
+        "text_offset": [0, 2],
+    }
+    body = {"model": "base", "prompt": "a", "logprobs": 2}
+    assert client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"] == wanted
+    assert llama.bodies("/completion")[-1]["n_probs"] == 2
+    texts = client.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
+    choices = [json.loads(text.removeprefix("data: "))["choices"][0] for text in texts[:2]]
+    assert [c["logprobs"]["text_offset"] for c in choices] == [[0], [2]]
+    assert client.post("/v1/completions", json={"model": "base", "prompt": "a"}).status_code == 200
+    assert "n_probs" not in llama.bodies("/completion")[-1]

@@ -75,7 +75,7 @@ def _run(command: Sequence[str], *, fatal: bool) -> None:
         raise SteerError(f"{command[0]} cannot be run: {error.strerror or error}") from None
     if done.returncode and fatal:
         said = " ".join((done.stderr or done.stdout).split())[:300]
-        raise SteerError(f"`{' '.join(command)}` failed ({said}): the file is written, run the command yourself")
+        raise SteerError(f"`{' '.join(command)}` failed ({said}): run it yourself, the rest is done")
 
 
 def plan(options: Sequence[str], *, platform: str | None = None, environ: Mapping[str, str] | None = None) -> Plan:

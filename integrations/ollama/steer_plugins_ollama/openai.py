@@ -37,6 +37,7 @@ _OPTIONS = {
     "frequency_penalty": "frequency_penalty",
     "max_tokens": "num_predict",
     "max_completion_tokens": "num_predict",
+    "max_output_tokens": "num_predict",
 }
 
 
@@ -244,6 +245,7 @@ async def _one(call: Call, kind: str) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": 0, "finish_reason": end.reason, "logprobs": None}
     if kind == "text_completion":
         choice["text"] = "".join(texts)
+        choice["logprobs"] = _old_logprobs(logprobs)
     else:
         choice["message"] = {"role": "assistant", "content": "".join(texts)}
         if any(thoughts):
@@ -252,6 +254,20 @@ async def _one(call: Call, kind: str) -> dict[str, Any]:
             choice["logprobs"] = {"content": logprobs}
     head = {"id": _id(kind), "object": kind, "created": int(time.time()), "model": call.name}
     return {**head, "choices": [choice], "usage": _usage(end)}
+
+
+def _old_logprobs(entries: list[dict[str, Any]], offset: int = 0) -> dict[str, list[Any]] | None:
+    """Log probabilities as ``/v1/completions`` has them: a list for each kind. ``offset``: characters before the first token."""
+    if not entries:
+        return None
+    found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for entry in entries:
+        found["tokens"].append(entry["token"])
+        found["token_logprobs"].append(entry["logprob"])
+        found["top_logprobs"].append({top["token"]: top["logprob"] for top in entry.get("top_logprobs") or ()})
+        found["text_offset"].append(offset)
+        offset += len(entry["token"])
+    return found
 
 
 async def _chunks(call: Call, asked: Mapping[str, Any], kind: str) -> AsyncGenerator[bytes, None]:
@@ -263,11 +279,13 @@ async def _chunks(call: Call, asked: Mapping[str, Any], kind: str) -> AsyncGener
         return b"data: " + json.dumps({**head, "choices": choices, **more}, ensure_ascii=False).encode() + b"\n\n"
 
     first: dict[str, Any] = {"role": "assistant"}
+    offset = 0
     async with contextlib.aclosing(call.pieces()) as pieces:
         async for piece, _ in pieces:
             if piece.content or piece.thinking:
                 if kind == "text_completion":
-                    yield chunk({"text": piece.content})
+                    yield chunk({"text": piece.content, "logprobs": _old_logprobs(piece.logprobs, offset)})
+                    offset += len(piece.content)
                 else:
                     delta = {**first, "content": piece.content}
                     first = {}

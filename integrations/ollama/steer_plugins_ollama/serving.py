@@ -14,6 +14,7 @@ import httpx
 
 from steer_plugins.errors import EngineError, ModelError, SteerError
 from steer_plugins.library import Library, default_root
+from steer_plugins.runtime import ensure_runtime
 from steer_plugins.server.process import port_taken
 
 from .daemon import Daemon, daemon_url, is_local
@@ -63,9 +64,9 @@ def make_service(wanted: ServeOptions) -> tuple[Service, str]:
     folder = wanted.folder or default_folder()
     if wanted.folder is not None and not folder.is_dir():
         raise ModelError(f"there is no folder {folder}: make it and put GGUF files into it")
-    return Service(
-        FolderStore(folder, {} if wanted.folder else _demo()), pool, library, environ=wanted.environ
-    ), f"the folder {folder}"
+    extra = {} if wanted.folder else _demo()
+    what = f"the folder {folder}" + "".join(f" and the demo model {name}" for name in extra)
+    return Service(FolderStore(folder, extra), pool, library, environ=wanted.environ), what
 
 
 def _demo() -> dict[str, Path]:
@@ -89,7 +90,7 @@ def serve(wanted: ServeOptions, ready: Callable[[str], None]) -> None:
     """Run until a signal ends it. ``ready`` gets the sentence on what is served, once it listens.
 
     Raises:
-        SteerError: the port is in use, or there is nothing to serve.
+        SteerError: the port is in use, there is nothing to serve, or no llama-server to serve it with.
     """
     import uvicorn
 
@@ -98,6 +99,7 @@ def serve(wanted: ServeOptions, ready: Callable[[str], None]) -> None:
     if wanted.port and port_taken(wanted.host, wanted.port):
         raise EngineError(f"Port {wanted.port} of {wanted.host} is in use: stop what runs there, or choose another with --port.")
     service, what = make_service(wanted)
+    ensure_runtime(need_server=True)  # where it has to be compiled, that takes minutes: not while a client waits
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
