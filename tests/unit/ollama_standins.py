@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 import uvicorn
-from steer_plugins_ollama.app import Service, make_app
+from steer_plugins_ollama.app import make_app
+from steer_plugins_ollama.service import Service
 
 
 class StandIn:

@@ -18,11 +18,11 @@ import httpx
 import pytest
 from steer_plugins_ollama import creating, install
 from steer_plugins_ollama import store as stores
-from steer_plugins_ollama.app import Service
 from steer_plugins_ollama.daemon import Daemon
 from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.plugin import ollama
 from steer_plugins_ollama.pool import Pool
+from steer_plugins_ollama.service import Service
 from steer_plugins_ollama.serving import ServeOptions, serve
 from steer_plugins_ollama.store import OllamaStore
 

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 from steer_plugins_ollama import pool as pools
-from steer_plugins_ollama.app import Service
 from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.pool import Pool
+from steer_plugins_ollama.service import Service
 
 from steer_plugins import Library, tinygguf
 

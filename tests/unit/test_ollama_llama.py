@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from steer_plugins_ollama import pool as pools
-from steer_plugins_ollama.app import Service
 from steer_plugins_ollama.daemon import Daemon
 from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.pool import Pool
+from steer_plugins_ollama.service import Service
 from steer_plugins_ollama.store import OllamaStore
 
 from steer_plugins import Library, tinygguf

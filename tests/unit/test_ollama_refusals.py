@@ -14,11 +14,11 @@ import httpx
 import pytest
 from steer_plugins_ollama import openai
 from steer_plugins_ollama import pool as pools
-from steer_plugins_ollama.app import Service
 from steer_plugins_ollama.daemon import Daemon
 from steer_plugins_ollama.errors import BadRequest
 from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.pool import Pool
+from steer_plugins_ollama.service import Service
 from steer_plugins_ollama.store import VECTOR_MEDIA, OllamaStore, check_readable, has_models
 
 from steer_plugins import Library, tinygguf

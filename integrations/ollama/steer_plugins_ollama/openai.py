@@ -11,7 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -19,13 +19,12 @@ from starlette.responses import JSONResponse, Response
 from steer_plugins.errors import SteerError
 
 from . import llama, options, replies
+from .calls import Call, make_call, steering_in
 from .daemon import Forwarded
 from .errors import BadRequest
 from .model import STEERING, Model
-from .streams import Streamed, Whole
-
-if TYPE_CHECKING:
-    from .app import Call, Service
+from .service import Service
+from .streams import Streamed, Whole, read_body
 
 #: OpenAI's names of sampling options, as Ollama's.
 _OPTIONS = {
@@ -47,8 +46,6 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messag
 
 async def handle(request: Request) -> Response:
     """One of :data:`PATHS`."""
-    from .app import make_call, read_body, steering_in
-
     service: Service = request.app.state.service
     path = request.url.path
     raw, body = await read_body(request)

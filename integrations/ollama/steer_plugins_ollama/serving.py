@@ -23,7 +23,7 @@ from .pool import Pool
 from .store import OllamaStore, check_readable, has_models, store_root
 
 if TYPE_CHECKING:
-    from .app import Service
+    from .service import Service
 
 DEFAULT_PORT = 11435
 log = logging.getLogger("steer.ollama")
@@ -49,7 +49,7 @@ def default_folder() -> Path:
 
 def make_service(wanted: ServeOptions) -> tuple[Service, str]:
     """The service and a sentence on what it serves. Raises SteerError."""
-    from .app import Service
+    from .service import Service
 
     library = Library()
     pool = Pool(flags=wanted.flags, library=library, environ=wanted.environ)

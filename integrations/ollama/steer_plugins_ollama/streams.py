@@ -1,4 +1,4 @@
-"""Answers that notice when the client has gone, and that never end in silence."""
+"""The bodies of requests, and answers that notice when the client has gone, and that never end in silence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -16,9 +16,37 @@ from starlette.types import Receive, Scope, Send
 
 from steer_plugins.errors import SteerError
 
-from .errors import status_of
+from .errors import BadRequest, status_of
 
 log = logging.getLogger("steer.ollama")
+
+MAX_BODY = 256 << 20
+"""Bytes of a request that is not passed on."""
+
+
+async def read_body(request: Request) -> tuple[bytes, dict[str, Any]]:
+    """The body and its JSON object. Raises BadRequest."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY:
+            raise BadRequest(f"the request is longer than {MAX_BODY >> 20} MiB")
+        parts.append(part)
+    raw = b"".join(parts)
+    if not raw.strip():
+        raise BadRequest("missing request body")
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the request is no JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the request must be a JSON object")
+    return raw, body
+
+
+def line(value: Mapping[str, Any]) -> bytes:
+    """A line of NDJSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def sentence(error: BaseException) -> str:
