@@ -112,6 +112,14 @@ def test_load_and_unload(client: httpx.Client, path: str, empty: Kinds) -> None:
             assert found["done"] is True and found["done_reason"] == reason
 
 
+def test_keep_alive_of_zero_ends_the_process_with_the_answer(client: httpx.Client) -> None:
+    for path, asked in (("/api/chat", {"messages": CHAT}), ("/api/generate", {"prompt": "hi"})):
+        assert client.post(path, json={"model": "one", **asked, "keep_alive": "5m", "stream": False}).status_code == 200
+        assert client.get("/api/ps").json()["models"]
+        assert client.post(path, json={"model": "one", **asked, "keep_alive": 0, "stream": False}).json()["done"]
+        assert client.get("/api/ps").json()["models"] == []
+
+
 def test_ps_and_tags(client: httpx.Client) -> None:
     client.post("/api/chat", json={"model": "two", "keep_alive": -1})
     entry = {"name": str, "model": str, "size": int, "digest": str, "details": dict}
