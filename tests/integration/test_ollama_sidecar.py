@@ -355,7 +355,7 @@ def test_a_file_that_llama_cpp_cannot_open(http: httpx.Client, folder: Path) -> 
     (folder / "cut.gguf").write_bytes((folder / "tiny.gguf").read_bytes()[:-1000])
     data = (folder / "tiny.gguf").read_bytes()
     (folder / "old.gguf").write_bytes(data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_old.wght"))
-    for name, part in (("cut", "cut.gguf: tensor 'blk.3"), ("old", "steer build --source")):
+    for name, part in (("cut", "cut.gguf: tensor"), ("old", "steer build --source")):
         answer = http.post("/api/chat", json={"model": name, "messages": CHAT})
         assert answer.status_code == 500 and part in answer.json()["error"], answer.text
     assert http.post("/api/generate", json={"model": "tiny", "prompt": "a", "options": {"num_predict": 1}}).status_code == 200

@@ -17,13 +17,14 @@ import click.testing
 import httpx
 import pytest
 from steer_plugins_ollama import creating, install
+from steer_plugins_ollama import daemon as daemons
 from steer_plugins_ollama import store as stores
 from steer_plugins_ollama.daemon import Daemon
 from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.plugin import ollama
 from steer_plugins_ollama.pool import Pool
 from steer_plugins_ollama.service import Service
-from steer_plugins_ollama.serving import ServeOptions, serve
+from steer_plugins_ollama.serving import ServeOptions, make_service, serve
 from steer_plugins_ollama.store import OllamaStore
 
 from steer_plugins import Library, tinygguf
@@ -148,8 +149,27 @@ def test_no_daemon_and_no_sidecar(tmp_path: Path, daemon: StandInDaemon) -> None
     path = tmp_path / "Modelfile"
     path.write_text("FROM base\nPARAMETER steering mood\n")
     runner = click.testing.CliRunner()
-    done = runner.invoke(ollama, ["create", "x", "-f", str(path), "--url", daemon.url], env={"OLLAMA_HOST": daemon.url})
+    env = {"OLLAMA_HOST": "http://127.0.0.1:9"}
+    done = runner.invoke(ollama, ["create", "x", "-f", str(path), "--url", daemon.url], env=env)
     assert isinstance(done.exception, EngineError) and "start one with `steer ollama serve`" in str(done.exception)
+
+
+def test_the_address_of_the_sidecar_is_not_taken_for_ollamas(
+    tmp_path: Path, daemon: StandInDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the documentation has it, OLLAMA_HOST is the sidecar's address, which does not run now."""
+    daemon.close()
+    monkeypatch.setattr(daemons, "DEFAULT_URL", "http://127.0.0.1:9")  # where nobody is
+    path = tmp_path / "Modelfile"
+    path.write_text("FROM base\nPARAMETER steering mood\n")
+    address = daemon.url.removeprefix("http://")
+    done = click.testing.CliRunner().invoke(
+        ollama, ["create", "x", "-f", str(path), "--url", daemon.url], env={"OLLAMA_HOST": address}
+    )
+    assert f"the sidecar ({daemon.url}) nor Ollama (http://127.0.0.1:9)" in str(done.exception)
+    wanted = ServeOptions(port=11435, daemon="http://localhost:11435")
+    with pytest.raises(EngineError, match="where the sidecar itself listens"):
+        make_service(wanted)
 
 
 @pytest.mark.parametrize(

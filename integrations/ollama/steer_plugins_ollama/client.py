@@ -130,7 +130,8 @@ def _server(url: str) -> tuple[Api, bool]:
     if found is not None:
         return first, "steer" in found
     first.close()
-    second = Api(daemon_url())
+    sidecar = httpx.URL(first.url)
+    second = Api(daemon_url(listen=(sidecar.host, sidecar.port or 80)))
     found = second.version()
     if found is None:
         second.close()

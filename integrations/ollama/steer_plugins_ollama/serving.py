@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -53,6 +54,8 @@ def make_service(wanted: ServeOptions) -> tuple[Service, str]:
 
     library = Library()
     pool = Pool(flags=wanted.flags, library=library, environ=wanted.environ)
+    if wanted.daemon and is_itself(wanted.daemon, wanted.host, wanted.port):
+        raise EngineError(f"--daemon {wanted.daemon} is where the sidecar itself listens: name Ollama's address, or another --port")
     url = wanted.daemon or daemon_url(wanted.environ, (wanted.host, wanted.port))
     root = store_root(wanted.environ)
     if wanted.folder is None and (wanted.daemon or has_models(root) or _answers(url)):
@@ -67,6 +70,12 @@ def make_service(wanted: ServeOptions) -> tuple[Service, str]:
     extra = {} if wanted.folder else _demo()
     what = f"the folder {folder}" + "".join(f" and the demo model {name}" for name in extra)
     return Service(FolderStore(folder, extra), pool, library, environ=wanted.environ), what
+
+
+def is_itself(url: str, host: str, port: int) -> bool:
+    """Whether a URL is where a sidecar on ``host`` and ``port`` listens."""
+    parts = urlsplit(url)
+    return parts.port == port and (parts.hostname == host or is_local(str(parts.hostname)))
 
 
 def _demo() -> dict[str, Path]:
