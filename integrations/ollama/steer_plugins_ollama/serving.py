@@ -55,7 +55,7 @@ def make_service(wanted: ServeOptions) -> tuple[Service, str]:
     library = Library()
     pool = Pool(flags=wanted.flags, library=library, environ=wanted.environ)
     if wanted.daemon and is_itself(wanted.daemon, wanted.host, wanted.port):
-        raise EngineError(f"--daemon {wanted.daemon} is where the sidecar itself listens: name Ollama's address, or another --port")
+        raise EngineError(f"--daemon {wanted.daemon} is where the sidecar itself listens: give another --daemon or --port")
     url = wanted.daemon or daemon_url(wanted.environ, (wanted.host, wanted.port))
     root = store_root(wanted.environ)
     if wanted.folder is None and (wanted.daemon or has_models(root) or _answers(url)):
