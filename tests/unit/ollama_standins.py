@@ -146,7 +146,7 @@ class StandInProcess:
 
         class Process:
             running = False
-            url, device, log_tail = outer.llama.url, "CPU", ["a line"]
+            url, device, log_tail = outer.llama.url, "Stand-in 1", ["a line"]
 
             def start(self, model: Any, args: Any = ()) -> None:
                 outer.log.append("start")

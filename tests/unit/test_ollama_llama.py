@@ -405,6 +405,45 @@ def test_an_ollama_that_never_answers_is_not_waited_for(tmp_path: Path, gguf: Pa
     llama.close()
 
 
+def test_weights_are_let_go_of_for_ollama(tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For embeddings, which Ollama makes, and for a model that is deleted; what others still use stays."""
+    daemon, llama = StandInDaemon(), StandInLlama()
+    process = StandInProcess(llama)
+    llama.events = [said(content="x"), last_said()]
+    held: list[int] = []
+
+    def embed(handler: Any, body: bytes) -> None:
+        held.append(len(process.alive))
+        send_json(handler, {"embeddings": []})
+
+    for path in ("/api/embed", "/api/embeddings", "/v1/embeddings"):
+        daemon.answers[("POST", path)] = embed
+    daemon.answers[("DELETE", "/api/delete")] = embed
+    monkeypatch.setattr(pools, "ServerProcess", process)
+    for name in ("plain", "other"):
+        ollama_model(tmp_path / "store", name, gguf)
+    library = Library(tmp_path / "library")
+    store = OllamaStore(tmp_path / "store")
+    with running(lambda: Service(store, Pool(binary=gguf), library, daemon=Daemon(daemon.url), serve_all=True)) as (client, _):
+
+        def load(*names: str) -> None:
+            for name in names:
+                assert client.post("/api/chat", json={"model": name}).json()["done_reason"] == "load"
+            assert len(process.alive) == 1
+
+        for path in ("/api/embed", "/api/embeddings", "/v1/embeddings"):
+            load("plain")
+            assert client.post(path, json={"model": "other", "input": "x"}).json() == {"embeddings": []}
+        for left in (1, 0):
+            load("plain", *(["other"] if left else []))
+            client.request("DELETE", "/api/delete", json={"model": "plain"})
+            if left:
+                client.request("DELETE", "/api/delete", json={"model": "other"})
+    assert held == [0, 0, 0, 1, 0, 0]
+    daemon.close()
+    llama.close()
+
+
 def test_requests_for_weights_that_are_loading_here_are_not_ollamas(
     tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
