@@ -108,23 +108,28 @@ def _passed(call: Call, path: str, streams: bool) -> Response:
 
 async def _passed_whole(call: Call, path: str) -> Any:
     async with call.job() as job:
-        answer = await llama.ask(job.client, job.url, path, await _server_body(call, job, path))
+        body = _server_body(call, job, path)
+
+        async def once(fields: dict[str, Any]) -> AsyncGenerator[Any, None]:
+            yield await llama.ask(job.client, job.url, path, {**body, **fields})
+
+        async with contextlib.aclosing(job.steered(once)) as answers:
+            answer = await anext(answers)
         return {**answer, "model": call.name} if isinstance(answer, dict) else answer
 
 
 async def _passed_bytes(call: Call, path: str) -> AsyncGenerator[bytes, None]:
     async with call.job() as job:
-        body = await _server_body(call, job, path)
-        async with contextlib.aclosing(llama.stream(job.url, path, body)) as parts:
+        body = _server_body(call, job, path)
+        async with contextlib.aclosing(job.steered(lambda fields: llama.stream(job.url, path, {**body, **fields}))) as parts:
             async for part in parts:
                 yield part
 
 
-async def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any]:
-    """The request with the model's options, system prompt, history and steering in it."""
+def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any]:
+    """The request with the model's options, system prompt and history in it."""
     drop = {STEERING, "options", "keep_alive", *_OPTIONS}
     body = {**options.sampling(job.options), **{k: v for k, v in call.body.items() if k not in drop}}
-    body.update(await job.pool.fields(job.runner, job.model, call.steering))
     model = job.model
     if path == "/v1/chat/completions":
         body["messages"] = _with_model(model.system, model.messages, call.body["messages"])

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -22,6 +22,7 @@ log = logging.getLogger("steer.ollama")
 
 ROLES = ("system", "user", "assistant", "tool")
 THINK_LEVELS = ("low", "medium", "high", "max")
+T = TypeVar("T")
 _told: set[str] = set()
 _IMAGE_MARK = re.compile(r"\[img-([0-9]{1,4})\]")
 
@@ -43,8 +44,8 @@ class Job:
     def url(self) -> str:
         return self.runner.url
 
-    async def steered(self, make: Callable[[dict[str, Any]], AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
-        """The pieces of a request with steering fields; once more if the server has lost the vectors meanwhile."""
+    async def steered(self, make: Callable[[dict[str, Any]], AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+        """The parts of an answer to a request with steering fields; once more if the server has lost the vectors meanwhile."""
         for attempt in (1, 2):
             fields = await self.pool.fields(self.runner, self.model, self.steering)
             started = False
