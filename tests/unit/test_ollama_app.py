@@ -115,6 +115,26 @@ def test_a_daemon_that_dies_in_the_middle(sidecar: httpx.Client, daemon: StandIn
     assert "does not answer" in json.loads(lines[1])["error"] and len(lines) == 2
 
 
+def test_a_daemon_that_dies_in_an_answer_of_a_promised_length(
+    sidecar: httpx.Client, daemon: StandInDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no place for a sentence: only hanging up tells that it is not all."""
+
+    def tags(handler: Any, body: bytes) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+        handler.wfile.write(b'{"models"')
+        handler.wfile.flush()
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        handler.close_connection = True
+
+    daemon.answers[("GET", "/api/tags")] = tags
+    with pytest.raises(httpx.RemoteProtocolError):
+        sidecar.get("/api/tags")
+    assert "Ollama does not answer" in caplog.text and "Traceback" not in caplog.text
+
+
 def test_no_daemon(tmp_path: Path, library: Library, daemon: StandInDaemon) -> None:
     daemon.close()
     pool = Pool(binary=tmp_path / "none", library=library)

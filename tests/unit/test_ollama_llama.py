@@ -254,6 +254,29 @@ def test_a_server_that_dies_in_the_middle(serve: Serve) -> None:
     assert whole.status_code == 500 and "stopped unexpectedly" in whole.json()["error"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_sidecar_is_ended_in_the_middle(
+    tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    llama = StandInLlama()
+    llama.events, llama.wait_at = [said(content="x")], 1
+    monkeypatch.setattr(pools, "ServerProcess", StandInProcess(llama))
+    (tmp_path / "one.gguf").write_bytes(gguf.read_bytes())
+    library = Library(tmp_path / "library")
+    service = lambda: Service(FolderStore(tmp_path), Pool(binary=gguf, library=library), library)  # noqa: E731
+    with ThreadPoolExecutor(1) as others:
+        with running(service) as (client, _):
+            url, body = f"{client.base_url}/api/chat", {"model": "one", "messages": CHAT, "stream": stream}
+            asked = others.submit(httpx.post, url, json=body, trust_env=False, timeout=60)
+            assert llama.began.wait(20)
+            time.sleep(0.2)
+        answer = asked.result(30)
+    assert json.loads(answer.text.splitlines()[-1]) == {"error": "the sidecar is being ended"}
+    assert answer.status_code == (200 if stream else 503) and llama.left.wait(20)
+    assert "Traceback" not in caplog.text and "Exception" not in caplog.text
+    llama.close()
+
+
 def test_a_reply_without_an_end(serve: Serve) -> None:
     client, llama = serve()
     llama.events = [said(content="one")]

@@ -37,8 +37,13 @@ class Unavailable(ApiError):
     status = 502
 
 
-class Cancelled(Exception):
-    """The client has gone."""
+class Ending(ApiError):
+    """The sidecar is being ended (503)."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__("the sidecar is being ended")
 
 
 def status_of(error: BaseException) -> int:
