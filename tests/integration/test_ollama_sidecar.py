@@ -42,7 +42,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need_server()
     root = tmp_path_factory.mktemp("library")
     with ServerProcess() as process:
-        process.start(model, ["-c", "4096", "-np", "4", "-t", "2"])
+        process.start(model, ["-c", "4096", "-np", "4", "-t", "1", "-tb", "1"])  # two threads crawl on a busy machine
         process.wait_ready()
         engine = ServerEngine(process.url)
         # not calibrated: that takes minutes, and here it only matters that the two poles differ
