@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 import uvicorn
-from steer_plugins_ollama.app import Service, make_app
+from steer_plugins_ollama.app import make_app
+from steer_plugins_ollama.service import Service
 
 
 class StandIn:
@@ -145,7 +146,7 @@ class StandInProcess:
 
         class Process:
             running = False
-            url, device, log_tail = outer.llama.url, "CPU", ["a line"]
+            url, device, log_tail = outer.llama.url, "Stand-in 1", ["a line"]
 
             def start(self, model: Any, args: Any = ()) -> None:
                 outer.log.append("start")

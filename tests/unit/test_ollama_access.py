@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 from steer_plugins_ollama.access import host_allowed
-from steer_plugins_ollama.app import Service
 from steer_plugins_ollama.daemon import Daemon
 from steer_plugins_ollama.pool import Pool
+from steer_plugins_ollama.service import Service
 from steer_plugins_ollama.store import OllamaStore
 
 from steer_plugins import Library

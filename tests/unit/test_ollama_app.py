@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-from steer_plugins_ollama.app import Service
 from steer_plugins_ollama.daemon import Daemon
 from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.pool import Pool
+from steer_plugins_ollama.service import Service
 from steer_plugins_ollama.store import OllamaStore
 
 from steer_plugins import Library, tinygguf
@@ -62,6 +62,7 @@ def test_what_passes_through(sidecar: httpx.Client, daemon: StandInDaemon) -> No
     answer = sidecar.post("/api/new/thing?x=1%2F2", content=b"raw")
     assert (answer.status_code, answer.json()) == (202, {"body": "raw"})
     assert daemon.asked[-1][1] == "/api/new/thing?x=1%2F2"
+    assert len(answer.headers.get_list("date")) == 1
     assert sidecar.get("/").text == "Ollama is running" and sidecar.head("/").status_code == 200
     assert sidecar.get("/api/version").json()["version"] == "0.9.3" and "steer" in sidecar.get("/api/version").json()
     assert sidecar.get("/nosuch").json() == {"error": "404 /nosuch"}
@@ -112,6 +113,26 @@ def test_a_daemon_that_dies_in_the_middle(sidecar: httpx.Client, daemon: StandIn
     lines = sidecar.post("/api/pull", json={}).text.splitlines()
     assert json.loads(lines[0]) == {"status": "one"}
     assert "does not answer" in json.loads(lines[1])["error"] and len(lines) == 2
+
+
+def test_a_daemon_that_dies_in_an_answer_of_a_promised_length(
+    sidecar: httpx.Client, daemon: StandInDaemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no place for a sentence: only hanging up tells that it is not all."""
+
+    def tags(handler: Any, body: bytes) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+        handler.wfile.write(b'{"models"')
+        handler.wfile.flush()
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        handler.close_connection = True
+
+    daemon.answers[("GET", "/api/tags")] = tags
+    with pytest.raises(httpx.RemoteProtocolError):
+        sidecar.get("/api/tags")
+    assert "Ollama does not answer" in caplog.text and "Traceback" not in caplog.text
 
 
 def test_no_daemon(tmp_path: Path, library: Library, daemon: StandInDaemon) -> None:

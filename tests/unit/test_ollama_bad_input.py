@@ -17,13 +17,14 @@ import click.testing
 import httpx
 import pytest
 from steer_plugins_ollama import creating, install
+from steer_plugins_ollama import daemon as daemons
 from steer_plugins_ollama import store as stores
-from steer_plugins_ollama.app import Service
 from steer_plugins_ollama.daemon import Daemon
 from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.plugin import ollama
 from steer_plugins_ollama.pool import Pool
-from steer_plugins_ollama.serving import ServeOptions, serve
+from steer_plugins_ollama.service import Service
+from steer_plugins_ollama.serving import ServeOptions, make_service, serve
 from steer_plugins_ollama.store import OllamaStore
 
 from steer_plugins import Library, tinygguf
@@ -148,8 +149,27 @@ def test_no_daemon_and_no_sidecar(tmp_path: Path, daemon: StandInDaemon) -> None
     path = tmp_path / "Modelfile"
     path.write_text("FROM base\nPARAMETER steering mood\n")
     runner = click.testing.CliRunner()
-    done = runner.invoke(ollama, ["create", "x", "-f", str(path), "--url", daemon.url], env={"OLLAMA_HOST": daemon.url})
+    env = {"OLLAMA_HOST": "http://127.0.0.1:9"}
+    done = runner.invoke(ollama, ["create", "x", "-f", str(path), "--url", daemon.url], env=env)
     assert isinstance(done.exception, EngineError) and "start one with `steer ollama serve`" in str(done.exception)
+
+
+def test_the_address_of_the_sidecar_is_not_taken_for_ollamas(
+    tmp_path: Path, daemon: StandInDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the documentation has it, OLLAMA_HOST is the sidecar's address, which does not run now."""
+    daemon.close()
+    monkeypatch.setattr(daemons, "DEFAULT_URL", "http://127.0.0.1:9")  # where nobody is
+    path = tmp_path / "Modelfile"
+    path.write_text("FROM base\nPARAMETER steering mood\n")
+    address = daemon.url.removeprefix("http://")
+    done = click.testing.CliRunner().invoke(
+        ollama, ["create", "x", "-f", str(path), "--url", daemon.url], env={"OLLAMA_HOST": address}
+    )
+    assert f"the sidecar ({daemon.url}) nor Ollama (http://127.0.0.1:9)" in str(done.exception)
+    wanted = ServeOptions(port=11435, daemon="http://localhost:11435")
+    with pytest.raises(EngineError, match="where the sidecar itself listens"):
+        make_service(wanted)
 
 
 @pytest.mark.parametrize(
@@ -246,3 +266,53 @@ def test_the_launchd_agent_is_a_property_list(tmp_path: Path) -> None:
     found = plistlib.loads(content)
     assert found["ProgramArguments"] == ["python", "a b", "<&>"] and found["EnvironmentVariables"] == {"OLLAMA_MODELS": "/m & m"}
     assert found["Label"] == install.LABEL and found["RunAtLoad"] is True
+
+
+def test_a_service_finds_its_folders_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(install.sys, "platform", "darwin")
+    monkeypatch.setenv("STEER_LIBRARY", "vectors")
+    runner = click.testing.CliRunner()
+
+    def agent(*options: str) -> dict[str, Any]:
+        done = runner.invoke(ollama, ["install", "--json", "--", *options])
+        assert done.exit_code == 0, done.output
+        return dict(plistlib.loads(json.loads(done.output)["content"].encode()))
+
+    for options in (["--folder", "ggufs"], ["--folder=ggufs"]):
+        found = agent("--all", *options, "--", "--folder", "x")
+        assert found["EnvironmentVariables"]["STEER_LIBRARY"] == str(tmp_path / "vectors")
+        words = " ".join(found["ProgramArguments"]).replace("=", " ")
+        assert words.endswith(f"serve --all --folder {tmp_path / 'ggufs'} -- --folder x")
+    done = runner.invoke(ollama, ["install", "--json", "--", "--prot", "1"])
+    assert done.exit_code == 2 and "--prot" in done.output
+
+
+def test_a_modelfile_as_powershell_writes_it(tmp_path: Path, daemon: StandInDaemon) -> None:
+    path = tmp_path / "Modelfile"
+    for encoding in ("utf-16", "utf-8-sig"):
+        path.write_text("FROM base\nPARAMETER steering mood:\n", encoding=encoding)
+        done = click.testing.CliRunner().invoke(ollama, ["create", "x", "-f", str(path), "--url", daemon.url])
+        assert "Modelfile line 2" in str(done.exception)
+        (tmp_path / "x.modelfile").write_bytes(path.read_bytes())
+        with pytest.raises(SteerError, match="line 2"):
+            FolderStore(tmp_path).get("x")
+
+
+def test_what_the_command_sends_of_several_steering_lines(tmp_path: Path, daemon: StandInDaemon) -> None:
+    """A leading plus is kept: only the server knows what it is added to."""
+    from steer_plugins_ollama import modelfile
+    from steer_plugins_ollama.client import Api, request_of
+
+    api = Api(daemon.url)
+    try:
+        for lines, wanted in (
+            (["mood:0.6", "kind:0.3"], "mood:0.6 + kind:0.3"),
+            (["+ mood:0.6", "kind:0.3"], "+ mood:0.6 + kind:0.3"),
+            (["mood:0.6", "+ kind:0.3"], "mood:0.6 + kind:0.3"),
+            ([""], ""),
+        ):
+            text = "FROM base\n" + "".join(f'PARAMETER steering "{line}"\n' for line in lines)
+            assert request_of("x", modelfile.parse(text), tmp_path, api)["parameters"] == {"steering": wanted}
+    finally:
+        api.close()

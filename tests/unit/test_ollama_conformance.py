@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 from steer_plugins_ollama import pool as pools
-from steer_plugins_ollama.app import Service
 from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.pool import Pool
+from steer_plugins_ollama.service import Service
 
 from steer_plugins import Library, tinygguf
 
@@ -112,6 +112,14 @@ def test_load_and_unload(client: httpx.Client, path: str, empty: Kinds) -> None:
             assert found["done"] is True and found["done_reason"] == reason
 
 
+def test_keep_alive_of_zero_ends_the_process_with_the_answer(client: httpx.Client) -> None:
+    for path, asked in (("/api/chat", {"messages": CHAT}), ("/api/generate", {"prompt": "hi"})):
+        assert client.post(path, json={"model": "one", **asked, "keep_alive": "5m", "stream": False}).status_code == 200
+        assert client.get("/api/ps").json()["models"]
+        assert client.post(path, json={"model": "one", **asked, "keep_alive": 0, "stream": False}).json()["done"]
+        assert client.get("/api/ps").json()["models"] == []
+
+
 def test_ps_and_tags(client: httpx.Client) -> None:
     client.post("/api/chat", json={"model": "two", "keep_alive": -1})
     entry = {"name": str, "model": str, "size": int, "digest": str, "details": dict}
@@ -119,6 +127,7 @@ def test_ps_and_tags(client: httpx.Client) -> None:
     (found,) = client.get("/api/ps").json()["models"]
     has(found, {**entry, "expires_at": str, "size_vram": int, "context_length": int, **ours})
     datetime.fromisoformat(found["expires_at"].replace("Z", "+00:00"))
+    assert found["device"] == "Stand-in 1" and found["size_vram"] == 0 and found["expires_at"].startswith("2318")
     assert set(found["details"]) == DETAILS
     for found in client.get("/api/tags").json()["models"]:
         has(found, {**entry, "modified_at": str})

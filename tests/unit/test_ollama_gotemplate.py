@@ -133,3 +133,18 @@ def test_tool_calls() -> None:
     )
     assert template.prompt([call]) == 'f{"x":1}'
     assert {"messages", "toolcalls", "function"} <= template.uses
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{{ range 1000000000 }}{{ end }}", "too many steps"),
+        ("{{ range 100000 }}{{ range 100000 }}{{ end }}{{ end }}", "too many steps"),
+        ("{{ if .A }}" + "{{ else if .B }}" * 3000 + "{{ end }}", "nested too deeply"),
+        ("{{ " + "9" * 5000 + " }}", "too long"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "too many parentheses"),
+    ],
+)
+def test_a_request_cannot_keep_the_sidecar_busy(text: str, part: str) -> None:
+    with pytest.raises(TemplateError, match=part):
+        Template(text).prompt([{"role": "user", "content": "hi"}])

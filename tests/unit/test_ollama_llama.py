@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from steer_plugins_ollama import pool as pools
-from steer_plugins_ollama.app import Service
 from steer_plugins_ollama.daemon import Daemon
 from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.pool import Pool
+from steer_plugins_ollama.service import Service
 from steer_plugins_ollama.store import OllamaStore
 
 from steer_plugins import Library, tinygguf
@@ -254,6 +254,29 @@ def test_a_server_that_dies_in_the_middle(serve: Serve) -> None:
     assert whole.status_code == 500 and "stopped unexpectedly" in whole.json()["error"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_sidecar_is_ended_in_the_middle(
+    tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    llama = StandInLlama()
+    llama.events, llama.wait_at = [said(content="x")], 1
+    monkeypatch.setattr(pools, "ServerProcess", StandInProcess(llama))
+    (tmp_path / "one.gguf").write_bytes(gguf.read_bytes())
+    library = Library(tmp_path / "library")
+    service = lambda: Service(FolderStore(tmp_path), Pool(binary=gguf, library=library), library)  # noqa: E731
+    with ThreadPoolExecutor(1) as others:
+        with running(service) as (client, _):
+            url, body = f"{client.base_url}/api/chat", {"model": "one", "messages": CHAT, "stream": stream}
+            asked = others.submit(httpx.post, url, json=body, trust_env=False, timeout=60)
+            assert llama.began.wait(20)
+            time.sleep(0.2)
+        answer = asked.result(30)
+    assert json.loads(answer.text.splitlines()[-1]) == {"error": "the sidecar is being ended"}
+    assert answer.status_code == (200 if stream else 503) and llama.left.wait(20)
+    assert "Traceback" not in caplog.text and "Exception" not in caplog.text
+    llama.close()
+
+
 def test_a_reply_without_an_end(serve: Serve) -> None:
     client, llama = serve()
     llama.events = [said(content="one")]
@@ -405,6 +428,45 @@ def test_an_ollama_that_never_answers_is_not_waited_for(tmp_path: Path, gguf: Pa
     llama.close()
 
 
+def test_weights_are_let_go_of_for_ollama(tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For embeddings, which Ollama makes, and for a model that is deleted; what others still use stays."""
+    daemon, llama = StandInDaemon(), StandInLlama()
+    process = StandInProcess(llama)
+    llama.events = [said(content="x"), last_said()]
+    held: list[int] = []
+
+    def embed(handler: Any, body: bytes) -> None:
+        held.append(len(process.alive))
+        send_json(handler, {"embeddings": []})
+
+    for path in ("/api/embed", "/api/embeddings", "/v1/embeddings"):
+        daemon.answers[("POST", path)] = embed
+    daemon.answers[("DELETE", "/api/delete")] = embed
+    monkeypatch.setattr(pools, "ServerProcess", process)
+    for name in ("plain", "other"):
+        ollama_model(tmp_path / "store", name, gguf)
+    library = Library(tmp_path / "library")
+    store = OllamaStore(tmp_path / "store")
+    with running(lambda: Service(store, Pool(binary=gguf), library, daemon=Daemon(daemon.url), serve_all=True)) as (client, _):
+
+        def load(*names: str) -> None:
+            for name in names:
+                assert client.post("/api/chat", json={"model": name}).json()["done_reason"] == "load"
+            assert len(process.alive) == 1
+
+        for path in ("/api/embed", "/api/embeddings", "/v1/embeddings"):
+            load("plain")
+            assert client.post(path, json={"model": "other", "input": "x"}).json() == {"embeddings": []}
+        for left in (1, 0):
+            load("plain", *(["other"] if left else []))
+            client.request("DELETE", "/api/delete", json={"model": "plain"})
+            if left:
+                client.request("DELETE", "/api/delete", json={"model": "other"})
+    assert held == [0, 0, 0, 1, 0, 0]
+    daemon.close()
+    llama.close()
+
+
 def test_requests_for_weights_that_are_loading_here_are_not_ollamas(
     tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,3 +490,18 @@ def test_requests_for_weights_that_are_loading_here_are_not_ollamas(
     assert "/api/chat" not in daemon.paths()
     daemon.close()
     llama.close()
+
+
+def test_loading_and_the_whole_are_told_in_nanoseconds(tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = StandInLlama()
+    llama.events = [said(content="x"), said(finish="stop"), last_said()]
+    monkeypatch.setattr(pools, "ServerProcess", StandInProcess(llama, load_seconds=0.05))
+    (tmp_path / "one.gguf").write_bytes(gguf.read_bytes())
+    library = Library(tmp_path / "library")
+    pool = Pool(binary=gguf, library=library, environ={})
+    with running(lambda: Service(FolderStore(tmp_path), pool, library, environ={})) as (client, _):
+        began = time.monotonic()
+        found = client.post("/api/chat", json={"model": "one", "messages": CHAT, "stream": False}).json()
+        took = (time.monotonic() - began) * 1e9
+    llama.close()
+    assert 50_000_000 <= found["load_duration"] <= found["total_duration"] <= took

@@ -185,3 +185,31 @@ def test_launchd_agent() -> None:
     assert install.removal(platform="darwin", environ={}).content is None
     with pytest.raises(SteerError):
         install.plan([], platform="win32", environ={})
+
+
+# ---- conversations that are too long ----
+
+
+def test_the_oldest_messages_go_first_and_in_few_rounds() -> None:
+    from steer_plugins_ollama.replies import without_oldest
+
+    system = {"role": "system", "content": "s"}
+    messages = [system, *({"role": "user", "content": f"{n:03} " + "x" * 36} for n in range(400))]
+    left, rounds = messages, 0
+    while (n_prompt := 20 * len(left)) > 400:  # 20 tokens each
+        left = without_oldest(left, n_prompt, 400) or pytest.fail("all are gone")
+        rounds += 1
+    assert rounds < 20 and len(left) == 20, "as many as fit, and no more"
+    assert left[0] == system and left[1:] == messages[-19:]
+    assert without_oldest([system, messages[-1]], 100, 10) is None
+    assert without_oldest([messages[1], system, messages[2]], 0, 0) == [system, messages[2]]
+
+
+# ---- a context longer than the model's ----
+
+
+def test_a_context_is_at_most_what_the_model_was_trained_on() -> None:
+    assert options.load_options({"num_ctx": 100_000}, {}, 8192).n_ctx == 8192
+    assert options.load_options({"num_ctx": 4096}, {}, 8192).n_ctx == 4096
+    assert options.load_options({}, {"OLLAMA_CONTEXT_LENGTH": "9000"}, 2048).n_ctx == 2048
+    assert options.load_options({"num_ctx": 100_000}, {}).n_ctx == 100_000

@@ -39,7 +39,7 @@ class Api:
     """A few calls, one after another. Raises SteerError."""
 
     def __init__(self, url: str) -> None:
-        self.url = host_url(url) if "://" not in url else url.rstrip("/")
+        self.url = host_url(url, "--url")
         local = is_local(httpx.URL(self.url).host)
         self._client = httpx.Client(trust_env=not local, timeout=httpx.Timeout(None, connect=5.0))
 
@@ -107,7 +107,7 @@ def create(name: str, path: Path, url: str, *, quantize: str | None = None, carr
     """Create a model; yields what to print. Raises SteerError, with the line where the Modelfile is wrong."""
     parse_name(name)
     try:
-        text = path.read_text("utf-8-sig")
+        text = modelfile.decode(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the Modelfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     parsed = modelfile.parse(text)
@@ -130,7 +130,8 @@ def _server(url: str) -> tuple[Api, bool]:
     if found is not None:
         return first, "steer" in found
     first.close()
-    second = Api(daemon_url())
+    sidecar = httpx.URL(first.url)
+    second = Api(daemon_url(listen=(sidecar.host, sidecar.port or 80)))
     found = second.version()
     if found is None:
         second.close()

@@ -24,7 +24,7 @@ DEFAULT_URL = "http://127.0.0.1:11434"
 
 # a connection's own headers (RFC 9110, 7.6.1), and what each side works out for itself
 _HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"}
-_HOP |= {"host", "expect"}
+_HOP |= {"host", "expect", "date"}
 
 
 def daemon_url(environ: Mapping[str, str] | None = None, listen: tuple[str, int] | None = None) -> str:
@@ -44,7 +44,7 @@ def daemon_url(environ: Mapping[str, str] | None = None, listen: tuple[str, int]
     return url
 
 
-def host_url(text: str) -> str:
+def host_url(text: str, what: str = "OLLAMA_HOST") -> str:
     """The URL that a text such as ``OLLAMA_HOST`` means: scheme and port may be left out. Raises BadRequest."""
     scheme, mark, rest = text.partition("://")
     if not mark:
@@ -56,7 +56,7 @@ def host_url(text: str) -> str:
         port = parts.port or {"http": 11434 if not mark else 80, "https": 443}[scheme]
         host = parts.hostname or "127.0.0.1"
     except (ValueError, KeyError):
-        raise BadRequest(f"OLLAMA_HOST={text[:100]!r} is no address: write one such as 127.0.0.1:11434") from None
+        raise BadRequest(f"{what}={text[:100]!r} is no address: write one such as 127.0.0.1:11434") from None
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{parts.path.rstrip('/')}"
 

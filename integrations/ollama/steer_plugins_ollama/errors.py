@@ -23,14 +23,27 @@ class NotFound(ApiError):
     status = 404
 
 
+class BadName(BadRequest):
+    """What should name a model is no model name (400)."""
+
+
+class NotSteerable(BadRequest):
+    """The model has no weights that can be steered: a safetensors or cloud model (400)."""
+
+
 class Unavailable(ApiError):
     """Ollama does not answer (502)."""
 
     status = 502
 
 
-class Cancelled(Exception):
-    """The client has gone."""
+class Ending(ApiError):
+    """The sidecar is being ended (503)."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__("the sidecar is being ended")
 
 
 def status_of(error: BaseException) -> int:

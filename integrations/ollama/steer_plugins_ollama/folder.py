@@ -8,6 +8,7 @@ does not depend on the model it was made from. Uploaded files are in ``blobs/``,
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import secrets
 from collections.abc import Mapping
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from steer_plugins.errors import ModelError, SteerError
+from steer_plugins.errors import EngineError, ModelError
 from steer_plugins.files import write_atomically
 
 from . import expression, modelfile
 from .errors import BadRequest, NotFound
-from .model import Model
+from .model import STEERING, Model
 from .names import HOST, NAMESPACE, Name, parse_name
 from .store import MAX_TEXT_BLOB
 
@@ -96,7 +97,7 @@ class FolderStore:
         try:
             if path.stat().st_size > MAX_TEXT_BLOB:
                 raise ModelError(f"{path.name} is too large for a Modelfile")
-            text = path.read_text("utf-8", errors="replace")
+            text = modelfile.decode(path.read_bytes(), errors="replace")
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}") from None
         try:
@@ -109,7 +110,8 @@ class FolderStore:
         carried = [one for one in map(expression.of_license, parsed.licenses) if one is not None]
         for one in carried:
             steering = expression.combine(steering, one)
-        vectors = {m[1]: self.vector_path(m[2]) for m in map(_VECTOR_LINE.fullmatch, text.splitlines()) if m}
+        head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())  # below, it may be a text's own line
+        vectors = {m[1]: self.vector_path(m[2]) for m in map(_VECTOR_LINE.fullmatch, head) if m}
         return Model(
             name=name,
             gguf=base.gguf,
@@ -169,7 +171,7 @@ class FolderStore:
 
         Raises:
             BadRequest: it has no weights, or asks for what only Ollama does.
-            SteerError: the folder cannot be written.
+            EngineError: the folder cannot be written.
         """
         if body.get("quantize") or body.get("quantization"):
             raise BadRequest("quantize is Ollama's: this sidecar serves GGUFs as they are")
@@ -185,17 +187,17 @@ class FolderStore:
             if key == "stop" and isinstance(value, str):
                 parameters[key] = [value]
         adapters = [self._relative(digest) for digest in (body.get("adapters") or {}).values()]
-        text = modelfile.render(
-            source,
-            template=body.get("template") or (base.template if base else None),
-            system=body.get("system") or (base.system if base else None),
-            adapters=[*(str(p) for p in (base.adapters if base else ())), *adapters],
-            parameters=parameters,
-            messages=body.get("messages") or (base.messages if base else ()),
-            licenses=[*(base.licenses if base else ()), *licenses],
-            projectors=map(str, base.projectors if base else ()),
-        )
-        _check_same(text, body, source)
+        wanted: dict[str, Any] = {
+            "template": body.get("template") or (base.template if base else None),
+            "system": body.get("system") or (base.system if base else None),
+            "adapters": [*(str(p) for p in (base.adapters if base else ())), *adapters],
+            "parameters": parameters,
+            "messages": list(body.get("messages") or (base.messages if base else ())),
+            "licenses": [*(base.licenses if base else ()), *licenses],
+            "projectors": [str(p) for p in (base.projectors if base else ())],
+        }
+        text = modelfile.render(source, **wanted)
+        _check_same(text, source, wanted)
         carried = {key: hashlib.sha256(data).hexdigest() for key, data in (vectors or {}).items()}
         inherited = {key: path.stem for key, path in (base.vectors if base else {}).items()}
         head = "".join(f"# steer-vector {key} sha256:{digest}\n" for key, digest in {**inherited, **carried}.items())
@@ -206,7 +208,7 @@ class FolderStore:
             self.root.mkdir(parents=True, exist_ok=True)
             write_atomically(self.modelfile_path(name), (head + text).encode())
         except OSError as error:
-            raise SteerError(f"{name} cannot be stored in {self.root}: {error.strerror or error}") from None
+            raise EngineError(f"{name} cannot be stored in {self.root}: {error.strerror or error}") from None
 
     def _base(self, body: Mapping[str, Any]) -> tuple[Model | None, str]:
         files = body.get("files") or {}
@@ -231,14 +233,14 @@ class FolderStore:
         return f"./blobs/{path.name}"
 
     def copy(self, source: str, target: Name) -> None:
-        """Raises NotFound, or SteerError when the folder cannot be written."""
+        """Raises NotFound, or EngineError when the folder cannot be written."""
         model = self.get(source)
         path = self.modelfile_path(model.name)
-        text = path.read_text("utf-8") if path.is_file() else f"FROM {str(model.name)}\n"
         try:
+            text = path.read_text("utf-8", errors="replace") if path.is_file() else f"FROM {str(model.name)}\n"
             write_atomically(self.modelfile_path(target), text.encode())
         except OSError as error:
-            raise SteerError(f"{target} cannot be stored in {self.root}: {error.strerror or error}") from None
+            raise EngineError(f"{target} cannot be stored in {self.root}: {error.strerror or error}") from None
 
     def delete(self, text: str) -> None:
         """Remove a model that was created here, and the uploads that only it used. GGUFs of the folder are not ours to delete.
@@ -256,7 +258,7 @@ class FolderStore:
             path.unlink()
             self._collect(text)
         except OSError as error:
-            raise SteerError(f"{path} cannot be deleted: {error.strerror or error}") from None
+            raise EngineError(f"{path} cannot be deleted: {error.strerror or error}") from None
 
     def _collect(self, deleted: str) -> None:
         """Remove the uploads that a deleted Modelfile names and no other does."""
@@ -268,15 +270,27 @@ class FolderStore:
                     path.unlink()
 
 
-def _check_same(text: str, body: Mapping[str, Any], source: str) -> None:
-    """Raise BadRequest where a text of the request would end its own quotes and be read as instructions."""
+def _check_same(text: str, source: str, wanted: Mapping[str, Any]) -> None:
+    """Raise BadRequest where a text of the request would end its own quotes, and what follows be read as instructions."""
     parsed = modelfile.parse(text)
-    wanted = [(m["role"], m.get("content") or "") for m in body.get("messages") or ()]
-    same = parsed.source == source and all(
-        not body.get(key) or getattr(parsed, key) == body[key] for key in ("template", "system")
+    parameters = dict(wanted["parameters"])
+    steering = parameters.pop(STEERING, None)
+    lists = {"adapters": parsed.adapters, "projectors": parsed.more_sources}
+    same = (
+        parsed.source == source
+        and (parsed.template or "", parsed.system or "") == (wanted["template"] or "", wanted["system"] or "")
+        and all([one for one, _ in found] == wanted[key] for key, found in lists.items())
+        and parsed.licenses == wanted["licenses"]
+        and [(m["role"], m["content"]) for m in parsed.messages]
+        == [(m["role"], m.get("content") or "") for m in wanted["messages"]]
+        and parsed.parameters == {key: value for key, value in parameters.items() if value != []}
+        and "".join(parsed.steering) == (steering or "")
+        and not (parsed.drafts or parsed.renderer or parsed.parser or parsed.requires or parsed.ignored)
     )
-    if not same or (wanted and [(m["role"], m["content"]) for m in parsed.messages] != wanted):
-        raise BadRequest("a text of the model cannot be written as a Modelfile: it has quotes at the end of a line")
+    if not same:
+        raise BadRequest(
+            "a text of the model cannot be written into a Modelfile as it is: it has quotes at a line end, or carriage returns"
+        )
 
 
 def _same(text: str, name: Name) -> bool:

@@ -20,7 +20,8 @@ UNIT = "steer-ollama.service"
 #: Variables of this shell that the service needs to behave as the commands here do.
 KEPT: tuple[str, ...] = ("OLLAMA_HOST", "OLLAMA_MODELS", "OLLAMA_KEEP_ALIVE", "OLLAMA_NUM_PARALLEL", "OLLAMA_MAX_LOADED_MODELS")
 KEPT += ("OLLAMA_CONTEXT_LENGTH", "OLLAMA_FLASH_ATTENTION", "OLLAMA_KV_CACHE_TYPE", "OLLAMA_LOAD_TIMEOUT", "OLLAMA_ORIGINS")
-KEPT += ("STEER_LIBRARY", "STEER_RUNTIME", "STEER_CACHE", "STEER_MODEL")
+PATHS = ("OLLAMA_MODELS", "STEER_LIBRARY", "STEER_RUNTIME", "STEER_CACHE", "STEER_MODEL")
+KEPT += PATHS[1:]
 KEPT += ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 
 
@@ -74,7 +75,7 @@ def _run(command: Sequence[str], *, fatal: bool) -> None:
         raise SteerError(f"{command[0]} cannot be run: {error.strerror or error}") from None
     if done.returncode and fatal:
         said = " ".join((done.stderr or done.stdout).split())[:300]
-        raise SteerError(f"`{' '.join(command)}` failed ({said}): the file is written, run the command yourself")
+        raise SteerError(f"`{' '.join(command)}` failed ({said}): run it yourself, the rest is done")
 
 
 def plan(options: Sequence[str], *, platform: str | None = None, environ: Mapping[str, str] | None = None) -> Plan:
@@ -86,6 +87,9 @@ def plan(options: Sequence[str], *, platform: str | None = None, environ: Mappin
     platform, env = platform or sys.platform, os.environ if environ is None else environ
     command = [sys.executable, "-m", "steer_plugins", "ollama", "serve", *options]
     kept = {key: env[key] for key in KEPT if env.get(key)}
+    for key in PATHS:
+        if key in kept:  # the service starts elsewhere
+            kept[key] = str(Path(kept[key]).expanduser().absolute())
     if platform == "darwin":
         path = agent_path()
         return Plan(path, launchd_agent(command, kept), after=(("launchctl", "load", "-w", str(path)),))

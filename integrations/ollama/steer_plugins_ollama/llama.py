@@ -160,6 +160,7 @@ def refusal(status: int, raw: bytes) -> ApiError:
         message = str(error["message"]) if isinstance(error, dict) else str(error)
     except (ValueError, KeyError, TypeError, AttributeError):
         error, message = {}, raw.decode(errors="replace")[:300] or f"status {status}"
+    message = " ".join(message.split())
     if isinstance(error, dict) and error.get("type") == "exceed_context_size_error":
         return TooLong(message, int(error.get("n_prompt_tokens") or 0), int(error.get("n_ctx") or 0))
     code = error.get("code") if isinstance(error, dict) else None

@@ -82,6 +82,11 @@ class Modelfile:
     ignored: list[str] = field(default_factory=list)
 
 
+def decode(raw: bytes, errors: str = "strict") -> str:
+    """The text of a file: UTF-8, or UTF-16 with its mark, as PowerShell's ``>`` writes it. Raises UnicodeDecodeError."""
+    return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", errors)
+
+
 def parse(text: str) -> Modelfile:
     """The Modelfile that a text is.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .errors import BadRequest
+from .errors import BadName
 
 HOST, NAMESPACE, TAG = "registry.ollama.ai", "library", "latest"
 
@@ -40,14 +40,14 @@ def parse_name(text: object) -> Name:
     """The name that a text means, with the defaults filled in.
 
     Raises:
-        BadRequest: it is no model name.
+        BadName: it is no model name.
     """
     if not isinstance(text, str) or not text:
-        raise BadRequest("model is required")
+        raise BadName("model is required")
     rest = text.removeprefix("https://").removeprefix("http://")
     head, slash, last = rest.rpartition("/")
     if slash and not head:
-        raise BadRequest(f"invalid model name: {text[:200]!r}")
+        raise BadName(f"invalid model name: {text[:200]!r}")
     model, colon, tag = last.partition(":")
     host, _, namespace = head.rpartition("/") if head else ("", "", "")
     name = Name(host or HOST, namespace or NAMESPACE, model, tag if colon else TAG)
@@ -58,5 +58,5 @@ def parse_name(text: object) -> Name:
         and _PART.fullmatch(name.tag)
     )
     if not fits:
-        raise BadRequest(f"invalid model name: {text[:200]!r}")
+        raise BadName(f"invalid model name: {text[:200]!r}")
     return name

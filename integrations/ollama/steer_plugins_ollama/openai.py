@@ -11,7 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -19,13 +19,12 @@ from starlette.responses import JSONResponse, Response
 from steer_plugins.errors import SteerError
 
 from . import llama, options, replies
+from .calls import Call, make_call, steering_in
 from .daemon import Forwarded
 from .errors import BadRequest
-from .model import STEERING
-from .streams import Streamed, Whole
-
-if TYPE_CHECKING:
-    from .app import Call, Service
+from .model import STEERING, Model
+from .service import Service
+from .streams import Streamed, Whole, read_body
 
 #: OpenAI's names of sampling options, as Ollama's.
 _OPTIONS = {
@@ -37,6 +36,7 @@ _OPTIONS = {
     "frequency_penalty": "frequency_penalty",
     "max_tokens": "num_predict",
     "max_completion_tokens": "num_predict",
+    "max_output_tokens": "num_predict",
 }
 
 
@@ -46,8 +46,6 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messag
 
 async def handle(request: Request) -> Response:
     """One of :data:`PATHS`."""
-    from .app import make_call, read_body, steering_in
-
     service: Service = request.app.state.service
     path = request.url.path
     raw, body = await read_body(request)
@@ -73,10 +71,29 @@ async def handle(request: Request) -> Response:
         if model.template and not body.get("tools"):
             call.body = chat_body(call.body)
             return _own(call, body, streams, "chat.completion")
-    needed = "messages" if path == "/v1/messages" else "input" if path == "/v1/responses" else None
-    if needed and not body.get(needed):
+    needed = "input" if path == "/v1/responses" else "messages"
+    if not body.get(needed):
         raise BadRequest(f"{needed} is required")
+    if not isinstance(body[needed], list | str if needed == "input" else list):
+        raise BadRequest(f"{needed} must be a list")
+    refuse_links(body[needed])
     return _passed(call, path, streams)
+
+
+_MEDIA = ("image", "image_url", "input_image", "input_audio", "input_video", "video_url")
+
+
+def refuse_links(value: Any, *, media: bool = False) -> None:
+    """Raise BadRequest for pictures and sounds at an address: llama-server would fetch them, from wherever a request says."""
+    if isinstance(value, str) and media and value.startswith(("http", "file:")):
+        raise BadRequest("images are data: URLs: nothing is fetched from elsewhere")
+    if isinstance(value, list):
+        for one in value:
+            refuse_links(one, media=media)
+    elif isinstance(value, dict):
+        inside = media or value.get("type") in _MEDIA
+        for one in value.values() if inside else (value.get("content"), value.get("output")):
+            refuse_links(one, media=inside)
 
 
 # ---- answered by llama-server ----
@@ -91,23 +108,28 @@ def _passed(call: Call, path: str, streams: bool) -> Response:
 
 async def _passed_whole(call: Call, path: str) -> Any:
     async with call.job() as job:
-        answer = await llama.ask(job.client, job.url, path, await _server_body(call, job, path))
+        body = _server_body(call, job, path)
+
+        async def once(fields: dict[str, Any]) -> AsyncGenerator[Any, None]:
+            yield await llama.ask(job.client, job.url, path, {**body, **fields})
+
+        async with contextlib.aclosing(job.steered(once)) as answers:
+            answer = await anext(answers)
         return {**answer, "model": call.name} if isinstance(answer, dict) else answer
 
 
 async def _passed_bytes(call: Call, path: str) -> AsyncGenerator[bytes, None]:
     async with call.job() as job:
-        body = await _server_body(call, job, path)
-        async with contextlib.aclosing(llama.stream(job.url, path, body)) as parts:
+        body = _server_body(call, job, path)
+        async with contextlib.aclosing(job.steered(lambda fields: llama.stream(job.url, path, {**body, **fields}))) as parts:
             async for part in parts:
                 yield part
 
 
-async def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any]:
-    """The request with the model's options, system prompt, history and steering in it."""
+def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any]:
+    """The request with the model's options, system prompt and history in it."""
     drop = {STEERING, "options", "keep_alive", *_OPTIONS}
     body = {**options.sampling(job.options), **{k: v for k, v in call.body.items() if k not in drop}}
-    body.update(await job.pool.fields(job.runner, job.model, call.steering))
     model = job.model
     if path == "/v1/chat/completions":
         body["messages"] = _with_model(model.system, model.messages, call.body["messages"])
@@ -116,10 +138,22 @@ async def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any
     elif path == "/v1/messages":
         if model.system and not call.body.get("system"):
             body["system"] = model.system
+        body["messages"] = [*_history(model), *call.body["messages"]]
         body["max_tokens"] = call.body.get("max_tokens") or 4096
-    elif model.system and not call.body.get("instructions"):
-        body["instructions"] = model.system
+    else:
+        if model.system and not call.body.get("instructions"):
+            body["instructions"] = model.system
+        asked = call.body["input"]
+        if history := _history(model):
+            body["input"] = [*history, *(asked if isinstance(asked, list) else [{"role": "user", "content": asked}])]
+    if model.template and path != "/v1/chat/completions":
+        replies.tell_once(f"{model.name}: {path} uses the chat template of its GGUF, not its TEMPLATE")
     return body
+
+
+def _history(model: Model) -> list[dict[str, Any]]:
+    """The model's MESSAGE lines, as routes take them that know no system message."""
+    return [{"role": m["role"], "content": m.get("content") or ""} for m in model.messages if m.get("role") != "system"]
 
 
 def _with_model(system: str, history: Any, messages: list[Any]) -> list[Any]:
@@ -213,6 +247,7 @@ async def _one(call: Call, kind: str) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": 0, "finish_reason": end.reason, "logprobs": None}
     if kind == "text_completion":
         choice["text"] = "".join(texts)
+        choice["logprobs"] = _old_logprobs(logprobs)
     else:
         choice["message"] = {"role": "assistant", "content": "".join(texts)}
         if any(thoughts):
@@ -221,6 +256,20 @@ async def _one(call: Call, kind: str) -> dict[str, Any]:
             choice["logprobs"] = {"content": logprobs}
     head = {"id": _id(kind), "object": kind, "created": int(time.time()), "model": call.name}
     return {**head, "choices": [choice], "usage": _usage(end)}
+
+
+def _old_logprobs(entries: list[dict[str, Any]], offset: int = 0) -> dict[str, list[Any]] | None:
+    """Log probabilities as ``/v1/completions`` has them: a list for each kind. ``offset``: characters before the first token."""
+    if not entries:
+        return None
+    found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for entry in entries:
+        found["tokens"].append(entry["token"])
+        found["token_logprobs"].append(entry["logprob"])
+        found["top_logprobs"].append({top["token"]: top["logprob"] for top in entry.get("top_logprobs") or ()})
+        found["text_offset"].append(offset)
+        offset += len(entry["token"])
+    return found
 
 
 async def _chunks(call: Call, asked: Mapping[str, Any], kind: str) -> AsyncGenerator[bytes, None]:
@@ -232,11 +281,13 @@ async def _chunks(call: Call, asked: Mapping[str, Any], kind: str) -> AsyncGener
         return b"data: " + json.dumps({**head, "choices": choices, **more}, ensure_ascii=False).encode() + b"\n\n"
 
     first: dict[str, Any] = {"role": "assistant"}
+    offset = 0
     async with contextlib.aclosing(call.pieces()) as pieces:
         async for piece, _ in pieces:
             if piece.content or piece.thinking:
                 if kind == "text_completion":
-                    yield chunk({"text": piece.content})
+                    yield chunk({"text": piece.content, "logprobs": _old_logprobs(piece.logprobs, offset)})
+                    offset += len(piece.content)
                 else:
                     delta = {**first, "content": piece.content}
                     first = {}

@@ -125,14 +125,18 @@ class LoadOptions:
         return same and self.n_ctx <= running.n_ctx
 
 
-def load_options(options: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> LoadOptions:
-    """Raises BadRequest for a context that is no context."""
+def load_options(options: Mapping[str, Any], environ: Mapping[str, str] | None = None, n_trained: int = 0) -> LoadOptions:
+    """What a request needs loaded. A context longer than the ``n_trained`` tokens of the model is cut to them, as Ollama does.
+
+    Raises:
+        BadRequest: for a context that is no context.
+    """
     env = os.environ if environ is None else environ
     n_ctx = options.get("num_ctx") or whole_number(env, "OLLAMA_CONTEXT_LENGTH", DEFAULT_CONTEXT)
     if not 4 <= n_ctx <= 1 << 27:
         raise BadRequest(f"num_ctx is {n_ctx}: give the tokens of a context, such as 4096")
     return LoadOptions(
-        n_ctx=n_ctx,
+        n_ctx=min(n_ctx, max(4, n_trained)) if n_trained else n_ctx,
         n_gpu=options.get("num_gpu") if (options.get("num_gpu") or 0) >= 0 else None,
         n_batch=options.get("num_batch"),
         n_thread=options.get("num_thread") or None,

@@ -75,7 +75,7 @@ def serve(
         click.echo(sentence)
         sys.stdout.flush()
 
-    wanted = ServeOptions(host, port, folder, host_url(daemon) if daemon else None, serve_all, flags)
+    wanted = ServeOptions(host, port, folder, host_url(daemon, "--daemon") if daemon else None, serve_all, flags)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order already
         run(wanted, ready)
 
@@ -128,6 +128,26 @@ def train(model: str, name: str, options: tuple[str, ...], url: str) -> None:
         steer_train.main([name, *flags, *options], prog_name="steer train", standalone_mode=False)
 
 
+def serve_options(words: tuple[str, ...]) -> list[str]:
+    """Options of ``steer ollama serve``, checked, with the folder named so that it is found from anywhere.
+
+    Raises:
+        click.UsageError: they are not its options.
+    """
+    context = serve.make_context("steer ollama serve", list(words))
+    folder = context.params["folder"]
+    if folder is None:
+        return list(words)
+    found = [*words[: words.index("--")]] if "--" in words else list(words)
+    flags = words[len(found) :]
+    for number, word in enumerate(found):
+        if word == "--folder":
+            found[number + 1] = str(folder.expanduser().absolute())
+        elif word.startswith("--folder="):
+            found[number] = f"--folder={folder.expanduser().absolute()}"
+    return [*found, *flags]
+
+
 @ollama.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
@@ -146,7 +166,7 @@ def install(yes: bool, dry_run: bool, remove: bool, as_json: bool, options: tupl
     """
     from . import install as installing
 
-    plan = installing.removal() if remove else installing.plan(options)
+    plan = installing.removal() if remove else installing.plan(serve_options(options))
     if as_json:
         click.echo(json.dumps(plan.describe()))
         return

@@ -36,6 +36,7 @@ _OLD_LAYOUT = re.compile(
     r"check_tensor_dims|invalid (?:vector|split)|unsupported (?:mmproj|projector)|tensor .* not found",
     re.IGNORECASE,
 )
+_REASON = re.compile(r"error loading model: (.+)")
 
 
 @dataclass
@@ -237,7 +238,9 @@ class Pool:
             tidying.add_done_callback(self._tidying.discard)
             await asyncio.shield(tidying)
             if isinstance(error, EngineError):
-                raise ApiError(_why_not(model, str(error), tail)) from None
+                why = _why_not(model, str(error), tail)
+                log.warning("%s", why)
+                raise ApiError(why) from None
             raise
         log.info("loaded %s on %s in %.1f s", model.name, runner.facts.device, time.monotonic() - began)
         return runner
@@ -247,9 +250,11 @@ class Pool:
             idle = [r for r in self._runners.values() if r.users == 0]
             if not idle:
                 busy = [asyncio.create_task(r.idle.wait()) for r in self._runners.values()]
-                _, pending = await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
-                for task in pending:
-                    task.cancel()
+                try:
+                    await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for task in busy:
+                        task.cancel()
                 continue
             await self._end(min(idle, key=lambda r: (r.process.running, r.expires)))
 
@@ -432,12 +437,15 @@ def _load_timeout(environ: Mapping[str, str]) -> float:
 
 
 def _why_not(model: Model, sentence: str, log_text: str) -> str:
+    """The sentence for a model that llama-server did not load; the reason is the one that llama.cpp logs."""
+    lines = log_text.splitlines()
+    said = next((found[1] for found in map(_REASON.search, lines) if found), "")
     if not _OLD_LAYOUT.search(log_text):
-        return f"{model.name} cannot be loaded: {sentence}"
-    line = next((line for line in log_text.splitlines() if _OLD_LAYOUT.search(line)), "")
-    reason = " ".join(line.split())[-200:]
+        return f"{model.name} cannot be loaded: {f'{model.gguf.name[:19]}: {said[:300]}' if said else sentence}"
+    reason = said or next(line for line in lines if _OLD_LAYOUT.search(line))
     return (
-        f"{model.name} cannot be loaded: this llama.cpp does not know the layout of {model.gguf.name[:19]}… ({reason}); "
+        f"{model.name} cannot be loaded: this llama.cpp does not know the layout of {model.gguf.name[:19]}… "
+        f"({' '.join(reason.split())[-200:]}); "
         "Ollama published some models in layouts of its own: use a GGUF from elsewhere, or run `steer build --source` on a "
         "llama.cpp tree that carries Ollama's compatibility code"
     )

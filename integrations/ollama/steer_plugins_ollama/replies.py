@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -21,7 +22,9 @@ log = logging.getLogger("steer.ollama")
 
 ROLES = ("system", "user", "assistant", "tool")
 THINK_LEVELS = ("low", "medium", "high", "max")
+T = TypeVar("T")
 _told: set[str] = set()
+_IMAGE_MARK = re.compile(r"\[img-([0-9]{1,4})\]")
 
 
 @dataclass
@@ -41,8 +44,8 @@ class Job:
     def url(self) -> str:
         return self.runner.url
 
-    async def steered(self, make: Callable[[dict[str, Any]], AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
-        """The pieces of a request with steering fields; once more if the server has lost the vectors meanwhile."""
+    async def steered(self, make: Callable[[dict[str, Any]], AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+        """The parts of an answer to a request with steering fields; once more if the server has lost the vectors meanwhile."""
         for attempt in (1, 2):
             fields = await self.pool.fields(self.runner, self.model, self.steering)
             started = False
@@ -143,11 +146,12 @@ def template_of(model: Model, runner: Runner) -> gotemplate.Template | None:
     try:
         return parsed_template(model.template)
     except gotemplate.TemplateError as error:
-        _tell_once(f"the TEMPLATE of {model.name} is not understood ({error}): the chat template of its GGUF is used")
+        tell_once(f"the TEMPLATE of {model.name} is not understood ({error}): the chat template of its GGUF is used")
         return None
 
 
-def _tell_once(text: str) -> None:
+def tell_once(text: str) -> None:
+    """Log a warning, the first time only."""
     if text not in _told:
         _told.add(text)
         log.warning("%s", text)
@@ -173,7 +177,7 @@ async def chat(job: Job) -> AsyncGenerator[Piece, None]:
     if tools is not None and template is not None:
         if "tools" not in job.model.facts.chat_template:
             raise BadRequest(f'"{job.model.name}" does not support tools')
-        _tell_once(f"{job.model.name}: requests with tools use the chat template of its GGUF, not its TEMPLATE")
+        tell_once(f"{job.model.name}: requests with tools use the chat template of its GGUF, not its TEMPLATE")
         template = None
     while True:
         started = False
@@ -183,8 +187,8 @@ async def chat(job: Job) -> AsyncGenerator[Piece, None]:
                 started = True
                 yield piece
             return
-        except TooLong:
-            shorter = _without_oldest(messages)
+        except TooLong as error:
+            shorter = without_oldest(messages, error.n_prompt, error.n_ctx)
             if started or shorter is None or job.body.get("truncate") is False:
                 raise
             messages = shorter
@@ -215,12 +219,25 @@ def _rendered(job: Job, template: gotemplate.Template, messages: list[dict[str, 
         raise BadRequest(f"the TEMPLATE of {job.model.name} fails at {error}") from None
 
 
-def _without_oldest(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages without the oldest that is neither a system prompt nor the last; None if there is none."""
-    for at, message in enumerate(messages[:-1]):
-        if message.get("role") != "system":
-            return messages[:at] + messages[at + 1 :]
-    return None
+def without_oldest(messages: list[dict[str, Any]], n_prompt: int = 0, n_ctx: int = 0) -> list[dict[str, Any]] | None:
+    """The messages without the oldest that are neither system prompts nor the last; None if there are none.
+
+    Fewer than need be, and at least one: those that make up two thirds of what is too long, as their lengths say. So a long
+    conversation takes a few rounds, not one for each of its messages, and the last rounds still go one by one.
+    """
+    old = [at for at, message in enumerate(messages[:-1]) if message.get("role") != "system"]
+    if not old:
+        return None
+    sizes = [len(message.get("content") or "") + 16 for message in messages]
+    left = sum(sizes) * (1 - n_ctx / n_prompt) * 2 / 3 if n_prompt > n_ctx else 0.0
+    dropped = {old[0]}
+    left -= sizes[old[0]]
+    for at in old[1:]:
+        left -= sizes[at]
+        if left < 0:
+            break
+        dropped.add(at)
+    return [message for at, message in enumerate(messages) if at not in dropped]
 
 
 def _check_images(job: Job, messages: list[dict[str, Any]]) -> None:
@@ -308,6 +325,11 @@ async def generate(job: Job, told: Generated) -> AsyncGenerator[Piece, None]:
         if body.get("template") or body.get("system") or context:
             raise BadRequest("raw mode does not support template, system, or context")
         job.think = None
+        if images:
+            _check_images(job, [{"images": images}])
+            async for piece in _complete(job, *_raw_images(job, prompt, images)):
+                yield piece
+            return
         async for piece in _cut_to_fit(job, prompt, []):
             yield piece
         return
@@ -338,6 +360,14 @@ async def generate(job: Job, told: Generated) -> AsyncGenerator[Piece, None]:
     told.prompt, told.before, told.known = text, tuple(context), True
     async for piece in _cut_to_fit(job, text, context):
         yield piece
+
+
+def _raw_images(job: Job, prompt: str, images: list[Any]) -> tuple[str, list[str]]:
+    """A raw prompt with llama-server's mark where it says ``[img-0]``, and the pictures in that order. Raises BadRequest."""
+    order = [int(number) for number in _IMAGE_MARK.findall(prompt)]
+    if sorted(order) != list(range(len(images))):
+        raise BadRequest("a raw prompt says where each image belongs: [img-0] for the first, [img-1] for the second")
+    return _IMAGE_MARK.sub(job.runner.facts.media_marker, prompt), [llama.plain_base64(images[number]) for number in order]
 
 
 def _text(body: Mapping[str, Any], key: str) -> str:

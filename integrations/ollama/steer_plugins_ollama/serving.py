@@ -9,20 +9,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import httpx
 
 from steer_plugins.errors import EngineError, ModelError, SteerError
 from steer_plugins.library import Library, default_root
+from steer_plugins.runtime import ensure_runtime
 from steer_plugins.server.process import port_taken
 
 from .daemon import Daemon, daemon_url, is_local
 from .folder import FolderStore
 from .pool import Pool
-from .store import OllamaStore, store_root
+from .store import OllamaStore, check_readable, has_models, store_root
 
 if TYPE_CHECKING:
-    from .app import Service
+    from .service import Service
 
 DEFAULT_PORT = 11435
 log = logging.getLogger("steer.ollama")
@@ -48,23 +50,32 @@ def default_folder() -> Path:
 
 def make_service(wanted: ServeOptions) -> tuple[Service, str]:
     """The service and a sentence on what it serves. Raises SteerError."""
-    from .app import Service
+    from .service import Service
 
     library = Library()
     pool = Pool(flags=wanted.flags, library=library, environ=wanted.environ)
+    if wanted.daemon and is_itself(wanted.daemon, wanted.host, wanted.port):
+        raise EngineError(f"--daemon {wanted.daemon} is where the sidecar itself listens: give another --daemon or --port")
     url = wanted.daemon or daemon_url(wanted.environ, (wanted.host, wanted.port))
     root = store_root(wanted.environ)
-    if wanted.folder is None and (wanted.daemon or (root / "manifests").is_dir() or _answers(url)):
+    if wanted.folder is None and (wanted.daemon or has_models(root) or _answers(url)):
+        check_readable(root)
         service = Service(
             OllamaStore(root), pool, library, daemon=Daemon(url), serve_all=wanted.serve_all, environ=wanted.environ
         )
-        return service, f"Ollama at {url}, models in {root}"
+        return service, f"Ollama at {url} (its models: {root})"
     folder = wanted.folder or default_folder()
     if wanted.folder is not None and not folder.is_dir():
         raise ModelError(f"there is no folder {folder}: make it and put GGUF files into it")
-    return Service(
-        FolderStore(folder, {} if wanted.folder else _demo()), pool, library, environ=wanted.environ
-    ), f"the folder {folder}"
+    extra = {} if wanted.folder else _demo()
+    what = f"the folder {folder}" + "".join(f" and the demo model {name}" for name in extra)
+    return Service(FolderStore(folder, extra), pool, library, environ=wanted.environ), what
+
+
+def is_itself(url: str, host: str, port: int) -> bool:
+    """Whether a URL is where a sidecar on ``host`` and ``port`` listens."""
+    parts = urlsplit(url)
+    return parts.port == port and (parts.hostname == host or is_local(str(parts.hostname)))
 
 
 def _demo() -> dict[str, Path]:
@@ -88,7 +99,7 @@ def serve(wanted: ServeOptions, ready: Callable[[str], None]) -> None:
     """Run until a signal ends it. ``ready`` gets the sentence on what is served, once it listens.
 
     Raises:
-        SteerError: the port is in use, or there is nothing to serve.
+        SteerError: the port is in use, there is nothing to serve, or no llama-server to serve it with.
     """
     import uvicorn
 
@@ -97,6 +108,7 @@ def serve(wanted: ServeOptions, ready: Callable[[str], None]) -> None:
     if wanted.port and port_taken(wanted.host, wanted.port):
         raise EngineError(f"Port {wanted.port} of {wanted.host} is in use: stop what runs there, or choose another with --port.")
     service, what = make_service(wanted)
+    ensure_runtime(need_server=True)  # where it has to be compiled, that takes minutes: not while a client waits
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
@@ -104,7 +116,7 @@ def serve(wanted: ServeOptions, ready: Callable[[str], None]) -> None:
             if self.started:
                 port = self.servers[0].sockets[0].getsockname()[1]
                 host = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
-                ready(f"Serving {what} at http://{host}:{port}")
+                ready(f"Listening on http://{host}:{port} for {what}")
 
     config = uvicorn.Config(
         make_app(service, local=is_local(wanted.host)),

@@ -6,16 +6,17 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steer_plugins.errors import ModelError, SpecError, SteerError
+from steer_plugins.errors import EngineError, ModelError, SpecError
 from steer_plugins.files import write_atomically
 
 from . import expression
-from .errors import BadRequest, NotFound
+from .errors import BadRequest, NotFound, NotSteerable
 from .model import STEERING, Model
 from .names import Name, parse_name
 
@@ -36,9 +37,29 @@ def store_root(environ: Mapping[str, str] | None = None) -> Path:
         return Path(env["OLLAMA_MODELS"]).expanduser()
     home = Path.home() / ".ollama" / "models"
     service = Path("/usr/share/ollama/.ollama/models")
-    if sys.platform == "linux" and not (home / "manifests").is_dir() and (service / "manifests").is_dir():
+    if sys.platform == "linux" and not has_models(home) and has_models(service):
         return service
     return home
+
+
+def has_models(root: Path) -> bool:
+    """Whether a folder is Ollama's store; also where it may not be read."""
+    try:
+        return stat.S_ISDIR(os.stat(root / "manifests").st_mode)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+
+
+def check_readable(root: Path) -> None:
+    """Raise ModelError for a store that this user may not read."""
+    try:
+        os.listdir(root / "manifests")
+    except PermissionError as error:
+        raise ModelError(f"the models of Ollama in {root} cannot be read ({error.strerror}): {_permission_hint(error)}") from None
+    except OSError:
+        return  # not there yet
 
 
 class OllamaStore:
@@ -50,7 +71,7 @@ class OllamaStore:
     def manifest_path(self, name: Name) -> Path:
         """The manifest of a name. Ollama compares names without case; the file found is the one that is there."""
         path = self.root.joinpath("manifests", *name.parts)
-        if path.is_file():
+        if os.path.isfile(path):
             return path
         here = self.root / "manifests"
         for part in name.parts:
@@ -66,8 +87,8 @@ class OllamaStore:
     def names(self) -> list[Name]:
         top = self.root / "manifests"
         found = []
-        for path in sorted(top.glob("*/*/*/*")) if top.is_dir() else ():
-            if path.is_file() and not path.name.startswith("."):
+        for path in sorted(top.glob("*/*/*/*")) if os.path.isdir(top) else ():
+            if os.path.isfile(path) and not path.name.startswith("."):
                 try:
                     host, namespace, model, tag = path.relative_to(top).parts
                     found.append(parse_name(f"{host}/{namespace}/{model}:{tag}"))
@@ -78,17 +99,17 @@ class OllamaStore:
     def blob(self, digest: str) -> Path | None:
         match = _DIGEST.fullmatch(digest)
         path = self.root / "blobs" / f"sha256-{match[1]}" if match else None
-        return path if path is not None and path.is_file() else None
+        return path if path is not None and os.path.isfile(path) else None
 
     def get(self, name: str) -> Model:
         whole = parse_name(name)
         path = self.manifest_path(whole)
         manifest, raw = self.manifest(path, name)
         layers = manifest["layers"]
-        weights = self._weights(name, manifest, layers)
         parameters = self._json(name, layers, "params", dict)
         licenses = [self._text(name, layer) for layer in layers if layer["mediaType"] == _MEDIA + "license"]
         steering, carriers = own_steering(parameters, licenses)
+        weights = self._weights(name, layers, steering)
         templates = [self._text(name, layer) for layer in layers if layer["mediaType"] == _MEDIA + "template"]
         systems = [self._text(name, layer) for layer in layers if layer["mediaType"] == _MEDIA + "system"]
         messages = self._json(name, layers, "messages", list)
@@ -127,18 +148,20 @@ class OllamaStore:
             raise ModelError(f"the manifest of {name!r} cannot be read ({error.strerror}): {_permission_hint(error)}") from None
         try:
             manifest = json.loads(raw)
-            layers = manifest["layers"]
-            ok = bool(layers) and all(isinstance(la["mediaType"], str) and isinstance(la["digest"], str) for la in layers)
+            layers = manifest["layers"] = manifest["layers"] or []
+            ok = bool(layers or manifest.get("config"))  # a cloud model may have no layers
+            ok = ok and all(isinstance(la["mediaType"], str) and isinstance(la["digest"], str) for la in layers)
         except (ValueError, KeyError, TypeError, RecursionError):
             ok = False
         if not ok:
             raise ModelError(f"the manifest of {name!r} is damaged: pull or create the model again")
         return manifest, raw
 
-    def _weights(self, name: str, manifest: Mapping[str, Any], layers: list[dict[str, Any]]) -> Path:
+    def _weights(self, name: str, layers: list[dict[str, Any]], steering: str | None) -> Path:
         models = [layer for layer in layers if layer["mediaType"] == _MEDIA + "model"]
         if not models:
-            raise BadRequest(f"{name!r} has no GGUF (it may be a safetensors or cloud model): steer a GGUF model")
+            text = f"{name!r} has no GGUF (it may be a safetensors or cloud model): steer a GGUF model"
+            raise BadRequest(text) if steering else NotSteerable(text)
         return self._blob_of(name, models[-1])
 
     def _blob_of(self, name: str, layer: Mapping[str, Any]) -> Path:
@@ -173,7 +196,7 @@ class OllamaStore:
         return found
 
     def add_blobs(self, files: Mapping[str, bytes]) -> None:
-        """Write vectors as blobs, where they are not there yet. Raises SteerError when the store cannot be written."""
+        """Write vectors as blobs, where they are not there yet. Raises EngineError when the store cannot be written."""
         try:
             for data in files.values():
                 blob = self.root / "blobs" / f"sha256-{hashlib.sha256(data).hexdigest()}"
@@ -187,7 +210,7 @@ class OllamaStore:
 
         Raises:
             NotFound: there is no such model.
-            SteerError: the store cannot be written; the model is as it was.
+            EngineError: the store cannot be written; the model is as it was.
         """
         path = self.manifest_path(parse_name(name))
         manifest, _ = self.manifest(path, name)
@@ -201,8 +224,8 @@ class OllamaStore:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def _unwritable(self, error: OSError) -> SteerError:
-        return SteerError(
+    def _unwritable(self, error: OSError) -> EngineError:
+        return EngineError(
             f"vectors cannot be stored with a model in {self.root} ({error.strerror or error}): "
             "run as the user that owns Ollama's store, or keep the vectors in the library"
         )
@@ -226,5 +249,8 @@ def own_steering(parameters: Mapping[str, Any], licenses: list[str]) -> tuple[st
 
 def _permission_hint(error: OSError) -> str:
     if isinstance(error, PermissionError):
-        return "run the sidecar as a user that may read Ollama's store, or point OLLAMA_MODELS at another"
+        return (
+            "join the group that may (`sudo usermod -aG ollama $USER`, then log in again), run the sidecar as Ollama's user, or "
+            "point OLLAMA_MODELS at another store"
+        )
     return "check the disk"

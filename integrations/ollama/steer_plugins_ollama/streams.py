@@ -1,4 +1,4 @@
-"""Answers that notice when the client has gone, and that never end in silence."""
+"""The bodies of requests, and answers that notice when the client has gone, and that never end in silence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -16,9 +16,37 @@ from starlette.types import Receive, Scope, Send
 
 from steer_plugins.errors import SteerError
 
-from .errors import status_of
+from .errors import BadRequest, Ending, status_of
 
 log = logging.getLogger("steer.ollama")
+
+MAX_BODY = 256 << 20
+"""Bytes of a request that is not passed on."""
+
+
+async def read_body(request: Request) -> tuple[bytes, dict[str, Any]]:
+    """The body and its JSON object. Raises BadRequest."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY:
+            raise BadRequest(f"the request is longer than {MAX_BODY >> 20} MiB")
+        parts.append(part)
+    raw = b"".join(parts)
+    if not raw.strip():
+        raise BadRequest("missing request body")
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the request is no JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the request must be a JSON object")
+    return raw, body
+
+
+def line(value: Mapping[str, Any]) -> bytes:
+    """A line of NDJSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def sentence(error: BaseException) -> str:
@@ -52,6 +80,8 @@ def guarded(handler: Callable[[Request], Awaitable[Response]], style: str = "oll
             return await handler(request)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody is left to read it
+        except asyncio.CancelledError:
+            return error_answer(Ending(), style)
         except Exception as error:
             return error_answer(error, style)
 
@@ -89,10 +119,16 @@ class Streamed(Response):
         self.raw_headers = list(headers) if headers is not None else [(b"content-type", media_type.encode())]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._started = False
         pump = asyncio.create_task(self._pump(scope, receive, send))
         gone = asyncio.create_task(self.watch(receive))
         try:
             await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            pump.cancel()
+            await asyncio.wait({pump})
+            with contextlib.suppress(OSError):
+                await self._fail(Ending(), scope, receive, send)
         finally:
             gone.cancel()
             if not pump.done():
@@ -105,35 +141,38 @@ class Streamed(Response):
         await watch(receive)
 
     async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
         try:
             async for part in self.parts:
-                if not started:
-                    started = True
+                if not self._started:
                     await self._start(send)
                 await send({"type": "http.response.body", "body": part, "more_body": True})
-            if not started:
+            if not self._started:
                 await self._start(send)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
             return  # the client hung up
         except Exception as error:
-            if not started:
-                await error_answer(error, self.style)(scope, receive, send)
-                return
-            text = sentence(error)
-            log.warning("an answer broke off: %s", text)
-            if self.broken == "abort":
-                raise ConnectionAbortedError(text) from None  # an answer of a promised length: only a hang-up tells
-            line = json.dumps(error_body(text, 500, self.style)).encode()
-            line = b"data: " + line + b"\n\n" if self.broken == "sse" else line + b"\n"
-            await send({"type": "http.response.body", "body": line, "more_body": False})
+            await self._fail(error, scope, receive, send)
         finally:
             close = getattr(self.parts, "aclose", None)
             if close is not None:
                 await close()
 
+    async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        """Say what went wrong: an answer with a status, or in the middle a line of the answer."""
+        if not self._started:
+            await error_answer(error, self.style)(scope, receive, send)
+            return
+        text = sentence(error)
+        log.warning("an answer broke off: %s", text)
+        if self.broken == "abort":
+            return  # an answer of a promised length: only a hang-up tells, which an answer without an end is
+        line = json.dumps(error_body(text, 500, self.style)).encode()
+        line = b"data: " + line + b"\n\n" if self.broken == "sse" else line + b"\n"
+        await send({"type": "http.response.body", "body": line, "more_body": False})
+
     async def _start(self, send: Send) -> None:
+        self._started = True
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
 
@@ -148,7 +187,16 @@ class Whole(Response):
         making = asyncio.ensure_future(self.made)
         gone = asyncio.create_task(watch(receive))
         try:
-            await asyncio.wait({making, gone}, return_when=asyncio.FIRST_COMPLETED)
+            ending = False
+            try:
+                await asyncio.wait({making, gone}, return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError:
+                ending = True
+            if ending:
+                making.cancel()
+                await asyncio.wait({making})
+                await error_answer(Ending(), self.style)(scope, receive, send)
+                return
             if not making.done():
                 making.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
