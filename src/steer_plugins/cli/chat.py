@@ -236,6 +236,7 @@ class Conversation:
                     started = started or time.monotonic()
                     sys.stdout.write(piece)
                     sys.stdout.flush()
+                    bottom.wrote(piece)
                     for key in keys.pressed():
                         if key in ("escape", "q"):
                             stream.cancel()
@@ -342,6 +343,7 @@ class StatusLine:
     def __init__(self) -> None:
         self._on = sys.stdout.isatty() and os.environ.get("TERM", "") != "dumb"
         self._last = 0.0
+        self._column = 0
 
     def __enter__(self) -> StatusLine:
         if self._on:
@@ -351,12 +353,19 @@ class StatusLine:
             sys.stdout.flush()
         return self
 
+    def wrote(self, text: str) -> None:
+        """Take note of text that was written above the line."""
+        _, newline, rest = text.rpartition("\n")
+        self._column = len(rest) if newline else self._column + len(rest)
+
     def show(self, text: str) -> None:
         """Write the line, at most ten times a second."""
         now = time.monotonic()
-        if self._on and now - self._last > 0.1:
+        width = shutil.get_terminal_size().columns
+        # behind the last column the cursor waits to wrap, which many terminals forget when it is put back: the character would go
+        waits = self._column > 0 and self._column % width == 0
+        if self._on and not waits and now - self._last > 0.1:
             self._last = now
-            width = shutil.get_terminal_size().columns
             sys.stdout.write(f"\x1b7\x1b[{self._rows};1H\x1b[2K\x1b[2m{text[: width - 1]}\x1b[0m\x1b8")
             sys.stdout.flush()
 

@@ -89,7 +89,8 @@ class Session(SteeringTables):
             for k, other in enumerate(e.also, start=1):
                 batch.seq_id[i][k] = other
             batch.logits[i] = e.output
-        code = self.c.llama_decode(self.pointer, batch)
+        with self.steer.interrupts_held():
+            code = self.c.llama_decode(self.pointer, batch)
         if code != 0:
             self.steer.raise_callback_error()
             if code == 1:
