@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import SpecError, VectorError
@@ -110,6 +111,9 @@ def _as_file(text: str) -> tuple[str | None, float]:
         return None, 1.0
     head = re.sub(r":[^:/\\]*$", "", text)
     if re.search(r"[/\\]", head) or head.endswith((".safetensors", ".gguf")):
+        if re.search(r"\s[+-]\s|[?%@{\[]", text) and not Path(text).is_file() and not Path(head).is_file():
+            how = "in an expression write its path in quotes, as in '\"./calm.gguf\":0.5 + mood'"
+            raise SpecError(f"{text!r:.90} is no file: {how}")
         return parse_term(text)
     return None, 1.0
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from steer_plugins import native
+from steer_plugins.engine.local import LocalEngine
 from steer_plugins.errors import EngineError
 from tests.engine import harness as H
 from tests.engine.harness import ADD, ALL, ATTN, CLAMP, MEAN, PROJECT, RESID, NativeTerm, Raw, Tok
@@ -348,3 +351,23 @@ def test_clamp_from_the_add_callback(raw: MakeRaw) -> None:
 
     r.steer.on_add(add)
     assert np.abs(r.read(toks, [1])[1] - want).max() < 1e-5
+
+
+def test_ctrl_c_waits_until_the_callback_is_done(llama_cpp: Any, tiny: Any) -> None:
+    """Raised at a callback's first line it would be printed and forgotten: the reply went on, with a traceback in its middle."""
+    finished: list[int] = []
+
+    def interrupted(rows: native.ReadRows) -> None:
+        if not finished:
+            signal.raise_signal(signal.SIGINT)
+        finished.append(rows.layer)
+
+    with LocalEngine(tiny("llama"), n_ctx=256, n_threads=1) as engine:
+        plain = engine.generate("a long day", max_tokens=3).tokens
+        engine.on_read(interrupted, layers=[1])
+        handler = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("a long day", max_tokens=3)
+        assert finished == [1] and signal.getsignal(signal.SIGINT) is handler
+        assert engine.generate("a long day", max_tokens=3).tokens == plain  # and the engine goes on working
+        assert len(finished) > 3

@@ -259,6 +259,24 @@ def test_strength_zero_is_the_plain_text(engines: Any, arch: str) -> None:
     assert engine.generate(PROMPT, max_tokens=24).tokens == plain.tokens
 
 
+@pytest.mark.parametrize("arch", BOTH)
+def test_the_identities_hold_bit_for_bit(engines: Any, arch: str) -> None:
+    """Strength 0 is no steering, k times v at 1 is v at k, and v less v is nothing: in every state, not in the text alone."""
+    engine = engines(arch)
+    layers = (0, 1, 2)
+
+    def states(steering: Any) -> list[bytes]:
+        found = engine.read([PROMPT], positions="all", layers=layers, steering=steering)[0]
+        return [found.values[il].tobytes() for il in layers]
+
+    v = vector(engine, (0, 2))
+    plain, steered = states(None), states(Term(v, 1.7))
+    assert steered != plain
+    assert states(1.7 * v) == steered and states(Term(0.5 * v, 3.4)) == steered
+    for nothing in (Term(v, 0.0), 0.0 * v, v - v, [v, -v], [Term(v, 0.3), Term(v, -0.3)]):
+        assert states(nothing) == plain
+
+
 def test_streaming_and_its_state(engines: Any) -> None:
     engine = engines("llama")
     whole = engine.generate(PROMPT, max_tokens=10)

@@ -98,6 +98,12 @@ def test_what_terminals_send() -> None:
     assert chat.keys_of("") == []
 
 
+def test_keys_that_mean_nothing_here_are_no_escape() -> None:
+    """Page Up, Delete and F5 send a sequence that begins with Esc: it must not stop the reply."""
+    assert chat.keys_of("\x1b[5~\x1b[3~\x1b[15~\x1bOP") == []
+    assert chat.keys_of("\x1b[1;5C\x1b[1;2D+\x1b[5~q") == ["right", "left", "right", "q"]
+
+
 def test_keys_change_a_running_reply(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each piece the keys are looked at, and the stream gets the new steering."""
     presses = iter([["right"], ["0", "q"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -84,6 +85,17 @@ def test_train_on_pairs_writes_to_the_library(engine, tmp_path, capsys):
     # both held-out pairs are scored, though their openings are one and the same prompt
     assert "on 2 held-out pairs" in out
     assert str(Library().path("calm", IDENTITY)) in out
+
+
+def test_what_to_try_next_works_wherever_the_vector_is(engine, tmp_path, capsys):
+    """A vector that --out has put into a file is not in the library: the command that is suggested names the file."""
+    (tmp_path / "my vectors").mkdir()
+    for options, spec in (((), "calm:1"), (("--out", "my vectors/c.safetensors"), "'\"my vectors/c.safetensors\":1'")):
+        code, out, err = run(capsys, "train", "calm", "--pairs", "pairs.jsonl", "--calibrate", "none", *options)
+        assert code == 0, err
+        assert f"Try: steer generate --steer {spec} " in out
+        code, _, err = run(capsys, *shlex.split(out.split("Try: steer ")[1].splitlines()[0]))
+        assert code == 0, err
 
 
 def test_train_on_a_trait_of_the_package(engine, capsys):

@@ -107,6 +107,14 @@ def test_files_that_are_too_large_are_refused_unread(tmp_path: Path, name: str) 
     assert attempt(name, path, facts) is None
 
 
+def test_json_that_would_fill_the_memory_is_refused_unparsed(tmp_path: Path) -> None:
+    """Millions of empty lists are small in a file and large in memory."""
+    path = tmp_path / "many.svec"
+    path.write_text('{"model_type": "llama", "directions": {"1": [' + ",".join(["[]"] * 500_000) + "]}}")
+    with pytest.raises(VectorError, match="more lists and objects"):
+        FORMATS["svec"].read(path)
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_folder_and_a_missing_file(tmp_path: Path, name: str) -> None:
     facts = SAMPLES[name][3]

@@ -17,7 +17,7 @@ from steer_plugins.cli import common
 from steer_plugins.cli.main import main
 from steer_plugins.errors import DataError, SpecError
 from steer_plugins.gate import Gate
-from steer_plugins.gatefit import best_threshold, fit_gate, load_labelled, rates
+from steer_plugins.gatefit import _unseen_scores, best_threshold, fit_gate, load_labelled, rates
 from steer_plugins.grammar import parse, steering_of
 from steer_plugins.library import Library
 from steer_plugins.plugins.manager import reset
@@ -207,3 +207,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     assert main(["show"]) == 0
     assert "gate" in capsys.readouterr().out
     reset()
+
+
+def test_a_search_sees_scores_of_prompts_that_the_fold_has_not_seen() -> None:
+    """Any labels can be told apart by a vector fitted to them where dimensions are many: noise must not look like a gate."""
+    rng = np.random.default_rng(2)
+    states = rng.normal(size=(40, 300))
+    states /= np.linalg.norm(states, axis=1, keepdims=True)
+    labels = np.arange(40) % 2 == 0
+    fitted_to_all = states @ (states[labels].mean(axis=0) - states[~labels].mean(axis=0))
+    assert best_threshold(fitted_to_all, labels).f1 == 1.0
+    assert best_threshold(_unseen_scores(states, labels, None, 0), labels).f1 < 0.8

@@ -215,3 +215,10 @@ def test_options_take_files_without_quotes(text: str, term: TermSpec) -> None:
 def test_options_are_checked(text: str) -> None:
     with pytest.raises(SpecError):
         parse_options(["mood", text])
+
+
+def test_a_path_inside_an_expression_needs_quotes() -> None:
+    for text in ("./a.safetensors:1 + b", "./a.safetensors:0.5?response", "dir/a.gguf{gate}"):
+        with pytest.raises(SpecError, match="write its path in quotes"):
+            parse_options([text])
+    assert [t.vector for t in parse_options(['"./a.safetensors":1 + b'])] == ["./a.safetensors", "b"]

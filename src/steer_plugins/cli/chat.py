@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -235,6 +236,7 @@ class Conversation:
                     started = started or time.monotonic()
                     sys.stdout.write(piece)
                     sys.stdout.flush()
+                    bottom.wrote(piece)
                     for key in keys.pressed():
                         if key in ("escape", "q"):
                             stream.cancel()
@@ -259,23 +261,24 @@ class Conversation:
         return "   ".join(parts)
 
 
-_SEQUENCES = {"\x1b[A": "up", "\x1b[B": "down", "\x1b[C": "right", "\x1b[D": "left", "\x1bOA": "up", "\x1bOB": "down"}
-_SEQUENCES |= {"\x1bOC": "right", "\x1bOD": "left", "\t": "tab", "+": "right", "-": "left", "\x1b": "escape"}
+_SEQUENCES = {"\x1b[A": "up", "\x1b[B": "down", "\x1b[C": "right", "\x1b[D": "left", "\t": "tab"}
+_SEQUENCES |= {"+": "right", "-": "left", "\x1b": "escape"}
 _WINDOWS = {"H": "up", "P": "down", "M": "right", "K": "left"}
+# what one key sends: a control sequence as a whole, of which Esc is but the first character, or a character
+_KEY = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO[@-~]|.", re.DOTALL)
+_KEY_SECONDS = 0.02
+_UNFINISHED = re.compile(r"\x1b(\[[0-?]*[ -/]*|O)?$")
 
 
 def keys_of(text: str) -> list[str]:
-    """Names of the keys whose terminal input is ``text``."""
+    """Names of the keys whose terminal input is ``text``. Keys without a name here (Page Up, Delete) are left out, with all
+    that they send; an arrow with Shift or Ctrl is an arrow."""
     found = []
-    while text:
-        for length in (3, 1):
-            if (part := text[:length]) in _SEQUENCES:
-                found.append(_SEQUENCES[part])
-                break
-        else:
-            part = text[0]
-            found.append(part)
-        text = text[len(part) :]
+    for part in _KEY.findall(text):
+        if len(part) > 1 and part[-1] in "ABCD":
+            part = f"\x1b[{part[-1]}"
+        if len(part) == 1 or part in _SEQUENCES:
+            found.append(_SEQUENCES.get(part, part))
     return found
 
 
@@ -300,7 +303,16 @@ class Keys:
         before = termios.tcgetattr(fd)
         tty.setcbreak(fd)
         self._restore = lambda: termios.tcsetattr(fd, termios.TCSADRAIN, before)
-        self._read = lambda: os.read(fd, 64).decode(errors="ignore") if select.select([fd], [], [], 0)[0] else ""
+
+        def read(wait: float = 0.0) -> str:
+            return os.read(fd, 64).decode(errors="ignore") if select.select([fd], [], [], wait)[0] else ""
+
+        def whole() -> str:
+            text = read()
+            # the rest of an arrow key may be on its way; a lone Esc stays one
+            return text + read(_KEY_SECONDS) if _UNFINISHED.search(text) else text
+
+        self._read = whole
         return self
 
     def pressed(self) -> list[str]:
@@ -319,7 +331,9 @@ def _read_windows() -> str:
     back = {name: sequence for sequence, name in reversed(_SEQUENCES.items())}
     while msvcrt.kbhit():  # type: ignore[attr-defined, unused-ignore]
         char = msvcrt.getwch()  # type: ignore[attr-defined, unused-ignore]
-        text += back[_WINDOWS.get(msvcrt.getwch(), "tab")] if char in "\x00\xe0" else char  # type: ignore[attr-defined, unused-ignore]
+        if char in "\x00\xe0":  # the first half of a key that is no character
+            char = back.get(_WINDOWS.get(msvcrt.getwch(), ""), "")  # type: ignore[attr-defined, unused-ignore]
+        text += char
     return text
 
 
@@ -329,6 +343,7 @@ class StatusLine:
     def __init__(self) -> None:
         self._on = sys.stdout.isatty() and os.environ.get("TERM", "") != "dumb"
         self._last = 0.0
+        self._column = 0
 
     def __enter__(self) -> StatusLine:
         if self._on:
@@ -338,12 +353,19 @@ class StatusLine:
             sys.stdout.flush()
         return self
 
+    def wrote(self, text: str) -> None:
+        """Take note of text that was written above the line."""
+        _, newline, rest = text.rpartition("\n")
+        self._column = len(rest) if newline else self._column + len(rest)
+
     def show(self, text: str) -> None:
         """Write the line, at most ten times a second."""
         now = time.monotonic()
-        if self._on and now - self._last > 0.1:
+        width = shutil.get_terminal_size().columns
+        # behind the last column the cursor waits to wrap, which many terminals forget when it is put back: the character would go
+        waits = self._column > 0 and self._column % width == 0
+        if self._on and not waits and now - self._last > 0.1:
             self._last = now
-            width = shutil.get_terminal_size().columns
             sys.stdout.write(f"\x1b7\x1b[{self._rows};1H\x1b[2K\x1b[2m{text[: width - 1]}\x1b[0m\x1b8")
             sys.stdout.flush()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ..plugins import hookimpl
 from .common import json_option, print_json
 
 if TYPE_CHECKING:
+    from ..fileformats.numbering import Numbering
     from ..formats import Facts, Format
     from ..vector import SteeringVector
 
@@ -54,8 +56,8 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--scope", metavar="SCOPE", help="Which tokens, of a file that does not say.")
 @click.option(
     "--gguf-layers",
-    type=click.Choice(["block", "plus-one"]),
-    help="What direction.N of a GGUF control vector was made at: block N (default), or block N-1.",
+    type=click.Choice(["block", "plus-one", "probe"]),
+    help="What direction.N of a GGUF control vector was made at: block N (default), or block N-1; probe asks --model.",
 )
 @json_option
 def convert(
@@ -82,6 +84,7 @@ def convert(
     Examples:
       steer convert happy.gguf happy.safetensors --model model.gguf
       steer convert late.gguf late.safetensors --gguf-layers plus-one
+      steer convert found.gguf found.safetensors --gguf-layers probe --model model.gguf
       steer convert mood.safetensors mood.gguf --lossy
       steer convert mood.safetensors mood-glp.gguf --to glp --layers 10-20
       steer convert v_refusal.pt refusal.safetensors --at blocks --op project
@@ -99,7 +102,12 @@ def convert(
     if target.exists() and not force:
         raise VectorError(f"{target} exists: choose another file, or replace it with --force")
     identity = None if model is None else identity_of_gguf(model)
-    whole = _read(reads, source, _facts(reads, site, {**options, "identity": identity}))
+    asked: list[str] = []
+    facts = _facts(reads, site, {**options, "identity": identity})
+    if facts.gguf_layers == "probe":
+        numbering = _probe(source, model)
+        facts, asked = replace(facts, gguf_layers=numbering.answer), [numbering.sentence]
+    whole = _read(reads, source, facts)
     vector = _chosen(whole, layers, site, name)
     if identity is not None:
         vector.check_fits(identity, force=force)
@@ -115,14 +123,16 @@ def convert(
         vector = reduced(vector, writes.limits)
     assert writes.write is not None
     writes.write(vector, target)
-    facts = {"file": str(target), "from": reads.name, "to": writes.name, "vector": vector.name, "lost": lost, "left_out": left}
+    done = {"file": str(target), "from": reads.name, "to": writes.name, "vector": vector.name, "lost": lost, "left_out": left}
     recommended = (vector.provenance or {}).get("recommended_strength")
     if recommended is not None:
-        facts["recommended_strength"] = recommended
+        done["recommended_strength"] = recommended
+    if asked:
+        done["probe"] = asked
     if as_json:
-        print_json(facts)
+        print_json(done)
     else:
-        _report(vector, facts)
+        _report(vector, done)
 
 
 def _target_format(target: Path, name: str | None) -> Format:
@@ -160,6 +170,27 @@ def _facts(fmt: Format, site: str | None, options: dict[str, Any]) -> Facts:
     return Facts(site=site if "site" in fmt.facts else None, **options)
 
 
+def _probe(source: Path, model: str | None) -> Numbering:
+    """How the layers of a control vector are numbered. Raises UsageError without a model, VectorError without an answer."""
+    from ..engine.local import LocalEngine
+    from ..fileformats.common import reading
+    from ..fileformats.gguftensors import read_directions
+    from ..fileformats.numbering import probe_numbering
+
+    if model is None:
+        raise click.UsageError("--gguf-layers probe asks the model: name it with --model.")
+    with reading(source):
+        directions = read_directions(source).directions
+    with LocalEngine(model, n_ctx=512) as engine, reading(source):
+        width, n_embd = len(next(iter(directions.values()))), engine.info.n_embd
+        if width != n_embd:
+            raise VectorError(f"its directions have {width} numbers, and the model's hidden states {n_embd}")
+        numbering = probe_numbering(engine, engine.info.n_layer, directions)
+        if numbering.answer is None:
+            raise VectorError(f"{numbering.sentence}: say --gguf-layers block or plus-one")
+    return numbering
+
+
 def _read(fmt: Format, source: Path, facts: Facts) -> SteeringVector:
     if not source.is_file():
         raise VectorError(f"no vector file {source}" + (": it is a folder" if source.is_dir() else ""))
@@ -191,6 +222,8 @@ def _report(vector: SteeringVector, facts: dict[str, Any]) -> None:
     click.echo(
         f"wrote {facts['vector']!r} ({vector.op}, {where}, scope {vector.default_scope}) to {facts['file']} as {facts['to']}"
     )
+    for found in facts.get("probe", ()):
+        click.echo(f"  probe: {found}")
     for lost in facts["lost"]:
         click.echo(f"  lost: {lost}")
     for left in facts["left_out"]:

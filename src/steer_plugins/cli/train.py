@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -298,8 +299,10 @@ def run_training(training: Training) -> SteeringVector:
 
 def print_report(vector: SteeringVector, path: Path) -> None:
     """What was found, for people."""
+    from ..grammar import TermSpec, format_terms
     from ..vector import layer_ranges
 
+    spec = spec_of(vector, path)
     out = console()
     record = vector.calibration
     report = (vector.provenance or {}).get("report") or {}
@@ -309,7 +312,7 @@ def print_report(vector: SteeringVector, path: Path) -> None:
         where = f"layers {lo}-{hi} tell" if hi > lo else f"layer {lo} tells"
         out.print(
             f"{vector.name}: {where} the poles apart best and most reproducibly (held-out pairs in order: "
-            f"{best.get('ordered', 0.5):.0%} at layer {best['layer']}; steer show {vector.name} has them all).",
+            f"{best.get('ordered', 0.5):.0%} at layer {best['layer']}; steer show {shlex.quote(spec)} has them all).",
             markup=False,
         )
     if record is None:
@@ -334,7 +337,14 @@ def print_report(vector: SteeringVector, path: Path) -> None:
             out.print(f"Note: this effect is {what}; clearer examples or --calibrate full may help.", markup=False)
     out.print(f"Written to {path}", markup=False)
     if vector.op == "add" and path.suffix == ".safetensors":
-        out.print(f'Try: steer generate --steer {vector.name}:1 "Describe a walk in the forest"', markup=False)
+        term = shlex.quote(format_terms([TermSpec(spec)]) + ":1")
+        out.print(f'Try: steer generate --steer {term} "Describe a walk in the forest"', markup=False, soft_wrap=True)
+
+
+def spec_of(vector: SteeringVector, path: Path) -> str:
+    """What a command finds the vector by: its name where ``path`` is the library's, else the path."""
+    kept = vector.identity is not None and (path.parent.name, path.stem) == (vector.identity.key, vector.name)
+    return vector.name if kept else str(path)
 
 
 def _report_rows(record: dict[str, Any]) -> list[tuple[object, ...]]:

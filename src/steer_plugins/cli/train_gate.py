@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,8 @@ def train_gate(
 
 def _print_report(vector: SteeringVector, path: Path) -> None:
     from ..gate import Gate
+    from ..grammar import TermSpec, format_terms
+    from .train import spec_of
 
     gate = Gate.of(vector)
     record: dict[str, Any] = vector.provenance or {}
@@ -111,4 +114,5 @@ def _print_report(vector: SteeringVector, path: Path) -> None:
         markup=False,
     )
     print_table(("layer", "F1 of the search", "margin"), [(r["layer"], r["f1"], r["margin"]) for r in rows[:5]])
-    out.print(f"Written to {path}\nTry: steer generate --steer 'mood:1?response{{{vector.name}}}' \"...\"", markup=False)
+    term = shlex.quote(format_terms([TermSpec("mood", scope="response", gate=spec_of(vector, path))]))
+    out.print(f'Written to {path}\nTry: steer generate --steer {term} "..."', markup=False, soft_wrap=True)

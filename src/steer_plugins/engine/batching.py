@@ -11,6 +11,7 @@ import numpy.typing as npt
 from steer_plugins import native
 from steer_plugins.engine.base import Activations, Progress
 from steer_plugins.engine.session import Entry, SequenceSteering, Session, chunks
+from steer_plugins.engine.trie import groups_of, read_trie, rows_needed
 from steer_plugins.errors import DataError, EngineError
 from steer_plugins.steering import Steering
 
@@ -237,15 +238,30 @@ def read_texts(
     hosts = {i: [i] for i in range(len(texts))} if steering else find_hosts(texts)
     owners = list(hosts)
     runs = [Text(texts[i].tokens, texts[i].n_prompt, _union(texts, hosts[i]), []) for i in owners]
-    groups = plan_groups(runs, session.limits.n_seq - 1, share=not steering)
+    trie = not steering and session.model.shares_tokens
     # room for what one ubatch can want: 8 rows for the last tokens of 8 texts, not the 512 of a whole ubatch
-    wanted = sum(sorted((len(t.wanted) for t in runs), reverse=True)[: session.limits.n_seq])
-    if reads_prefixes(runs, groups):
-        wanted = max([wanted, *(group.shared for group in groups)])
+    if trie:
+        wanted = rows_needed(runs, groups_of(runs, session.limits.n_seq - 1))
+    else:
+        groups = plan_groups(runs, session.limits.n_seq - 1, share=not steering)
+        wanted = sum(sorted((len(t.wanted) for t in runs), reverse=True)[: session.limits.n_seq])
+        if reads_prefixes(runs, groups):
+            wanted = max([wanted, *(group.shared for group in groups)])
     n_rows = 1 << (min(wanted, session.limits.n_batch) - 1).bit_length()
     session.steer.set_taps(list(layers), [s] * len(layers), stream=mode, n_rows=n_rows)
     outputs = info.last_layer_outputs_only and info.n_layer - 1 in layers
     results: list[Activations | None] = [None] * len(texts)
+    if trie:
+        done_texts = 0
+        for run, states in read_trie(session, runs, layers=layers, site=s, n_streams=n_streams, outputs=outputs):
+            place = {p: r for r, p in enumerate(runs[run].wanted)}
+            for i in hosts[owners[run]]:
+                index = [place[p] for p in texts[i].wanted]
+                results[i] = _made(texts[i], {il: one[index] for il, one in states.items()}, site)
+            done_texts += len(hosts[owners[run]])
+            if progress is not None:
+                progress(done_texts, len(texts))
+        return [r for r in results if r is not None]
     trunk: dict[int, npt.NDArray[np.float32]] = {}  # rows of the prefix, kept as long as groups begin with it
     done_texts = 0
     for done in run_groups(session, runs, steering, outputs_for_reading=outputs, groups=groups):
@@ -281,10 +297,15 @@ def _activations(
         index = [row_of[slot, p] for p in text.wanted[len(early) :]]
     except KeyError as missing:
         raise EngineError(f"Position {missing.args[0][1]} was not read; please report this.") from None
-    values = {}
-    for il, rows in kept.items():
-        found = np.concatenate([trunk[il][early], rows[index]]) if early else rows[index]
-        values[il] = found.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32) if text.average else found
+    found = {il: np.concatenate([trunk[il][early], rows[index]]) if early else rows[index] for il, rows in kept.items()}
+    return _made(text, found, site)
+
+
+def _made(text: Text, rows: Mapping[int, npt.NDArray[np.float32]], site: str) -> Activations:
+    """The rows of a text's wanted positions, or their mean."""
+    values = dict(rows)
+    if text.average:
+        values = {il: one.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32) for il, one in rows.items()}
     return Activations(
         tokens=text.tokens,
         n_prompt=text.n_prompt,

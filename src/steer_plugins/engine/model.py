@@ -83,6 +83,9 @@ class LoadedModel:
         self.vocab = llama_cpp.llama_model_get_vocab(self.pointer)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
         self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self.pointer))
+        # whether a token can belong to several sequences: a cache that holds states instead of cells cannot say so
+        states = llama_cpp.llama_model_is_recurrent(self.pointer) or llama_cpp.llama_model_is_hybrid(self.pointer)
+        self.shares_tokens = not states and self.steer.n_streams == 1
         self.bos = self._special(llama_cpp.llama_vocab_bos(self.vocab))
         template = llama_cpp.llama_model_chat_template(self.pointer, None)
         self.template: ChatTemplate | None = None

@@ -18,12 +18,13 @@ __all__ = ["Entry", "Limits", "SequenceSteering", "Session", "chunks"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One token of a batch."""
+    """One token of a batch. ``also``: further sequences that it belongs to, in a context where they share their buffer."""
 
     token: int
     position: int
     sequence: int = 0
     output: bool = False
+    also: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,23 @@ class Session(SteeringTables):
         for i, e in enumerate(entries):
             batch.token[i] = e.token
             batch.pos[i] = e.position
-            batch.n_seq_id[i] = 1
+            batch.n_seq_id[i] = 1 + len(e.also)
             batch.seq_id[i][0] = e.sequence
+            for k, other in enumerate(e.also, start=1):
+                batch.seq_id[i][k] = other
             batch.logits[i] = e.output
-        code = self.c.llama_decode(self.pointer, batch)
+        with self.steer.interrupts_held():
+            code = self.c.llama_decode(self.pointer, batch)
         if code != 0:
             self.steer.raise_callback_error()
             if code == 1:
                 raise EngineError("The context is full: use a larger --n-ctx or a shorter prompt.")
             raise EngineError(f"llama.cpp failed to compute a batch (code {code}): {self.steer.error()}")
         for e in entries:
-            kv = self.kv[e.sequence]
-            del kv[e.position :]
-            kv.append((e.token, self.edit_of(e.sequence, e.position)))
+            for sequence in (e.sequence, *e.also):
+                kv = self.kv[sequence]
+                del kv[e.position :]
+                kv.append((e.token, self.edit_of(sequence, e.position)))
         if self._unproved:
             self.prove([(e.sequence, e.position, e.output) for e in entries])
 
@@ -133,11 +138,11 @@ class Session(SteeringTables):
         self.kv[sequence].clear()
         self.clear_ranges(sequence)
 
-    def copy(self, source: int, target: int) -> None:
-        """Let ``target`` start with all that ``source`` holds."""
+    def copy(self, source: int, target: int, length: int = -1) -> None:
+        """Let ``target`` start with all that ``source`` holds, or with the first ``length`` tokens of it."""
         self.c.llama_memory_seq_rm(self.memory, target, -1, -1)
-        self.c.llama_memory_seq_cp(self.memory, source, target, -1, -1)
-        self.kv[target] = list(self.kv[source])
+        self.c.llama_memory_seq_cp(self.memory, source, target, -1, length)
+        self.kv[target] = self.kv[source][: None if length < 0 else length]
 
     def reset(self) -> None:
         """Drop everything but the vectors: used when a call was interrupted half-way."""

@@ -22,6 +22,8 @@ MAX_BYTES = 256 << 20
 MAX_JSON_BYTES = 64 << 20
 #: No model has more layers.
 MAX_LAYERS = 100_000
+#: Lists and objects in a JSON text; an empty one of three bytes takes twenty times as much in memory.
+MAX_JSON_PARTS = 4 * MAX_LAYERS
 
 
 @contextlib.contextmanager
@@ -47,7 +49,10 @@ def load(path: Path, most: int = MAX_BYTES) -> bytes:
 
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON object without duplicate fields, NaN or Infinity. Raises VectorError, OSError."""
-    return _json_object(load(path, MAX_JSON_BYTES), "JSON text")
+    data = load(path, MAX_JSON_BYTES)
+    if data.count(b"[") + data.count(b"{") > MAX_JSON_PARTS:
+        raise VectorError("its JSON has more lists and objects than a vector file can have")
+    return _json_object(data, "JSON text")
 
 
 def head(path: Path, n_bytes: int = 1 << 16) -> bytes:

@@ -6,10 +6,14 @@ The library it binds is the one llama-cpp-python loaded, so contexts made by tha
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -261,6 +265,7 @@ class SteerContext:
         self._n_embd = n_embd
         self._n_taps_out = 1
         self._callbacks: dict[str, Any] = {}
+        self._set: set[str] = set()  # kinds of callbacks that there are
         self.callback_error: BaseException | None = None
 
     def _check(self, code: int) -> None:
@@ -425,10 +430,31 @@ class SteerContext:
 
         self._set_callback("add", _ADD_CB, trampoline if callback else None, self._library.llama_steer_set_add_callback)
 
+    @contextlib.contextmanager
+    def interrupts_held(self) -> Iterator[None]:
+        """Around a native call that may run callbacks: Ctrl-C is taken note of, and acts when the call has returned.
+
+        Python raises KeyboardInterrupt at the next line it comes to, which would be the first of a callback, before it can catch
+        anything; ctypes prints such an exception and forgets it. (Only the main thread is interrupted.)
+        """
+        before = signal.getsignal(signal.SIGINT)
+        if not self._set or not callable(before) or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        came: list[tuple[int, FrameType | None]] = []
+        signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            if came:
+                before(*came[0])
+
     def _set_callback(self, kind: str, prototype: Any, function: Any, setter: Any) -> None:
         wrapped = prototype(function) if function else prototype()
         self._check(setter(self._context, wrapped, None))
         self._callbacks[kind] = wrapped  # ctypes callbacks die with their last reference
+        (self._set.add if function else self._set.discard)(kind)
 
     def raise_callback_error(self) -> None:
         """Raise what a callback raised during the last decode, if it did."""
@@ -450,3 +476,4 @@ class SteerContext:
         """Free the steering of the context, which is then as it was before."""
         self._check(self._library.llama_steer_free(self._context))
         self._callbacks.clear()
+        self._set.clear()
