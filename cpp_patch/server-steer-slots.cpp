@@ -139,6 +139,8 @@ struct server_steer::slot_state {
     uint64_t      active = 0;         // terms at the next token
     std::set<std::string> held;       // configs that its ranges name
     bool steered = false;
+    bool begun   = false;             // the tokens in its cache are those of this request
+    bool shifted = false;             // positions no longer say where in the text a token is
 
     std::vector<gate_state> gates;
     int32_t held_back = -1;           // index of the token that waits for them
@@ -153,7 +155,7 @@ struct server_steer::slot_state {
     int32_t n_sampled = 0;
     bool    id_sent   = false;
     llama_tokens unsent;              // tokens that no chunk has carried yet
-    std::map<llama_pos, std::vector<double>> probed; // sums over layers, for each probe
+    std::map<llama_pos, std::vector<double>> probed; // projections on the directions of all probes, one after the other
     std::vector<double> probe_now;                   // of the token sampled last
     std::vector<std::vector<double>> probe_all;
 
@@ -412,7 +414,7 @@ void server_steer::set_ranges(int slot, slot_state & s, const std::vector<segmen
             if (s.held.insert(key).second) {
                 use.refs++;
             }
-            s.steered = true;
+            s.steered = ever_steered = true;
         }
         ids.push_back(id);
     }
@@ -433,10 +435,9 @@ void server_steer::launch(int slot, const server_steer_request_ptr & request, co
     s.request = request;
     {
         std::lock_guard<std::mutex> lock(mutex);
-        const auto it = running.find(request->id);
-        if (it != running.end()) {
-            it->second.started = true;
-            it->second.n_slots++;
+        if (auto * entry = entry_of(*request)) {
+            entry->started = true;
+            entry->n_slots++;
         }
     }
     try {
@@ -463,6 +464,9 @@ llama_pos server_steer::change(int slot, const server_steer_terms & terms, const
     auto & s = *slots.at(slot);
     check_phases(terms, s.request->tags);
     for (const auto & t : terms) {
+        if (s.shifted && t.strength != 0.0) {
+            throw server_steer_error(400, "the context of this request was shifted, so '" + t.name + "' cannot act on it: use a larger context");
+        }
         if (t.gate && t.strength != 0.0 && std::none_of(s.gates.begin(), s.gates.end(), [&](const gate_state & g) { return g.same(*t.gate); })) {
             throw server_steer_error(400, "the gate of '" + t.name + "' was not decided on the prompt: a live change can use only gates that the request began with");
         }
@@ -488,11 +492,10 @@ llama_pos server_steer::change(int slot, const server_steer_terms & terms, const
     s.phases.tags = &s.request->tags;
     s.active  = s.active_at(from);
     std::lock_guard<std::mutex> lock(mutex);
-    const auto it = running.find(request->id);
-    if (it != running.end()) {
-        it->second.steering = json::array();
+    if (auto * entry = entry_of(*request)) {
+        entry->steering = json::array();
         for (const auto & term : terms) {
-            it->second.steering.push_back(term.given);
+            entry->steering.push_back(term.given);
         }
     }
     return from;
@@ -529,7 +532,13 @@ void server_steer::on_token(int slot, llama_token token, llama_pos pos_next) {
         const auto it = s->probed.find(s->last_pos + s->n_sampled);
         s->probe_now.assign(s->request->probes.size(), 0.0);
         if (it != s->probed.end()) {
-            s->probe_now = it->second;
+            size_t at = 0;
+            for (size_t p = 0; p < s->probe_now.size(); ++p) {
+                const size_t n = s->request->probes[p]->n();
+                for (size_t i = 0; i < n; ++i) {
+                    s->probe_now[p] += it->second[at++]/n;
+                }
+            }
             s->probed.erase(s->probed.begin(), std::next(it));
         }
         for (size_t i = 0; i < s->probe_now.size(); ++i) {
@@ -545,9 +554,8 @@ void server_steer::on_token(int slot, llama_token token, llama_pos pos_next) {
     }
     {
         std::lock_guard<std::mutex> lock(mutex);
-        const auto it = running.find(s->request->id);
-        if (it != running.end()) {
-            it->second.n_tokens++;
+        if (auto * entry = entry_of(*s->request)) {
+            entry->n_tokens++;
         }
     }
     if (!s->phases.tracks()) {
@@ -561,14 +569,38 @@ void server_steer::on_token(int slot, llama_token token, llama_pos pos_next) {
     }
 }
 
-bool server_steer::is_steered(int slot) const {
-    const auto * s = slots.at(slot).get();
-    return s && s->steered;
+bool server_steer::shift(int slot) {
+    auto * s = slots.at(slot).get();
+    if (!s || !s->request) {
+        return true;
+    }
+    const bool waits = std::any_of(s->terms.begin(), s->terms.end(), [](const server_steer_term & t) { return t.strength != 0.0; });
+    if (s->steered || waits || s->taps()) {
+        return false;
+    }
+    s->shifted = true;
+    return true;
 }
 
-bool server_steer::runs(int slot, const std::string & id) const {
+bool server_steer::runs(int slot, const std::string & id) {
     const auto * s = slots.at(slot).get();
-    return s && s->request && s->request->id == id;
+    if (!s || !s->request || s->request->id != id) {
+        return false;
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    return entry_of(*s->request) != nullptr; // the client of another one with this id may have gone
+}
+
+void server_steer::begin(int slot) {
+    if (auto * s = slots.at(slot).get()) {
+        s->begun = true;
+    }
+}
+
+void server_steer::copy(int from, int to) {
+    if (slots.at(from) && slots.at(to)) {
+        slots[to]->probed = slots[from]->probed;
+    }
 }
 
 void server_steer::release(int slot, server_tokens & tokens) {
@@ -577,8 +609,10 @@ void server_steer::release(int slot, server_tokens & tokens) {
         return;
     }
     auto & s = *slots[slot];
-    tokens.edits.clear();
-    if (s.steered) {
+    if (s.begun) {
+        tokens.edits.clear(); // else they are a former request's, and so are their ids
+    }
+    if (s.steered && s.begun) {
         const auto positions = positions_of(tokens);
         std::vector<uint64_t> ids(positions.size());
         for (size_t i = 0; i < ids.size(); ++i) {
@@ -593,9 +627,8 @@ void server_steer::release(int slot, server_tokens & tokens) {
         }
         purge(IDLE_CONFIGS, IDLE_COLUMNS);
         std::lock_guard<std::mutex> lock(mutex);
-        const auto it = running.find(s.request->id);
-        if (it != running.end()) {
-            it->second.n_slots--;
+        if (auto * entry = entry_of(*s.request)) {
+            entry->n_slots--;
         }
     } else {
         slots[slot].reset();
@@ -851,9 +884,14 @@ bool server_steer::on_rows(const llama_steer_rows & rows) {
                 g.add(pos, averaged(row));
             }
         }
-        for (size_t p = 0; p < s.request->probes.size(); ++p) {
-            const auto & probe = *s.request->probes[p];
-            for (size_t i = 0; i < probe.n(); ++i) {
+        size_t n_dirs = 0;
+        for (const auto & probe : s.request->probes) {
+            n_dirs += probe->n();
+        }
+        size_t index = 0; // of the direction, among those of all probes
+        for (const auto & pointer : s.request->probes) {
+            const auto & probe = *pointer;
+            for (size_t i = 0; i < probe.n(); ++i, ++index) {
                 if (probe.layers[i] != rows.layer || probe.sites[i] != rows.site) {
                     continue;
                 }
@@ -862,9 +900,10 @@ bool server_steer::on_rows(const llama_steer_rows & rows) {
                 for (size_t k = 0; k < n_embd; ++k) {
                     dot += (double) src[k]*probe.dirs[i*n_embd + k];
                 }
-                auto & sums = s.probed[pos];
-                sums.resize(s.request->probes.size(), 0.0);
-                sums[p] += (probe.scales[i] != 0.0 ? dot/std::abs(probe.scales[i]) : dot)/probe.n();
+                // a position may be computed again with another token: a draft that was turned down
+                auto & values = s.probed[pos];
+                values.resize(n_dirs, 0.0);
+                values[index] = probe.scales[i] != 0.0 ? dot/std::abs(probe.scales[i]) : dot;
             }
         }
     }
@@ -975,7 +1014,7 @@ bool server_steer::attach(llama_model * model_new, llama_context * ctx_new, cons
     columns.clear();
     next_config = 1;
     taps.clear();
-    taps_all_streams = taps_many_rows = false;
+    taps_all_streams = taps_many_rows = ever_steered = false;
 
     if (ready) {
         return true; // resumed from sleep: names and vectors are as they were

@@ -131,6 +131,11 @@ struct server_steer_ticket {
     }
 };
 
+server_steer::running_request * server_steer::entry_of(const server_steer_request & request) {
+    const auto it = running.find(request.id);
+    return it != running.end() && it->second.serial == request.serial ? &it->second : nullptr;
+}
+
 static json given_of(const server_steer_terms & terms) {
     json res = json::array();
     for (const auto & term : terms) {
@@ -139,7 +144,8 @@ static json given_of(const server_steer_terms & terms) {
     return res;
 }
 
-std::shared_ptr<server_steer_ticket> server_steer::reserve(const std::string & id, const server_steer_terms & terms) {
+std::shared_ptr<server_steer_ticket> server_steer::reserve(server_steer_request & request) {
+    const std::string & id = request.id;
     if (id.empty() || id.size() > 64 || !std::all_of(id.begin(), id.end(), [](char c) { return isalnum((unsigned char) c) || strchr("._:-", c); })) {
         bad("request_id " + shown(id) + " is no name for a request: use 1 to 64 of A-Z, a-z, 0-9, '.', '_', ':' and '-'");
     }
@@ -148,7 +154,9 @@ std::shared_ptr<server_steer_ticket> server_steer::reserve(const std::string & i
         if (running.count(id)) {
             throw server_steer_error(409, "request_id " + shown(id) + " is in use: choose another");
         }
-        running[id].steering = given_of(terms);
+        request.serial = next_serial++;
+        running[id].serial   = request.serial;
+        running[id].steering = given_of(request.terms);
     }
     return std::shared_ptr<server_steer_ticket>(new server_steer_ticket { this, id });
 }
@@ -422,7 +430,8 @@ static server_steer_tags template_tags(const json & data) {
     }
     const json triggers = json_value(data, "grammar_triggers", json::array());
     for (size_t i = 0; i < triggers.size(); ++i) {
-        const std::string begin = json_value(triggers.at(i), "value", std::string());
+        // a model may break the line elsewhere than its template does
+        const std::string begin = string_strip(json_value(triggers.at(i), "value", std::string()));
         if (!begin.empty()) {
             tags.tool_open.push_back(begin);
             const std::string end = end_of_tool(begin);
@@ -498,7 +507,7 @@ server_steer_request_ptr server_steer::parse(const json & data, const std::strin
     }
     res->id    = named ? text_of(data.at("request_id"), "request_id") : id;
     res->named = steered || named || probed;
-    ticket = reserve(res->id, res->terms);
+    ticket = reserve(*res);
     return res;
 }
 
@@ -515,13 +524,15 @@ server_steer_request server_steer::parse_special(const json & body, const std::s
     }
     check_phases(res.terms, res.tags);
     res.id = is_absent(body, "request_id") ? id : text_of(body.at("request_id"), "request_id");
-    ticket = reserve(res.id, res.terms);
+    ticket = reserve(res);
     return res;
 }
 
 void server_steer::refuse(const json & body, const char * what) {
-    if (body.is_object() && !is_absent(body, "steering")) {
-        bad(std::string(what) + " cannot be steered: leave out 'steering'");
+    for (const char * key : { "steering", "steering_probe", "steering_tags" }) {
+        if (body.is_object() && !is_absent(body, key)) {
+            bad(std::string(what) + " cannot be steered: leave out '" + key + "'");
+        }
     }
 }
 
