@@ -240,6 +240,11 @@ def test_vectors_come_and_go(runtime: Runtime, models: Any) -> None:
         process.start(models("llama"), ["-c", "512", "--parallel", "1", *EXACT])
         process.wait_ready(120)
         assert engine.status()["vectors"] == []
+        probed = engine.stream(GenerateRequest(PROMPT, max_tokens=3, probe=(v,)))  # nothing steers, and still it is missed
+        probed.run()
+        assert v.name in probed.projections
+        [entry] = engine.status()["vectors"]
+        requests.delete(f"{process.url}/steering/vectors/{entry['name']}", timeout=30)
         assert engine.logprobs([(PROMPT, " cold")], steering=v)[0] == pytest.approx(scores, abs=1e-4)
         assert engine.generate(PROMPT, steering=v, max_tokens=8).tokens == steered
         engine.close()

@@ -1,4 +1,4 @@
-"""Steering beside what else a request may ask for: pictures, grammars, infill, stop strings, streams of other APIs, embeddings."""
+"""Steering beside what else a request may ask for: pictures, grammars, infill, stop strings, streams of other APIs."""
 
 from __future__ import annotations
 
