@@ -144,6 +144,10 @@ def test_embeddings_are_not_steered(own: Any, tmp_path: Path) -> None:
         for path in ("/v1/embeddings", "/embeddings"):
             assert "embeddings cannot be steered" in server.error(path, {"input": PROMPT, **fields}), fields
     server.error("/rerank", {"query": "a", "documents": ["b"], "steering": term()}, 501)  # no model for it, before all else
+    _, steered = server.read(prompts=[PROMPT], positions="all", layers=[2], steering=term(scope="3-"))
+    _, rows = server.read(prompts=[PROMPT], positions="all", layers=[2])
+    moved = np.abs(steered["0.values"] - rows["0.values"]).max(axis=(0, 2))
+    assert moved[:3].max() < 1e-3 and moved[3:].min() > 0.1
     assert server.ok("/v1/embeddings", {"input": PROMPT})["data"] == plain["data"]
 
 
@@ -183,3 +187,21 @@ def test_a_read_whose_client_goes_away(own: Any, tmp_path: Path) -> None:
     eventually(lambda: server.get("/steering").json()["requests"] == [])
     assert len(server.complete(PROMPT, term(), 4)["tokens"]) == 4
     eventually(lambda: not any(s["is_processing"] for s in server.get("/slots").json()))
+
+
+def test_more_projections_than_fit_at_once(own: Any, tmp_path: Path) -> None:
+    """One request too many says so; nobody else is harmed, and there is room again afterwards."""
+    server = own("llama", "-np", "2", "-c", "4096", "--cache-ram", "0")
+    for i in range(65):
+        server.put(f"v{i}", make_vector(server, 1, seed=i), tmp_path)
+    many = [{"vector": f"v{i}", "op": "project", "strength": 0.1, "scope": "all"} for i in range(64)]
+    last = [{"vector": "v64", "op": "project", "scope": "all"}]
+    body = {"prompt": PROMPT, "n_predict": 1900, "ignore_eos": True, "temperature": 0, "steering": many}
+    answer = server.stream("/completion", body)
+    lines = (line for line in answer.iter_lines() if line.startswith(b"data: "))
+    next(lines)
+    assert "64 columns project" in server.error("/completion", {"prompt": PROMPT, "n_predict": 2, "steering": last}, 503)
+    assert server.complete(PROMPT, [{"vector": "v64"}], 2)["tokens"]  # adding has no such limit
+    answer.close()
+    eventually(lambda: server.get("/steering").json()["requests"] == [])
+    assert server.complete(PROMPT, last, 2)["tokens"]
