@@ -140,7 +140,8 @@ def test_embeddings_are_not_steered(own: Any, tmp_path: Path) -> None:
     server = loaded(own("llama", "-np", "2", "-c", "1024", "--embeddings", "--pooling", "mean"), tmp_path)
     plain = server.ok("/v1/embeddings", {"input": PROMPT})
     assert len(plain["data"][0]["embedding"]) == server.n_embd
-    for fields in ({"steering": term()}, {"steering": []}, {"steering_probe": ["v"]}, {"steering_tags": {}}):
+    asked: list[dict[str, Any]] = [{"steering": term()}, {"steering": []}, {"steering_probe": ["v"]}, {"steering_tags": {}}]
+    for fields in asked:
         for path in ("/v1/embeddings", "/embeddings"):
             assert "embeddings cannot be steered" in server.error(path, {"input": PROMPT, **fields}), fields
     server.error("/rerank", {"query": "a", "documents": ["b"], "steering": term()}, 501)  # no model for it, before all else

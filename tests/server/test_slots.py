@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -44,16 +45,15 @@ class Caller:
     """A client that asks for a whole answer, and can hang up before it has it."""
 
     def __init__(self, server: Server, body: Any) -> None:
-        host, port = server.url.removeprefix("http://").split(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=60)
-        data = json.dumps(body).encode()
-        head = (
-            f"POST /completion HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        )
-        self.socket.sendall(head.encode() + data)
+        self.connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=120)
+        self.connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+
+    def answer(self) -> Any:
+        with contextlib.closing(self.connection), self.connection.getresponse() as response:
+            return json.loads(response.read())
 
     def hang_up(self) -> None:
-        self.socket.close()
+        self.connection.close()
 
 
 def busy(server: Server, slot: int | None = None) -> bool:
@@ -87,6 +87,29 @@ def test_a_request_that_never_began(own: Any, tmp_path: Path) -> None:
         assert check_fresh(server, LONG, waiting, id_slot=1)["cached"] == 1
         if began:
             pytest.skip("the other reply was over before it could be waited for")
+
+
+def test_a_live_change_of_a_request_that_waits(own: Any, tmp_path: Path) -> None:
+    """It acts on the whole of it, and on what of the cache is right for it."""
+    flags = ("-np", "2", "-c", "65536", "--no-kv-unified", "-fa", "off", "-ctk", "f32", "-ctv", "f32", "--no-cont-batching")
+    server = loaded(own("llama", *flags, *LENGTHY), tmp_path)
+    n = len(server.tokens(LONG))
+    for first, second, cached in (([], term(), 1), (term(), [], n - 1), (term(), term(-1.0), 1), ([], term(scope="9-"), 9)):
+        server.complete(LONG, [], id_slot=1)
+        long = Caller(server, {"prompt": PROMPT, "n_predict": 32000, "ignore_eos": True, "id_slot": 0, "request_id": "long"})
+        eventually(lambda: busy(server, 0))
+        body = {"prompt": LONG, "n_predict": 12, "temperature": 0, "ignore_eos": True, "return_tokens": True, "id_slot": 1}
+        waiting = Caller(server, {**body, "steering": first, "request_id": "waits"})
+        eventually(lambda: busy(server, 1))
+        told = server.post("/steering/requests/waits", {"steering": second})
+        long.hang_up()
+        reply = waiting.answer()
+        eventually(lambda: names(server) == [])
+        eventually(lambda: not busy(server))
+        if told.status_code == 404 or told.json()["from_position"] != [0]:
+            pytest.skip("the other reply was over before it could be waited for")
+        assert reply["tokens"] == server.complete(LONG, second, 12, cache_prompt=False, id_slot=0)["tokens"]
+        assert reply["timings"]["cache_n"] == cached
 
 
 def test_a_name_used_again_while_its_former_request_still_runs(own: Any, tmp_path: Path) -> None:

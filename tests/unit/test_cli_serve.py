@@ -394,7 +394,7 @@ def test_what_cannot_be_staged(model: Path, tmp_path: Path) -> None:
             call()
     write_vector(vector(model), tmp_path / "v.safetensors")
     staged.add(f"v={tmp_path / 'v.safetensors'}")
-    with pytest.raises(SpecError, match="layers 2-9 of 'mood' hold none"):
+    with pytest.raises(SpecError, match="layers 2-9 of 'v' hold none"):
         staged.flags("v@2-9")
     assert staged.flags(None) == ["--steering-dir", str(tmp_path)]
 
