@@ -215,3 +215,27 @@ def test_many_prompts_in_one_request(exact: Any, tmp_path: Path) -> None:
     eventually(change)
     thread.join()
     assert len(answers) == 3 and (not changed or 1 <= len(changed) <= 3)
+
+
+def test_what_a_reply_uses_stays_however_much_comes_and_goes(own: Any, tmp_path: Path) -> None:
+    """Idle configs and vectors leave the device to make room; those of a running request do not."""
+    flags = ("-np", "2", "-c", "16384", "--no-kv-unified", "-fa", "off")
+    server = loaded(own("llama", *flags, *LENGTHY, weights="q8_0"), tmp_path)
+    for i in range(8):
+        server.put(f"other{i}", make_vector(server, seed=100 + i), tmp_path)
+    body = {"prompt": PROMPT, "temperature": 0, "ignore_eos": True, "return_tokens": True, "cache_prompt": False, "id_slot": 0}
+    for n in (2000, 4000, 8000):  # a tiny model is quick: others have to come while it writes
+        alone = server.ok("/completion", {**body, "n_predict": n, "steering": term(0.5)})["tokens"]
+        answer = server.stream("/completion", {**body, "n_predict": n, "steering": term(0.5), "request_id": "long"})
+        lines = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith(b"data: "))
+        tokens = list(next(lines)["tokens"])
+        passed = 0
+        for i in range(24):
+            server.complete("Hello", [{"vector": f"other{i % 8}", "strength": 0.1 + i / 100}], 2, id_slot=1)
+            passed += "long" in names(server)
+        for chunk in lines:
+            tokens += chunk["tokens"]
+        assert tokens == alone
+        if passed > 16:
+            return
+    pytest.skip("no reply was long enough for the others to pass by")
