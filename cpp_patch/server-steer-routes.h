@@ -106,6 +106,26 @@ std::vector<steer_item> steer_items(const llama_vocab * vocab, const json & item
     return res;
 }
 
+// All results of a reader's tasks. A heap of texts may take long: the client is looked for after each of them.
+server_response_reader::batch_response steer_wait(server_response_reader & rd, size_t n, const std::function<bool()> & should_stop) {
+    server_response_reader::batch_response all;
+    all.results.resize(n);
+    while (rd.has_next()) {
+        auto result = should_stop() ? nullptr : rd.next(should_stop);
+        if (!result) {
+            all.is_terminated = true;
+            break;
+        }
+        if (result->is_error()) {
+            all.error = std::move(result);
+            break;
+        }
+        const size_t index = result->index;
+        all.results.at(index) = std::move(result);
+    }
+    return all;
+}
+
 void steer_put(std::string & out, const void * data, size_t size) {
     out.append(static_cast<const char *>(data), size);
 }
@@ -284,7 +304,7 @@ void server_routes::init_steer_routes() {
         const auto items = steer_items(ctx_server.vocab, prompts, false);
 
         const auto & spec = *base.read;
-        const size_t n_embd = meta->model_n_embd_inp;
+        const size_t n_embd = steer.n_embd();
         const size_t width  = n_embd*(spec.streams ? steer.n_streams() : 1)*sizeof(float);
         size_t bytes = 0;
         json n_prompt = json::array();
@@ -309,7 +329,7 @@ void server_routes::init_steer_routes() {
             tasks.push_back(std::move(task));
         }
         res.rd.post_tasks(std::move(tasks));
-        const auto all = res.rd.wait_for_all(req.should_stop);
+        const auto all = steer_wait(res.rd, items.size(), req.should_stop);
         if (all.is_terminated) {
             return;
         }
@@ -339,7 +359,8 @@ void server_routes::init_steer_routes() {
             steer_bad("'items' is missing");
         }
         std::vector<server_task> tasks;
-        for (const auto & item : steer_items(ctx_server.vocab, body.at("items"), true)) {
+        const auto items = steer_items(ctx_server.vocab, body.at("items"), true);
+        for (const auto & item : items) {
             if (item.prompt.size() + item.response.size() >= (size_t) meta->slot_n_ctx) {
                 steer_bad(string_format("prompt and response have %zu tokens, the context of a request %d", item.prompt.size() + item.response.size(), meta->slot_n_ctx));
             }
@@ -356,7 +377,7 @@ void server_routes::init_steer_routes() {
             tasks.push_back(std::move(task));
         }
         res.rd.post_tasks(std::move(tasks));
-        const auto all = res.rd.wait_for_all(req.should_stop);
+        const auto all = steer_wait(res.rd, items.size(), req.should_stop);
         if (all.is_terminated) {
             return;
         }

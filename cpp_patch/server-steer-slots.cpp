@@ -1,10 +1,9 @@
-// server-steer-slots.cpp - what each slot gets: ranges of configs, phases of a response, and the rows that are read.
+// server-steer-slots.cpp - the life of a slot: configs and columns on the device, ranges of positions, phases, live changes.
 
-#include "server-steer.h"
+#include "server-steer-state.h"
 
 #include "common.h"
 
-#include <cmath>
 #include <cstring>
 
 namespace {
@@ -13,211 +12,7 @@ constexpr size_t IDLE_CONFIGS  = 8; // kept for the next request that wants the 
 constexpr size_t IDLE_COLUMNS  = 4;
 constexpr size_t MAX_TAP_BYTES = (size_t) 64 << 20; // larger buffers for reading are freed when nobody reads
 
-// Position of each token; an image may take another number of positions than of tokens.
-std::vector<llama_pos> positions_of(const server_tokens & tokens) {
-    std::vector<llama_pos> res(tokens.size());
-    llama_pos pos = 0;
-    for (size_t i = 0; i < tokens.size();) {
-        if (tokens[i] != LLAMA_TOKEN_NULL) {
-            res[i++] = pos++;
-            continue;
-        }
-        const auto & chunk = tokens.find_chunk(i);
-        const size_t    n_tokens = mtmd_input_chunk_get_n_tokens(chunk.get());
-        const llama_pos n_pos    = mtmd_input_chunk_get_n_pos(chunk.get());
-        for (size_t k = 0; k < n_tokens; ++k) {
-            res[i + k] = pos + ((size_t) n_pos == n_tokens ? (llama_pos) k : 0);
-        }
-        i   += n_tokens;
-        pos += n_pos;
-    }
-    return res;
-}
-
-// Follows the text of a response through thinking and tool calls, by the template's own tags.
-struct phase_tracker {
-    const server_steer_tags * tags = nullptr;
-    bool thinking = false;
-    bool tool     = false;
-    std::string tail; // text that could be the beginning of a tag
-
-    // Anything to follow? Done for every steered request with tags: a live change may bring a scope that needs it.
-    bool tracks() const {
-        return !tags->open.empty() || !tags->close.empty() || !tags->tool_open.empty();
-    }
-
-    void start(const server_steer_tags & t) {
-        *this = {};
-        tags = &t;
-        tool = t.all_tools;
-    }
-
-    void feed(const std::string & piece, bool response) {
-        const size_t seen = tail.size();
-        tail += piece;
-        size_t best = 0; // end of the last tag that ends within the piece
-        size_t longest = 0;
-        const auto look = [&](const std::string & tag, bool & phase, bool value) {
-            longest = std::max(longest, tag.size());
-            const size_t at = tag.empty() ? std::string::npos : tail.rfind(tag);
-            if (at != std::string::npos && at + tag.size() > seen && at + tag.size() >= best) {
-                best  = at + tag.size();
-                phase = value;
-            }
-        };
-        look(tags->open, thinking, true);
-        for (const auto & tag : tags->close) {
-            look(tag, thinking, false);
-        }
-        if (response && !tags->all_tools) {
-            best = 0;
-            for (const auto & tag : tags->tool_open) {
-                look(tag, tool, true);
-            }
-            for (const auto & tag : tags->tool_close) {
-                look(tag, tool, false);
-            }
-        }
-        if (tail.size() > longest) {
-            tail.erase(0, tail.size() - longest);
-        }
-    }
-};
-
 } // namespace
-
-// Tokens first <= p < end (end < 0: no end) have the terms of `active`, at the strengths they have where response token n is decided.
-struct server_steer::segment {
-    llama_pos first;
-    llama_pos end;
-    uint64_t  active;
-    int32_t   n;
-};
-
-// A gate of a slot: the sum of the states it looks at, until it is decided.
-struct gate_state {
-    server_steer_vector_ptr gate;
-    llama_pos first = 0; // positions it looks at, both included
-    llama_pos last  = 0;
-    llama_pos next  = 0; // the next of them; a decode may be repeated
-    std::vector<double> sum; // [n_embd]
-    bool   decided = false;
-    double score   = 0.0;
-
-    bool same(const server_steer_vector & other) const {
-        return gate->content_sha256 == other.content_sha256 && gate->gate->mean == other.gate->mean;
-    }
-
-    void add(llama_pos pos, const float * row) {
-        if (pos == next && pos <= last) {
-            for (size_t i = 0; i < sum.size(); ++i) {
-                sum[i] += row[i];
-            }
-            next++;
-        }
-    }
-
-    // the cosine between what was read and the condition vector
-    void decide() {
-        double dot = 0.0, h2 = 0.0, v2 = 0.0;
-        for (size_t i = 0; i < sum.size(); ++i) {
-            const double v = gate->dirs[i];
-            dot += sum[i]*v;
-            h2  += sum[i]*sum[i];
-            v2  += v*v;
-        }
-        score   = h2*v2 > 0.0 ? dot/std::sqrt(h2*v2) : 0.0;
-        decided = true;
-    }
-};
-
-struct server_steer::slot_state {
-    server_steer_request_ptr request; // null: the slot is not ours
-    server_steer_terms terms;         // of the request, until a live change replaces them
-    llama_pos     last_pos = 0;       // of the prompt
-    phase_tracker phases;
-    uint64_t      active = 0;         // terms at the next token
-    std::set<std::string> held;       // configs that its ranges name
-    bool steered = false;
-
-    std::vector<gate_state> gates;
-    int32_t held_back = -1;           // index of the token that waits for them
-
-    // reading
-    std::vector<llama_pos> wanted;    // sorted
-    int32_t first_wanted = -1;        // token index
-    std::set<std::pair<int32_t, llama_pos>> seen; // (layer, position): a decode may be repeated
-    std::vector<double> sums;
-    std::shared_ptr<server_steer_values> values;
-
-    int32_t n_sampled = 0;
-    bool    id_sent   = false;
-    llama_tokens unsent;              // tokens that no chunk has carried yet
-    std::map<llama_pos, std::vector<double>> probed; // sums over layers, for each probe
-    std::vector<double> probe_now;                   // of the token sampled last
-    std::vector<std::vector<double>> probe_all;
-
-    bool reads() const { return request && request->read; }
-
-    bool taps() const { return request && (request->read || !request->probes.empty() || !gates.empty()); }
-
-    bool open(const server_steer_vector & gate) const {
-        for (const auto & g : gates) {
-            if (g.decided && g.same(gate)) {
-                return gate.gate->above ? g.score > gate.gate->threshold : g.score < gate.gate->threshold;
-            }
-        }
-        return false;
-    }
-
-    llama_pos response_start() const { return std::max(1, last_pos); }
-
-    // Terms that act at a position, in the present phase.
-    uint64_t active_at(llama_pos pos) const {
-        const bool response = pos >= response_start();
-        uint64_t res = 0;
-        for (size_t i = 0; i < terms.size(); ++i) {
-            const auto & t = terms[i];
-            bool acts = false;
-            switch (t.scope) {
-                case server_steer_term::ALL:      acts = pos >= 1; break;
-                case server_steer_term::PROMPT:   acts = pos >= 1 && !response; break;
-                case server_steer_term::RESPONSE: acts = response; break;
-                case server_steer_term::THINKING: acts = response && phases.thinking; break;
-                case server_steer_term::ANSWER:   acts = response && !phases.thinking && !phases.tool; break;
-                case server_steer_term::RANGE:    acts = pos >= t.first && (t.last < 0 || pos <= t.last); break;
-            }
-            acts = acts && (!t.gate || open(*t.gate));
-            res |= acts && t.strength != 0.0 ? 1ull << i : 0;
-        }
-        return res;
-    }
-
-    // What the tokens from a position on get, in the present phase.
-    std::vector<segment> from(llama_pos pos) const {
-        std::set<llama_pos> edges = { pos, 1, response_start() };
-        for (const auto & t : terms) {
-            for (int32_t n = t.schedule.over; n >= 1 && response_start() + n >= pos; --n) {
-                edges.insert(response_start() + n);
-            }
-            if (t.scope == server_steer_term::RANGE) {
-                edges.insert(t.first);
-                edges.insert(t.last < 0 ? t.first : t.last + 1);
-            }
-        }
-        std::vector<segment> res;
-        for (llama_pos edge : edges) {
-            if (edge < pos) {
-                continue;
-            }
-            if (!res.empty()) {
-                res.back().end = edge;
-            }
-            res.push_back({ edge, -1, active_at(edge), std::max(0, edge - response_start()) });
-        }
-        return res;
-    }
-};
 
 server_steer::server_steer()  = default;
 server_steer::~server_steer() = default;
@@ -330,7 +125,7 @@ const std::string & server_steer::config_for(const server_steer_terms & terms, c
 
 // Segments of all tokens of a task, and the phase at its end.
 std::vector<server_steer::segment> server_steer::segments(const server_steer_request & request, const server_tokens & tokens, slot_state & s) {
-    const auto positions = positions_of(tokens);
+    const auto positions = server_steer_positions(tokens);
     const size_t n_prompt = request.n_prompt >= 0 ? (size_t) request.n_prompt : tokens.size();
     s.terms    = request.terms;
     s.last_pos = n_prompt > 0 ? positions[n_prompt - 1] : 0;
@@ -384,7 +179,7 @@ void server_steer::plan(const server_steer_request_ptr & request, server_tokens 
     }
     slot_state s;
     const auto parts = segments(*request, tokens, s);
-    const auto positions = positions_of(tokens);
+    const auto positions = server_steer_positions(tokens);
     std::vector<uint64_t> ids(tokens.size());
     size_t i = 0;
     for (const auto & part : parts) {
@@ -412,7 +207,7 @@ void server_steer::set_ranges(int slot, slot_state & s, const std::vector<segmen
             if (s.held.insert(key).second) {
                 use.refs++;
             }
-            s.steered = true;
+            s.steered = ever_steered = true;
         }
         ids.push_back(id);
     }
@@ -433,10 +228,9 @@ void server_steer::launch(int slot, const server_steer_request_ptr & request, co
     s.request = request;
     {
         std::lock_guard<std::mutex> lock(mutex);
-        const auto it = running.find(request->id);
-        if (it != running.end()) {
-            it->second.started = true;
-            it->second.n_slots++;
+        if (auto * entry = entry_of(*request)) {
+            entry->started = true;
+            entry->n_slots++;
         }
     }
     try {
@@ -463,7 +257,10 @@ llama_pos server_steer::change(int slot, const server_steer_terms & terms, const
     auto & s = *slots.at(slot);
     check_phases(terms, s.request->tags);
     for (const auto & t : terms) {
-        if (t.gate && t.strength != 0.0 && std::none_of(s.gates.begin(), s.gates.end(), [&](const gate_state & g) { return g.same(*t.gate); })) {
+        if (s.shifted && t.strength != 0.0) {
+            throw server_steer_error(400, "the context of this request was shifted, so '" + t.name + "' cannot act on it: use a larger context");
+        }
+        if (t.gate && t.strength != 0.0 && std::none_of(s.gates.begin(), s.gates.end(), [&](const server_steer_gate_state & g) { return g.same(*t.gate); })) {
             throw server_steer_error(400, "the gate of '" + t.name + "' was not decided on the prompt: a live change can use only gates that the request began with");
         }
     }
@@ -488,11 +285,10 @@ llama_pos server_steer::change(int slot, const server_steer_terms & terms, const
     s.phases.tags = &s.request->tags;
     s.active  = s.active_at(from);
     std::lock_guard<std::mutex> lock(mutex);
-    const auto it = running.find(request->id);
-    if (it != running.end()) {
-        it->second.steering = json::array();
+    if (auto * entry = entry_of(*request)) {
+        entry->steering = json::array();
         for (const auto & term : terms) {
-            it->second.steering.push_back(term.given);
+            entry->steering.push_back(term.given);
         }
     }
     return from;
@@ -529,7 +325,13 @@ void server_steer::on_token(int slot, llama_token token, llama_pos pos_next) {
         const auto it = s->probed.find(s->last_pos + s->n_sampled);
         s->probe_now.assign(s->request->probes.size(), 0.0);
         if (it != s->probed.end()) {
-            s->probe_now = it->second;
+            size_t at = 0;
+            for (size_t p = 0; p < s->probe_now.size(); ++p) {
+                const size_t n = s->request->probes[p]->n();
+                for (size_t i = 0; i < n; ++i) {
+                    s->probe_now[p] += it->second[at++]/n;
+                }
+            }
             s->probed.erase(s->probed.begin(), std::next(it));
         }
         for (size_t i = 0; i < s->probe_now.size(); ++i) {
@@ -545,9 +347,8 @@ void server_steer::on_token(int slot, llama_token token, llama_pos pos_next) {
     }
     {
         std::lock_guard<std::mutex> lock(mutex);
-        const auto it = running.find(s->request->id);
-        if (it != running.end()) {
-            it->second.n_tokens++;
+        if (auto * entry = entry_of(*s->request)) {
+            entry->n_tokens++;
         }
     }
     if (!s->phases.tracks()) {
@@ -561,14 +362,38 @@ void server_steer::on_token(int slot, llama_token token, llama_pos pos_next) {
     }
 }
 
-bool server_steer::is_steered(int slot) const {
-    const auto * s = slots.at(slot).get();
-    return s && s->steered;
+bool server_steer::shift(int slot) {
+    auto * s = slots.at(slot).get();
+    if (!s || !s->request) {
+        return true;
+    }
+    const bool waits = std::any_of(s->terms.begin(), s->terms.end(), [](const server_steer_term & t) { return t.strength != 0.0; });
+    if (s->steered || waits || s->taps()) {
+        return false;
+    }
+    s->shifted = true;
+    return true;
 }
 
-bool server_steer::runs(int slot, const std::string & id) const {
+bool server_steer::runs(int slot, const std::string & id) {
     const auto * s = slots.at(slot).get();
-    return s && s->request && s->request->id == id;
+    if (!s || !s->request || s->request->id != id) {
+        return false;
+    }
+    std::lock_guard<std::mutex> lock(mutex);
+    return entry_of(*s->request) != nullptr; // the client of another one with this id may have gone
+}
+
+void server_steer::begin(int slot) {
+    if (auto * s = slots.at(slot).get()) {
+        s->begun = true;
+    }
+}
+
+void server_steer::copy(int from, int to) {
+    if (slots.at(from) && slots.at(to)) {
+        slots[to]->probed = slots[from]->probed;
+    }
 }
 
 void server_steer::release(int slot, server_tokens & tokens) {
@@ -577,9 +402,11 @@ void server_steer::release(int slot, server_tokens & tokens) {
         return;
     }
     auto & s = *slots[slot];
-    tokens.edits.clear();
-    if (s.steered) {
-        const auto positions = positions_of(tokens);
+    if (s.begun) {
+        tokens.edits.clear(); // else they are a former request's, and so are their ids
+    }
+    if (s.steered && s.begun) {
+        const auto positions = server_steer_positions(tokens);
         std::vector<uint64_t> ids(positions.size());
         for (size_t i = 0; i < ids.size(); ++i) {
             ids[i] = llama_steer_edit_id(ctx, slot, positions[i]);
@@ -593,9 +420,8 @@ void server_steer::release(int slot, server_tokens & tokens) {
         }
         purge(IDLE_CONFIGS, IDLE_COLUMNS);
         std::lock_guard<std::mutex> lock(mutex);
-        const auto it = running.find(s.request->id);
-        if (it != running.end()) {
-            it->second.n_slots--;
+        if (auto * entry = entry_of(*s.request)) {
+            entry->n_slots--;
         }
     } else {
         slots[slot].reset();
@@ -626,342 +452,6 @@ void server_steer::note_memory() {
     }
 }
 
-// ---- reading ----
-
-int server_steer::reuse_limit(int slot, int n_past) const {
-    const auto * s = slots.at(slot).get();
-    return s && s->first_wanted >= 0 ? std::min(n_past, s->first_wanted) : n_past;
-}
-
-bool server_steer::can_shift(int slot, const server_tokens & cached, const server_tokens & wanted) const {
-    return !cached.edits.any() && !wanted.edits.any() && reuse_limit(slot, INT32_MAX) == INT32_MAX;
-}
-
-void server_steer::set_taps(int slot, slot_state & s, const server_tokens & tokens) {
-    std::set<std::pair<int32_t, int32_t>> need;
-    bool all_streams = false;
-    bool many_rows   = drafts;
-    const auto positions = positions_of(tokens);
-
-    if (s.request->read) {
-        const auto & spec = *s.request->read;
-        const size_t n = tokens.size();
-        const size_t n_prompt = s.request->n_prompt >= 0 ? (size_t) s.request->n_prompt : n;
-        std::set<size_t> rows; // token indices
-        switch (spec.kind) {
-            case server_steer_read_spec::LAST: rows.insert(n - 1); break;
-            case server_steer_read_spec::ALL:
-            case server_steer_read_spec::MEAN:
-                for (size_t i = spec.kind == server_steer_read_spec::ALL ? 0 : 1; i < n; ++i) {
-                    rows.insert(i);
-                }
-                break;
-            case server_steer_read_spec::RESPONSE:
-            case server_steer_read_spec::RESPONSE_MEAN:
-                for (size_t i = n_prompt; i < n; ++i) {
-                    rows.insert(i);
-                }
-                break;
-            case server_steer_read_spec::LIST:
-                for (int64_t p : spec.list) {
-                    p += p < 0 ? (int64_t) n : 0;
-                    if (p < 0 || p >= (int64_t) n) {
-                        throw server_steer_error(400, string_format("the positions do not all lie in a text of %zu tokens", n));
-                    }
-                    rows.insert((size_t) p);
-                }
-                break;
-        }
-        if (rows.empty()) {
-            throw server_steer_error(400, spec.is_mean() && spec.kind == server_steer_read_spec::MEAN
-                ? "a mean needs at least two tokens, as position 0 is left out" : "there is no response to read: the text ends with the prompt");
-        }
-        for (size_t i : rows) {
-            s.wanted.push_back(positions[i]);
-        }
-        s.first_wanted = s.first_wanted < 0 ? (int32_t) *rows.begin() : std::min(s.first_wanted, (int32_t) *rows.begin());
-        s.values->tokens = tokens.get_text_tokens();
-        const size_t n_out = spec.streams ? info.n_streams : 1;
-        const size_t width = n_out*info.n_embd;
-        const size_t n_rows = spec.is_mean() ? 1 : s.wanted.size();
-        s.values->positions.assign(s.wanted.begin(), s.wanted.end());
-        if (spec.is_mean()) {
-            s.values->positions = { s.wanted.back() };
-            s.sums.assign(spec.layers.size()*width, 0.0);
-        }
-        s.values->values.assign(spec.layers.size()*n_rows*width, 0.0f);
-        for (int32_t il : spec.layers) {
-            need.insert({ il, spec.site });
-        }
-        all_streams = spec.streams;
-        many_rows   = many_rows || s.wanted.size() > 1;
-    }
-    for (const auto & g : s.gates) {
-        need.insert({ g.gate->layers[0], g.gate->sites[0] });
-        many_rows = many_rows || g.first < g.last;
-    }
-    for (const auto & probe : s.request->probes) {
-        for (size_t i = 0; i < probe->n(); ++i) {
-            need.insert({ probe->layers[i], probe->sites[i] });
-        }
-    }
-
-    const bool others = std::any_of(slots.begin(), slots.end(), [&](const auto & p) {
-        return p && p.get() != &s && p->taps();
-    });
-    const bool enough = std::includes(taps.begin(), taps.end(), need.begin(), need.end()) &&
-        (taps_all_streams || !all_streams) && (taps_many_rows || !many_rows);
-    if (!enough) {
-        auto next = need;
-        if (others) {
-            next.insert(taps.begin(), taps.end());
-            all_streams = all_streams || taps_all_streams;
-            many_rows   = many_rows   || taps_many_rows;
-        }
-        std::vector<int32_t> layers;
-        std::vector<int32_t> sites;
-        for (const auto & [il, site] : next) {
-            layers.push_back(il);
-            sites.push_back(site);
-        }
-        check(llama_steer_tap_set(ctx, (int32_t) layers.size(), layers.data(), sites.data(),
-            all_streams ? LLAMA_STEER_STREAM_ALL : LLAMA_STEER_STREAM_MEAN, many_rows ? 0 : (int32_t) slots.size(), false));
-        taps = next;
-        taps_all_streams = all_streams;
-        taps_many_rows   = many_rows;
-        check(llama_steer_set_read_callback(ctx, [](const llama_steer_rows * rows, void * self) {
-            return static_cast<server_steer *>(self)->on_rows(*rows);
-        }, this));
-    }
-    // runs of wanted positions
-    for (size_t i = 0; i < s.wanted.size();) {
-        size_t k = i + 1;
-        while (k < s.wanted.size() && s.wanted[k] == s.wanted[k - 1] + 1) {
-            k++;
-        }
-        check(llama_steer_tap_range(ctx, slot, s.wanted[i], s.wanted[k - 1] + 1, true));
-        i = k;
-    }
-    for (const auto & g : s.gates) {
-        check(llama_steer_tap_range(ctx, slot, g.first, g.last + 1, true));
-    }
-    if (!s.request->probes.empty()) {
-        check(llama_steer_tap_range(ctx, slot, s.last_pos, -1, true));
-    }
-}
-
-// ---- gates ----
-
-void server_steer::set_gates(slot_state & s, const server_tokens & tokens) {
-    for (const auto & t : s.terms) {
-        if (!t.gate || t.strength == 0.0 || std::any_of(s.gates.begin(), s.gates.end(), [&](const gate_state & g) { return g.same(*t.gate); })) {
-            continue;
-        }
-        const int32_t n_prompt = s.request->n_prompt >= 0 ? s.request->n_prompt : (int32_t) tokens.size();
-        if (n_prompt < 3) {
-            throw server_steer_error(400, string_format("a gate is decided on a prompt of at least 3 tokens, this one has %d", n_prompt));
-        }
-        if (tokens.has_mtmd) {
-            throw server_steer_error(400, "a gate cannot be decided on a prompt with images or sound");
-        }
-        gate_state g;
-        g.gate  = t.gate;
-        g.last  = n_prompt - 2;
-        g.first = g.next = t.gate->gate->mean ? 1 : g.last;
-        g.sum.assign(info.n_embd, 0.0);
-        s.gates.push_back(g);
-        s.held_back    = n_prompt - 1;
-        s.first_wanted = s.first_wanted < 0 ? g.first : std::min(s.first_wanted, g.first);
-    }
-}
-
-bool server_steer::holds_back(int slot, int32_t index) const {
-    const auto * s = slots.at(slot).get();
-    return s && s->held_back >= 0 && index == s->held_back;
-}
-
-void server_steer::decide(int slot, int32_t index, const server_tokens & tokens) {
-    if (!holds_back(slot, index)) {
-        return;
-    }
-    auto & s = *slots[slot];
-    for (auto & g : s.gates) {
-        if (g.next <= g.last) {
-            throw server_steer_error(500, string_format("a gate waits for position %d, which was not read", g.next));
-        }
-        g.decide();
-    }
-    s.held_back = -1;
-    std::vector<segment> rest; // what was computed keeps the ranges it was computed with
-    for (auto part : segments(*s.request, tokens, s)) {
-        part.first = std::max(part.first, index); // a position too: there are no images
-        if (part.end < 0 || part.end > part.first) {
-            rest.push_back(part);
-        }
-    }
-    set_ranges(slot, s, rest);
-}
-
-bool server_steer::on_rows(const llama_steer_rows & rows) {
-    const size_t n_embd = rows.n_embd;
-    std::vector<float> mean(n_embd);
-    const auto averaged = [&](const float * row) {
-        if (rows.n_streams == 1) {
-            return row;
-        }
-        // in the order and precision of the graph's own mean
-        for (size_t i = 0; i < n_embd; ++i) {
-            float sum = row[i];
-            for (int32_t k = 1; k < rows.n_streams; ++k) {
-                sum += row[k*n_embd + i];
-            }
-            mean[i] = sum*(1.0f/rows.n_streams);
-        }
-        return (const float *) mean.data();
-    };
-    for (int32_t r = 0; r < rows.n_rows; ++r) {
-        const int32_t seq = rows.seq_id[r];
-        if (seq < 0 || seq >= (int32_t) slots.size() || !slots[seq] || !slots[seq]->request) {
-            continue;
-        }
-        auto & s = *slots[seq];
-        const llama_pos pos = rows.pos[r];
-        const float * row = rows.data + (size_t) r*rows.n_streams*n_embd;
-
-        if (s.reads() && s.request->read->site == rows.site) {
-            const auto & spec  = *s.request->read;
-            const auto   layer = std::lower_bound(spec.layers.begin(), spec.layers.end(), rows.layer);
-            const auto   at    = std::lower_bound(s.wanted.begin(), s.wanted.end(), pos);
-            if (layer != spec.layers.end() && *layer == rows.layer && at != s.wanted.end() && *at == pos && s.seen.insert({ rows.layer, pos }).second) {
-                const size_t n_out = spec.streams ? info.n_streams : 1;
-                const size_t width = n_out*n_embd;
-                const float * src  = n_out == 1 ? averaged(row) : row;
-                const size_t li = layer - spec.layers.begin();
-                if (spec.is_mean()) {
-                    for (size_t i = 0; i < width; ++i) {
-                        s.sums[li*width + i] += src[i];
-                    }
-                } else {
-                    std::copy_n(src, width, s.values->values.begin() + (li*s.wanted.size() + (at - s.wanted.begin()))*width);
-                }
-            }
-        }
-        for (auto & g : s.gates) {
-            if (g.gate->layers[0] == rows.layer && g.gate->sites[0] == rows.site) {
-                g.add(pos, averaged(row));
-            }
-        }
-        for (size_t p = 0; p < s.request->probes.size(); ++p) {
-            const auto & probe = *s.request->probes[p];
-            for (size_t i = 0; i < probe.n(); ++i) {
-                if (probe.layers[i] != rows.layer || probe.sites[i] != rows.site) {
-                    continue;
-                }
-                const float * src = averaged(row);
-                double dot = 0.0;
-                for (size_t k = 0; k < n_embd; ++k) {
-                    dot += (double) src[k]*probe.dirs[i*n_embd + k];
-                }
-                auto & sums = s.probed[pos];
-                sums.resize(s.request->probes.size(), 0.0);
-                sums[p] += (probe.scales[i] != 0.0 ? dot/std::abs(probe.scales[i]) : dot)/probe.n();
-            }
-        }
-    }
-    return true;
-}
-
-bool server_steer::ends_at_prompt(int slot) const {
-    const auto * s = slots.at(slot).get();
-    return s && s->reads();
-}
-
-bool server_steer::forces(int slot) const {
-    const auto * s = slots.at(slot).get();
-    return s && s->request && s->request->scores;
-}
-
-llama_token server_steer::force(int slot, const float * logits, int32_t n_vocab, llama_token sampled) {
-    auto & s = *slots.at(slot);
-    const auto & forced = s.request->forced;
-    if ((size_t) s.n_sampled >= forced.size()) {
-        return sampled;
-    }
-    const llama_token token = forced[s.n_sampled];
-    const float top = *std::max_element(logits, logits + n_vocab);
-    double sum = 0.0;
-    for (int32_t i = 0; i < n_vocab; ++i) {
-        sum += std::exp(logits[i] - top);
-    }
-    s.values->logprobs.push_back((double) logits[token] - top - std::log(sum));
-    return token;
-}
-
-std::shared_ptr<server_steer_values> server_steer::take_values(int slot) {
-    auto * s = slots.at(slot).get();
-    if (!s || !s->values) {
-        return nullptr;
-    }
-    if (s->reads() && s->request->read->is_mean()) {
-        for (size_t i = 0; i < s->sums.size(); ++i) {
-            s->values->values[i] = (float) (s->sums[i]/(double) s->wanted.size());
-        }
-    }
-    return std::move(s->values);
-}
-
-// ---- answers ----
-
-json server_steer::extra(int slot, part_t part) {
-    auto * s = slots.at(slot).get();
-    if (!s || !s->request || !s->request->named) {
-        return json(nullptr);
-    }
-    json res = json::object();
-    if (part == WHOLE || !s->id_sent) {
-        res["request_id"] = s->request->id;
-        s->id_sent = true;
-    }
-    if (part != WHOLE) {
-        // the stock server sends no chunk for a token that ends inside a character, and forgets its id
-        res["tokens"] = s->unsent;
-        s->unsent.clear();
-    }
-    if (!s->request->probes.empty() && part != STREAM_END) {
-        json probe = json::object();
-        for (size_t i = 0; i < s->request->probes.size(); ++i) {
-            if (part == WHOLE) {
-                probe[s->request->probe_names[i]] = s->probe_all[i];
-            } else {
-                probe[s->request->probe_names[i]] = i < s->probe_now.size() ? s->probe_now[i] : 0.0;
-            }
-        }
-        res["steering_probe"] = probe;
-    }
-    return res;
-}
-
-void server_steer::merge(json & answer, const json & extra) {
-    if (extra.is_null() || answer.is_null()) {
-        return;
-    }
-    json * target = &answer;
-    if (answer.is_array()) {
-        if (answer.empty()) {
-            return;
-        }
-        target = &answer.at((size_t) 0);
-    }
-    if (!target->is_object() || target->contains("event")) {
-        return; // the events of other APIs have a fixed form
-    }
-    for (const auto & entry : extra.items()) {
-        if (entry.key() != "tokens" || target->contains("tokens")) {
-            (*target)[entry.key()] = entry.value();
-        }
-    }
-}
-
 // ---- the context ----
 
 bool server_steer::attach(llama_model * model_new, llama_context * ctx_new, const std::string & path, int32_t n_slots, bool drafts_new) {
@@ -975,7 +465,7 @@ bool server_steer::attach(llama_model * model_new, llama_context * ctx_new, cons
     columns.clear();
     next_config = 1;
     taps.clear();
-    taps_all_streams = taps_many_rows = false;
+    taps_all_streams = taps_many_rows = ever_steered = false;
 
     if (ready) {
         return true; // resumed from sleep: names and vectors are as they were

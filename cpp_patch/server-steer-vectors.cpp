@@ -1,6 +1,6 @@
 // server-steer-vectors.cpp - vector files and the identity of a model, read without trust.
 
-#include "server-steer.h"
+#include "server-steer-json.h"
 
 #include "gguf.h"
 
@@ -11,6 +11,8 @@ extern "C" {
 #include <cmath>
 #include <cstring>
 #include <fstream>
+
+using namespace server_steer_json;
 
 namespace {
 
@@ -37,14 +39,6 @@ struct sha256 {
         return res;
     }
 };
-
-[[noreturn]] void bad(const std::string & why) {
-    throw server_steer_error(400, why);
-}
-
-std::string shown(const std::string & text) {
-    return "'" + (text.size() <= 60 ? text : text.substr(0, 57) + "...") + "'";
-}
 
 } // namespace
 
@@ -172,8 +166,6 @@ namespace {
 
 constexpr size_t MAX_HEADER_BYTES = 16u << 20;
 
-const char * const SITE_NAMES[LLAMA_STEER_SITE_COUNT] = { "resid_post", "attn_out", "ffn_out" };
-
 json parse_object(const std::string & text, const char * what) {
     json res;
     try {
@@ -211,7 +203,7 @@ bool parse_tensor_name(const std::string & name, int32_t & layer, int32_t & site
     }
     layer = std::stoi(name.substr(at, digits));
     for (site = 0; site < LLAMA_STEER_SITE_COUNT; ++site) {
-        if (name.substr(end + 1) == SITE_NAMES[site]) {
+        if (name.substr(end + 1) == SITES[site]) {
             return true;
         }
     }
@@ -428,7 +420,7 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
             bad(string_format("it has a direction for layer %d, this model has layers 0 to %d", layer, info.n_layer - 1));
         }
         if (!info.sites[site]) {
-            bad(std::string("it acts at ") + SITE_NAMES[site] + ", which this architecture does not offer");
+            bad(std::string("it acts at ") + SITES[site] + ", which this architecture does not offer");
         }
         auto direction = read_direction(name, entry.value(), data, size, res->n_embd, spans);
         if (!scales.contains(name) || !scales.at(name).is_number()) {
@@ -438,7 +430,7 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
         if (!std::isfinite(direction.scale)) {
             bad("the scale of " + name + " is not finite");
         }
-        directions[{ layer, SITE_NAMES[site] }] = std::move(direction);
+        directions[{ layer, SITES[site] }] = std::move(direction);
     }
     if (directions.empty()) {
         bad("it holds no direction");
@@ -477,7 +469,7 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
             d.scale *= norm;
         }
         res->layers.push_back(key.first);
-        res->sites.push_back((int32_t) (std::find(SITE_NAMES, SITE_NAMES + LLAMA_STEER_SITE_COUNT, key.second) - SITE_NAMES));
+        res->sites.push_back((int32_t) (std::find(SITES, SITES + LLAMA_STEER_SITE_COUNT, key.second) - SITES));
         res->scales.push_back(d.scale);
         res->dirs.insert(res->dirs.end(), d.values.begin(), d.values.end());
     }

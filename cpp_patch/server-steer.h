@@ -135,6 +135,7 @@ struct server_steer_read_spec {
 // What a request asks for. Immutable: a live change makes another one.
 struct server_steer_request {
     std::string id;
+    uint64_t serial = 0; // ids may be used again, this is not
     bool named = false; // the client wants to know the id
     server_steer_terms terms;
     server_steer_tags  tags;
@@ -193,8 +194,9 @@ struct server_steer {
     server_steer_request parse_special(const json & body, const std::string & id, std::shared_ptr<server_steer_ticket> & ticket);
     server_steer_terms parse_terms(const json & value);
     std::shared_ptr<const server_steer_read_spec> parse_read(const json & body) const;
-    static void refuse(const json & body, const char * what); // throws when the body asks for steering
+    static void refuse(const json & body, const char * what); // throws when the body asks for steering or probes
 
+    int32_t n_embd()     const { return info.n_embd; }
     int32_t n_streams()  const { return info.n_streams; }
     bool    has_drafts() const { return drafts; }
 
@@ -213,16 +215,25 @@ struct server_steer {
 
     // How many cached tokens may be reused: what is to be read has to be computed.
     int  reuse_limit(int slot, int n_past) const;
+    // The last token that a checkpoint may hold where the token at pos_next is to be computed anew. The stock server takes one that
+    // holds this very token, which is then the former prompt's; once anything was steered, no such checkpoint is kept.
+    llama_pos last_checkpoint(llama_pos pos_next) const { return ever_steered ? pos_next - 1 : pos_next; }
     // May states be moved to other positions (--cache-reuse)? Not where steering or reading has a say.
     bool can_shift(int slot, const server_tokens & cached, const server_tokens & wanted) const;
     // Is this token the one that a gate holds back until the tokens before it were read?
     bool holds_back(int slot, int32_t index) const;
     // Decide the gates of a slot that has come to that token; `tokens` are its task's.
     void decide(int slot, int32_t index, const server_tokens & tokens);
+    // From here on the cached tokens of a slot are its task's: what it kept of those before was chosen.
+    void begin(int slot);
+    // A slot takes over what another one has computed: completions of one prompt.
+    void copy(int from, int to);
     void on_token(int slot, llama_token token, llama_pos pos_next);
+    // `tokens`: what the slot's cache holds; they are told what was applied to them.
     void release(int slot, server_tokens & tokens);
-    bool is_steered(int slot) const;
-    bool runs(int slot, const std::string & id) const;
+    // May the context of a slot be shifted? Not where positions mean something; afterwards they do not.
+    bool shift(int slot);
+    bool runs(int slot, const std::string & id);
 
     bool ends_at_prompt(int slot) const; // a read task: nothing is sampled
     bool forces(int slot) const;         // a score task
@@ -238,6 +249,7 @@ private:
     struct slot_state;
     struct segment;
     struct running_request {
+        uint64_t serial  = 0;
         json    steering = json::array();
         bool    started  = false;
         int32_t n_slots  = 0; // that work on it now
@@ -269,13 +281,15 @@ private:
     void    note_memory();
     bool    on_rows(const llama_steer_rows & rows);
     void    check(int32_t status) const; // a llama_steer call
-    std::shared_ptr<server_steer_ticket> reserve(const std::string & id, const server_steer_terms & terms);
+    std::shared_ptr<server_steer_ticket> reserve(server_steer_request & request);
+    running_request * entry_of(const server_steer_request & request); // under the mutex; null: its client has gone
 
     llama_model   * model = nullptr;
     llama_context * ctx   = nullptr;
     const llama_vocab * vocab = nullptr;
     llama_steer_info info = {};
     bool drafts    = false;
+    bool ever_steered = false; // in this context
     std::string unsupported; // why nothing can be steered
     server_steer_identity identity;
 
@@ -293,6 +307,7 @@ private:
     mutable std::mutex mutex; // guards what follows
     std::map<std::string, server_steer_vector_ptr> store;
     std::map<std::string, running_request> running; // by request id
+    uint64_t next_serial = 1;
     server_steer_terms defaults;
     bool   ready = false;
     size_t device_bytes = 0;

@@ -240,6 +240,11 @@ def test_vectors_come_and_go(runtime: Runtime, models: Any) -> None:
         process.start(models("llama"), ["-c", "512", "--parallel", "1", *EXACT])
         process.wait_ready(120)
         assert engine.status()["vectors"] == []
+        probed = engine.stream(GenerateRequest(PROMPT, max_tokens=3, probe=(v,)))  # nothing steers, and still it is missed
+        probed.run()
+        assert v.name in probed.projections
+        [entry] = engine.status()["vectors"]
+        requests.delete(f"{process.url}/steering/vectors/{entry['name']}", timeout=30)
         assert engine.logprobs([(PROMPT, " cold")], steering=v)[0] == pytest.approx(scores, abs=1e-4)
         assert engine.generate(PROMPT, steering=v, max_tokens=8).tokens == steered
         engine.close()
@@ -274,7 +279,8 @@ def steer(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextlib.contextmanager
-def serving(*args: str, **environment: str) -> Iterator[dict[str, Any]]:
+def serving(*args: str, notes: str = "", **environment: str) -> Iterator[dict[str, Any]]:
+    """`steer serve` until the block ends; ``notes`` is all that it may have said on standard error by then."""
     command = [sys.executable, "-m", "steer_plugins", "serve", *args, "--json", "--port", "0", "--threads", "1", "--no-warmup"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
@@ -286,7 +292,7 @@ def serving(*args: str, **environment: str) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
-        assert (process.returncode, err) == (128 + signal.SIGTERM, "")
+        assert (process.returncode, err) == (128 + signal.SIGTERM, notes)
     finally:
         if process.poll() is None:
             process.kill()
@@ -330,7 +336,8 @@ def test_train_generate_and_read_on_a_server(runtime: Runtime, models: Any, tmp_
         assert float(direction @ theirs.directions[key]) > 0.98
         assert ours.scales[key] == pytest.approx(theirs.scales[key], rel=0.02)
     # and in the next server by its name, as its default too
-    with serving(str(model), "-c", "1024", "--steering", "calm:9?all", **environment) as facts:
+    guess = "steer: note: 'calm' is not calibrated, so strength 1.0 is a guess\n"  # it was fitted with --calibrate none
+    with serving(str(model), "-c", "1024", "--steering", "calm:9?all", notes=guess, **environment) as facts:
         assert facts["vectors"] == ["calm"]
         body: dict[str, Any] = {"prompt": "hello", "n_predict": 8, "temperature": 0}
         said = []

@@ -244,3 +244,20 @@ def test_several_completions_of_one_prompt(own: Any, tmp_path: Path) -> None:
     both = server.ok("/completion", {**body, "n_cmpl": 3, "steering": term()})
     assert [a["tokens"] for a in both] == [alone] * 3
     check_fresh(server, PROMPT, [])
+
+
+@pytest.mark.parametrize("arch", ["qwen3next", "deepseek4"])
+def test_a_checkpoint_that_holds_the_first_token_that_differs(own: Any, tmp_path: Path, arch: str) -> None:
+    """It stays out of sight of the prompt it does not fit, and must not be found by the next one."""
+    server = own(arch, *ONE_SLOT, "--cache-ram", "0")
+    server.put("v", make_vector(server), tmp_path)
+    tokens = server.tokens(LONG)[1:6]  # a checkpoint is made four tokens before the end: of the first token alone
+    other = server.tokens("Something else, and rather long")[2:]
+    server.complete(tokens, term(0.5, "0-"), 1)
+    server.complete(other, [], 1)
+    check_fresh(server, [*tokens, 70], term(0.5), 4)
+    for k in range(6, 12):  # and of more
+        tokens = server.tokens(LONG)[1 : k + 1]
+        server.complete(tokens, term(0.5, f"{k - 5}-"), 1)
+        server.complete(tokens, term(-0.5, f"{k - 5}-"), 1)
+        check_fresh(server, [*tokens, 70], term(-0.5, f"{k - 5}-"), 4)

@@ -238,9 +238,9 @@ def test_live_change_of_what_does_not_run(exact: Any, tmp_path: Path) -> None:
 
 
 def test_request_ids(own: Any, tmp_path: Path) -> None:
-    server = own("llama", "--parallel", "1", "-c", "2048")
+    server = own("llama", "--parallel", "1", "-c", "32768", "--override-kv", "llama.context_length=int:32768")
     server.put("v", make_vector(server), tmp_path)
-    body = {"prompt": PROMPT, "n_predict": 400, "ignore_eos": True, "request_id": "first", "steering": term()}
+    body = {"prompt": PROMPT, "n_predict": 30000, "ignore_eos": True, "request_id": "first", "steering": term()}
     answer = server.stream("/completion", body)
     lines = answer.iter_lines()
     chunk = json.loads(next(line for line in lines if line.startswith(b"data: "))[6:])
@@ -248,8 +248,10 @@ def test_request_ids(own: Any, tmp_path: Path) -> None:
     listed = server.get("/steering").json()["requests"]
     assert [(r["request_id"], r["state"], r["steering"]) for r in listed] == [("first", "running", term())]
     assert "in use" in server.error("/completion", {"prompt": PROMPT, "request_id": "first"}, 409)
-    rest = [json.loads(line[6:]) for line in lines if line.startswith(b"data: ")]
-    assert not any("request_id" in c for c in rest)
+    answer.close()
+    answer = server.stream("/completion", {**body, "n_predict": 400, "request_id": "second"})
+    chunk, *rest = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith(b"data: ")]
+    assert chunk["request_id"] == "second" and not any("request_id" in c for c in rest)
     assert sum(len(c["tokens"]) for c in [chunk, *rest]) == 400
     for bad in ("", "a b", "x" * 65, 5, "a/b"):
         server.error("/completion", {"prompt": PROMPT, "request_id": bad})

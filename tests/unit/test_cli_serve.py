@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ def test_devices(binary: Path) -> None:
 
 @posix
 def test_servers_that_fail(binary: Path, tmp_path: Path) -> None:
-    server = ServerProcess(binary)
+    loading = threading.Event()
+    server = ServerProcess(binary, on_line=lambda line: loading.set() if line.startswith("load_model") else None)
     server.start(None, env={"FAKE_MODE": "crash"})
     with pytest.raises(EngineError, match="llama-server ended with exit code 3; it said last: error: no such tensor"):
         server.wait_ready(30)
@@ -190,7 +192,9 @@ def test_servers_that_fail(binary: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=f"Port {server.port} of 127.0.0.1 is in use"):
         server.wait_ready(30)
     server.stop()
+    loading.clear()
     server.start(None, env={"FAKE_MODE": "never"})
+    assert loading.wait(60)
     with pytest.raises(EngineError, match=r"not loaded its model in 0.1 s: .* It said last: load_model"):
         server.wait_ready(0.1)
     server.stop()
@@ -390,7 +394,7 @@ def test_what_cannot_be_staged(model: Path, tmp_path: Path) -> None:
             call()
     write_vector(vector(model), tmp_path / "v.safetensors")
     staged.add(f"v={tmp_path / 'v.safetensors'}")
-    with pytest.raises(SpecError, match="layers 2-9 of 'mood' hold none"):
+    with pytest.raises(SpecError, match="layers 2-9 of 'v' hold none"):
         staged.flags("v@2-9")
     assert staged.flags(None) == ["--steering-dir", str(tmp_path)]
 

@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import steer_plugins
+from steer_plugins.cli.main import cli
 from steer_plugins.cli.reference import render
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,8 @@ def words(text: str) -> list[str]:
 def test_cli_reference_is_up_to_date() -> None:
     pytest.importorskip("steer_plugins_ollama.plugin", reason="the page has the commands of the integrations")
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    # click makes a command's help option once: the page must not depend on whether a command was called before
+    CliRunner().invoke(cli, ["serve", "--help"])
     assert words(page) == words(render()), "run: python -m steer_plugins.cli.reference docs/cli.md"
 
 

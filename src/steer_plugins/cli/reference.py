@@ -58,6 +58,8 @@ def _help(path: str, command: click.Command) -> str:
     settings: dict[str, Any] = {"terminal_width": 100, "max_content_width": 100, **cli.context_settings}
     for word in path.split()[:-1]:
         parent = click.Context(click.Group(word), info_name=word, parent=parent, **settings)
+    # the command's own settings win, as when it is called: click keeps the help option of the first context a command sees
+    settings |= command.context_settings
     context = click.Context(command, info_name=path.split()[-1], parent=parent, **settings)
     lines = command.get_help(context).splitlines()
     return "\n".join(line.rstrip() for line in lines)

@@ -184,7 +184,9 @@ class Staged:
         name, equals, file = spec.partition("=")
         if not equals or not file:
             raise SpecError(f"--vector {spec!r} is not of the form NAME=FILE, such as calm=./calm.safetensors")
-        self._write(check_name(name), self._library.resolve(file, self._identity, force=self._force))
+        check_name(name)
+        vector = self._library.resolve(file, self._identity, force=self._force)
+        self._write(name, vector.replace(name=name))  # what is said about it uses the name that the user gave it
 
     def _write(self, name: str, vector: SteeringVector) -> None:
         from ..vectorfile import write_vector

@@ -139,13 +139,15 @@ class ServerVectors:
         return bool(surplus)
 
     def forget_lost(self, terms: list[dict[str, Any]]) -> bool:
-        """True if the server has lost a vector of these terms (it was restarted, or somebody deleted it)."""
+        """True if the server has lost a vector of these terms, or another that was there, such as one that is probed (it was
+        restarted, or somebody deleted it)."""
         listed = {str(entry.get("name")) for entry in self._connection.get("/steering").get("vectors", [])}
         lost = {term[key] for term in terms for key in ("vector", "gate") if key in term} - listed
         with self._lock:
-            for name in [name for name in self._there if name not in listed]:
+            gone = [name for name in self._there if name not in listed]
+            for name in gone:
                 del self._there[name]
-        return bool(lost)
+        return bool(lost or gone)
 
     def close(self) -> None:
         """Delete what was uploaded from here."""
