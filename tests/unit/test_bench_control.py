@@ -482,7 +482,7 @@ def test_comparing() -> None:
     [
         ({}, "manifest.json cannot be read"),
         ({"manifest.json": "{"}, "is not JSON"),
-        ({"manifest.json": "{}"}, "is not one that steer bench control writes"),
+        ({"manifest.json": "{}"}, "is not one that steer bench writes"),
         ({"manifest.json": '{"format": "steer-bench-control-v1", "summary": {}}'}, "results.jsonl cannot be read"),
         ({"manifest.json": '{"format": "steer-bench-control-v1", "summary": {}}', "results.jsonl": "x"}, "is not JSON lines"),
         ({"manifest.json": '{"format": "steer-bench-control-v1", "summary": {}}', "results.jsonl": "3"}, "no JSON object"),
