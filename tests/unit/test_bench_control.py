@@ -472,7 +472,7 @@ def test_comparing() -> None:
     assert steer[4] == 5 and steer[7] == pytest.approx(0.125) and steer[8] == "+0.12 to +0.12"
     assert changed["glee", "nouns", "plain", "greedy"][7] == 0.0
     with pytest.raises(DataError, match="nothing to compare"):
-        compare(a, BenchReport({}, [], {}))
+        compare(a, BenchReport(a.manifest, [], {}))
     with pytest.raises(DataError, match="a reply without"):
         compare(a, BenchReport({}, [{"kind": "reply", "half": "score"}], {}))
 

@@ -24,6 +24,11 @@ class Measure:
     about: str
 
 
+def name_by_processor(measure: str) -> str:
+    """What a measure is called when processor time is taken instead of the clock's."""
+    return f"{measure}, processor"
+
+
 @dataclass
 class Costs:
     """A run. ``rows``: JSON values, one for each turn of an arm: kind, round, measure, arm and value.

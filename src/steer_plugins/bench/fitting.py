@@ -17,20 +17,23 @@ import numpy as np
 from ..engine.base import Progress
 from ..engine.chat import ChatTemplate
 from ..errors import DataError
-from .costs import Costs, Measure
+from .costs import Costs, Measure, name_by_processor
 from .repeng import Repeng
 
 Pairs = list[tuple[str, str]]
 OURS, THEIRS = "steer train", "repeng"
 MEASURES = tuple(
-    Measure(f"train, {data}{clock}", "s", THEIRS, f"Fitting {what}{about}.")
+    Measure(name, "s", THEIRS, about)
     for data, what in (
         ("openings", "cut openings under two personas"),
         ("prompts", "different prompts under different system prompts"),
     )
-    for clock, about in (("", ", on the clock"), (", processor", ", processor seconds, which a busy machine disturbs less"))
+    for name, about in (
+        (f"train, {data}", f"Fitting {what}."),
+        (name_by_processor(f"train, {data}"), "The same in processor seconds, which a busy machine disturbs less."),
+    )
 )
-ARMS = {OURS: "steer train, mean difference without calibration"}
+ARMS = {OURS: "steer train, mean difference without calibration", THEIRS: "repeng's training with its defaults"}
 STATEMENTS = (
     "The train left the station a little after noon and went along the river for most of the way",
     "My neighbour keeps bees behind the old garage and gives every family in the street a jar of honey",
@@ -129,10 +132,10 @@ def bench_fitting(
                     side = list(sides)[i]
                     clock, cpu = sides[side](examples)
                     costs.add(round_, f"train, {name}", side, clock)
-                    costs.add(round_, f"train, {name}, processor", side, cpu)
+                    costs.add(round_, name_by_processor(f"train, {name}"), side, cpu)
                     done += 1
                     if progress is not None:
                         progress(done, total)
     costs.measures += MEASURES
-    costs.arms = {**costs.arms, **ARMS}
+    costs.arms = {**costs.arms, **{arm: about for arm, about in ARMS.items() if arm not in costs.arms}}
     costs.plan |= {"pairs": {name: len(examples) for name, examples in texts.items()}, "fit_rounds": rounds}

@@ -21,9 +21,10 @@ th:first-child,td:first-child,.l{text-align:left}
 main{overflow-wrap:break-word}.prose td{white-space:normal;min-width:14rem}
 tbody th{font-weight:400;position:sticky;left:0;background:var(--bg)}
 svg{display:block;width:100%;max-width:32rem;height:auto;font:12.5px system-ui,sans-serif;margin:.6rem 0}
-svg text{fill:var(--fg)}svg .soft{fill:var(--soft)}
+svg text{fill:var(--fg)}svg .soft{fill:var(--soft);font-size:inherit}
 .axis{stroke:var(--line)}.zero{stroke:var(--zero);stroke-dasharray:3 3}
 .a{stroke:var(--a);fill:var(--a)}.b{stroke:var(--b);fill:var(--b)}.n{stroke:var(--zero);fill:var(--zero)}.line{fill:none;stroke-width:2}.dot{stroke:none;opacity:.28}
+.pair{display:flex;flex-wrap:wrap;gap:0 1.5rem}figure{margin:0 0 .6rem;flex:1 1 20rem;max-width:32rem;min-width:0}
 details{margin:.5rem 0}summary{cursor:pointer}
 blockquote{margin:.4rem 0;padding:.2rem .8rem;border-left:3px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere;
 font-size:.9rem}
@@ -77,7 +78,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers from ``low`` to ``high``, at most so many."""
     span = high - low
     step = 10.0 ** math.floor(math.log10(span / most))
-    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= most - 1)
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) < most)
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 10) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -37,16 +37,17 @@ class RepengArm:
         self.name, self.about = name, about
         self._repeng, self._steered = repeng, steered
 
-    def prefill(self, tokens: Sequence[int]) -> float:
-        """Seconds of one forward pass over a prompt."""
-        return float(self._ask("prefill", tokens)[0])
+    def prefill(self, tokens: Sequence[int]) -> tuple[float, float]:
+        """Seconds of one forward pass over a prompt, on the clock and of the processor."""
+        return self._ask("prefill", tokens)[0]
 
-    def decode(self, tokens: Sequence[int], position: int) -> list[float]:
+    def decode(self, tokens: Sequence[int], position: int) -> list[tuple[float, float]]:
         """Seconds of a forward pass for each token."""
-        return [float(seconds) for seconds in self._ask("decode", tokens)]
+        return self._ask("decode", tokens)
 
-    def _ask(self, what: str, tokens: Sequence[int]) -> Any:
-        return self._repeng.ask({"do": what, "steered": self._steered, "tokens": list(tokens)})["seconds"]
+    def _ask(self, what: str, tokens: Sequence[int]) -> list[tuple[float, float]]:
+        found = self._repeng.ask({"do": what, "steered": self._steered, "tokens": list(tokens)})
+        return [(float(clock), float(cpu)) for clock, cpu in found["seconds"]]
 
 
 class Repeng:

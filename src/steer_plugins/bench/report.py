@@ -206,7 +206,8 @@ def write_report(report: BenchReport, folder: Path, reporters: dict[str, Reporte
                 if file == "manifest.json" or file not in files:
                     (folder / file).unlink(missing_ok=True)
             for file in order:
-                finish(staged.pop(file), folder / file)
+                finish(staged[file], folder / file)
+                del staged[file]
         finally:
             for left in staged.values():
                 with contextlib.suppress(OSError):

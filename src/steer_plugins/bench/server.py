@@ -170,7 +170,7 @@ class _Bench:
 
     def stock_vector(self) -> SteeringVector:
         """One that llama.cpp can apply by itself: not at layer 0, and at every token."""
-        return self._vector(1, scope="0-")
+        return self._vector(1, default_scope="0-")
 
     def _upload(self) -> None:
         with TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from steer_plugins import native
-from steer_plugins.bench.costs import Costs, Measure
+from steer_plugins.bench.costs import Costs, Measure, name_by_processor
 from steer_plugins.engine.base import Progress
 from steer_plugins.engine.model import LoadedModel
 from steer_plugins.engine.session import Entry, Limits, Session
@@ -33,6 +33,12 @@ MEASURES = (
     Measure("prefill", "tok/s", "plain", f"A prompt of {PREFILL_TOKENS} tokens, computed at once."),
     Measure("decode", "tok/s", "plain", f"{BLOCK * BLOCKS} tokens after it, one by one. Only the model's own time is counted."),
 )
+BY_PROCESSOR = tuple(
+    Measure(name_by_processor(m.name), m.unit, m.base, "The same by processor time, which a busy machine disturbs less.")
+    for m in MEASURES
+)
+FINE_CLOCK = time.get_clock_info("process_time").resolution < 1e-4
+"""Processor time is counted in steps of a sixtieth of a second on some systems: longer than a token takes."""
 ARMS = {
     "plain": "no steering",
     "plain-again": "the same once more: how far it is from 1 is noise",
@@ -46,7 +52,10 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One arm. Speeds are medians in tokens per second; ratios are to ``plain`` with a 95 % bootstrap interval."""
+    """One arm. Speeds are medians in tokens per second; ratios are to ``plain`` with a 95 % bootstrap interval.
+
+    ``..._cpu_ratio``: the same ratios by processor time; None where that tells nothing (layers on a GPU, a coarse clock).
+    """
 
     name: str
     prefill_tps: float
@@ -55,6 +64,12 @@ class Row:
     decode_ratio: float
     prefill_ratio_ci: tuple[float, float]
     decode_ratio_ci: tuple[float, float]
+    prefill_cpu_ratio: float | None = None
+    decode_cpu_ratio: float | None = None
+
+
+Seconds = tuple[float, float]
+"""On the clock, and of the processor (all threads)."""
 
 
 class Arm(Protocol):
@@ -68,10 +83,10 @@ class Arm(Protocol):
     def about(self) -> str:
         """What it is, in a few words."""
 
-    def prefill(self, tokens: Sequence[int]) -> float:
+    def prefill(self, tokens: Sequence[int]) -> Seconds:
         """Forget everything and compute a prompt; the seconds that took."""
 
-    def decode(self, tokens: Sequence[int], position: int) -> list[float]:
+    def decode(self, tokens: Sequence[int], position: int) -> list[Seconds]:
         """Compute tokens one by one from a position on; the seconds of each."""
 
 
@@ -81,25 +96,25 @@ class _LocalArm:
         self.about = ARMS[name]
         self.session = session
 
-    def prefill(self, tokens: Sequence[int]) -> float:
+    def prefill(self, tokens: Sequence[int]) -> Seconds:
         self.session.c.llama_memory_clear(self.session.memory, False)
         last = len(tokens) - 1
         return self._timed([Entry(token, p, 0, output=p == last) for p, token in enumerate(tokens)])
 
-    def decode(self, tokens: Sequence[int], position: int) -> list[float]:
+    def decode(self, tokens: Sequence[int], position: int) -> list[Seconds]:
         return [self._timed([Entry(token, position + i, 0, output=True)]) for i, token in enumerate(tokens)]
 
-    def _timed(self, entries: Sequence[Entry]) -> float:
+    def _timed(self, entries: Sequence[Entry]) -> Seconds:
         """Seconds that one decode of prepared tokens takes, without our own bookkeeping in Python."""
         c, batch = self.session.c, self.session._batch
         batch.n_tokens = len(entries)
         for i, e in enumerate(entries):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = e.token, e.position, 1
             batch.seq_id[i][0], batch.logits[i] = e.sequence, e.output
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         code = c.llama_decode(self.session.pointer, batch)
         c.llama_synchronize(self.session.pointer)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start, time.process_time() - cpu
         if code != 0:
             raise EngineError(f"A benchmark batch failed: {self.session.steer.error()}")
         if self.name == "read-all":
@@ -114,6 +129,7 @@ def bench_speed(
     rounds: int = 24,
     seed: int = 0,
     others: Sequence[Arm] = (),
+    by_processor: bool = True,
     progress: Progress | None = None,
 ) -> Costs:
     """Time all arms; see the module's text and :data:`ARMS`.
@@ -121,6 +137,7 @@ def bench_speed(
     Args:
         rounds: how often each arm gets a prefill and ``BLOCK`` × ``BLOCKS`` tokens, after one turn that is not counted.
         others: further arms that take their turns with these, such as those of :class:`~.repeng.Repeng`.
+        by_processor: also take processor time, which says nothing where layers are on a GPU.
         progress: called with (rounds done, all rounds).
 
     Raises:
@@ -173,7 +190,8 @@ def bench_speed(
                 setup(arm.session, n, op)
         arms: list[Arm] = [*local, *others]
         plan = {"threads": n_threads, "rounds": rounds, "seed": seed, "prefill": PREFILL_TOKENS, "decode": BLOCKS * BLOCK}
-        costs = Costs(MEASURES, {arm.name: arm.about for arm in arms}, plan)
+        measures = MEASURES + BY_PROCESSOR if by_processor and FINE_CLOCK else MEASURES
+        costs = Costs(measures, {arm.name: arm.about for arm in arms}, plan)
         _run(arms, tokens, rounds, rng, costs, progress)
         return costs
     finally:
@@ -186,21 +204,28 @@ def _run(
 ) -> None:
     for round_ in range(-1, rounds):  # round -1 warms up and is not counted
         for i in rng.permutation(len(arms)):
-            seconds = arms[i].prefill(tokens[:PREFILL_TOKENS])
+            taken = arms[i].prefill(tokens[:PREFILL_TOKENS])
             if round_ >= 0:
-                costs.add(round_, "prefill", arms[i].name, PREFILL_TOKENS / seconds)
-        spent = {arm.name: 0.0 for arm in arms}
+                _add(costs, round_, "prefill", arms[i].name, PREFILL_TOKENS, [taken])
+        spent: dict[str, list[Seconds]] = {arm.name: [] for arm in arms}
         for block in range(BLOCKS):
             for i in rng.permutation(len(arms)):
                 first = PREFILL_TOKENS + block * BLOCK
-                taken = arms[i].decode(tokens[first : first + BLOCK], first)
+                each = arms[i].decode(tokens[first : first + BLOCK], first)
                 # the first token after a prefill builds the graph; it is a cost of the prompt, not of decoding
-                spent[arms[i].name] += sum(taken if block else taken[1:])
+                spent[arms[i].name] += each if block else each[1:]
         if round_ >= 0:
             for arm in arms:
-                costs.add(round_, "decode", arm.name, (BLOCKS * BLOCK - 1) / spent[arm.name])
+                _add(costs, round_, "decode", arm.name, len(spent[arm.name]), spent[arm.name])
         if progress is not None:
             progress(round_ + 2, rounds + 1)
+
+
+def _add(costs: Costs, round_: int, measure: str, arm: str, tokens: int, spent: Sequence[Seconds]) -> None:
+    clock, cpu = (sum(column) for column in zip(*spent, strict=True))
+    costs.add(round_, measure, arm, tokens / clock)
+    if len(costs.measures) > len(MEASURES):
+        costs.add(round_, name_by_processor(measure), arm, tokens / cpu)
 
 
 def rows_of(costs: Costs) -> list[Row]:
@@ -210,7 +235,9 @@ def rows_of(costs: Costs) -> list[Row]:
     for name, decode in measures["decode"]["arms"].items():
         prefill = measures["prefill"]["arms"][name]
         (p, p_low, p_high, _), (d, d_low, d_high, _) = prefill["ratio"], decode["ratio"]
-        rows.append(Row(name, prefill["value"], decode["value"], p, d, (p_low, p_high), (d_low, d_high)))
+        by_processor = (measures.get(name_by_processor(m.name), {"arms": {}})["arms"].get(name) for m in MEASURES)
+        cpu = [None if found is None else found["ratio"][0] for found in by_processor]
+        rows.append(Row(name, prefill["value"], decode["value"], p, d, (p_low, p_high), (d_low, d_high), *cpu))
     return rows
 
 

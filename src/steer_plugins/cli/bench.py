@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import DataError
+from ..errors import DataError, SteerError
 from ..plugins import hookimpl
 from .bench_control import compare, control
 from .bench_report import Out, report_options
@@ -99,6 +99,7 @@ def speed(
             rounds=rounds,
             seed=seed,
             others=[] if repeng is None else repeng.arms(),
+            by_processor=n_gpu_layers == 0,
             progress=_shown(bar, "rounds"),
         )
         costs.plan["n_gpu_layers"] = n_gpu_layers
@@ -106,25 +107,28 @@ def speed(
         if repeng is not None:
             costs.versions = repeng.versions
             if fit_rounds:
-                bench_fitting(
-                    costs,
-                    path,
-                    repeng,
-                    template=loaded.template,
-                    n_threads=threads,
-                    n_gpu_layers=n_gpu_layers,
-                    pairs=pairs,
-                    rounds=fit_rounds,
-                    seed=seed,
-                    progress=_shown(bar, "fits"),
-                )
+                try:
+                    bench_fitting(
+                        costs,
+                        path,
+                        repeng,
+                        template=loaded.template,
+                        n_threads=threads,
+                        n_gpu_layers=n_gpu_layers,
+                        pairs=pairs,
+                        rounds=fit_rounds,
+                        seed=seed,
+                        progress=_shown(bar, "fits"),
+                    )
+                except SteerError as error:  # the times that there are stay worth something
+                    costs.notes.append(f"Fitting could not be compared: {error}")
     costs.notes += [why_not] if why_not else []
     report = make_cost_report("speed", costs, path, loaded.identity, ["steer", *sys.argv[1:]])
     rows = rows_of(costs)
 
     def show(files: list[Path]) -> None:
         if as_json:
-            fits = {name: m for name, m in report.summary["measures"].items() if name not in ("prefill", "decode")}
+            fits = {name: m for name, m in report.summary["measures"].items() if name.startswith("train")}
             print_json({**to_json(rows, **_facts(path, costs.plan)), "fits": fits, "notes": costs.notes, "files": files})
             return
         print_table(
@@ -171,7 +175,7 @@ def _print_fits(measures: dict[str, Any]) -> None:
     rows = [
         (name, arm, f"{figures(found['value'])} s", f"{found['ratio'][0]:.3g}", measure["base"])
         for name, measure in measures.items()
-        if name not in ("prefill", "decode")
+        if name.startswith("train")
         for arm, found in measure["arms"].items()
     ]
     if rows:
