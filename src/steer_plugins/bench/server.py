@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import requests
 
-from steer_plugins.bench.costs import Costs, Measure
+from steer_plugins.bench.costs import Costs, Measure, name_by_processor
 from steer_plugins.engine.base import Progress
 from steer_plugins.errors import EngineError
 from steer_plugins.fileformats import controlvector
@@ -49,13 +49,24 @@ MEASURES = (
         f"The mean hidden state of {READ_PROMPTS} prompts at every readable layer, against a prefill of the same prompts.",
     ),
 )
+BY_PROCESSOR = tuple(
+    Measure(
+        name_by_processor(m.name),
+        "s",
+        PLAIN,
+        "The same work in the server's processor seconds, which a busy machine disturbs less.",
+    )
+    for m in MEASURES
+)
+"""Linux tells them. A request's prompt and the making of answers are counted as well."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One comparison. ``plain`` and ``steered`` are medians in ``unit``; ``ratio`` is of speeds, more is faster.
 
-    ``ratio_ci`` is a 95 % bootstrap interval of the median ratio.
+    ``ratio_ci`` is a 95 % bootstrap interval of the median ratio. ``cpu_ratio``: the same by the server's processor time, None
+    where the system does not tell it or layers are on a GPU.
     """
 
     name: str
@@ -64,13 +75,15 @@ class Row:
     plain: float
     steered: float
     unit: str
+    cpu_ratio: float | None = None
 
 
 class _Client:
     """Calls of one server, on a connection for each thread."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, process: ServerProcess) -> None:
+        self.url = process.url
+        self._pid = _server_pid(process)
         self._local = threading.local()
 
     @property
@@ -80,6 +93,16 @@ class _Client:
             self._local.session.trust_env = False
         session: requests.Session = self._local.session
         return session
+
+    def processor_seconds(self) -> float | None:
+        """What the server has used so far, all threads; None where that cannot be known."""
+        if self._pid is None:
+            return None
+        try:
+            tasks = Path(f"/proc/{self._pid}/task").iterdir()
+            return sum(int((task / "schedstat").read_text("ascii").split()[0]) for task in tasks) / 1e9
+        except (OSError, ValueError, IndexError):
+            return None
 
     def post(self, path: str, body: Any = None, data: bytes | None = None) -> requests.Response:
         headers = {"Content-Type": "application/octet-stream"} if data is not None else None
@@ -96,6 +119,15 @@ class _Client:
                 if line.startswith(b"data: "):
                     return time.perf_counter() - start
         raise EngineError("A benchmark reply ended before its first token.")
+
+
+def _server_pid(process: ServerProcess) -> int | None:
+    """The process below the one that guards it, on Linux."""
+    guard = process._child.pid if process._child is not None else 0
+    try:
+        return int(Path(f"/proc/{guard}/task/{guard}/children").read_text("ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def bench_server(
@@ -139,7 +171,9 @@ def bench_server(
         process = stack.enter_context(ServerProcess(runtime.server))
         process.start(model, args)
         process.wait_ready()
-        bench = _Bench(_Client(process.url), seed, Costs(MEASURES, arms, plan))
+        client = _Client(process)
+        known = n_gpu_layers == 0 and client.processor_seconds() is not None
+        bench = _Bench(client, seed, Costs(MEASURES + BY_PROCESSOR if known else MEASURES, arms, plan))
         folder = Path(stack.enter_context(TemporaryDirectory()))
         # not --control-vector-scaled, whose colon is a part of a path on Windows: the file is scaled as it is
         file = folder / "stock.gguf"
@@ -147,7 +181,7 @@ def bench_server(
         twin = stack.enter_context(ServerProcess(other))
         twin.start(model, [*args, "--control-vector", os.fspath(file)])
         twin.wait_ready()
-        return bench.run(_Client(twin.url), rounds, progress)
+        return bench.run(_Client(twin), rounds, progress)
 
 
 class _Bench:
@@ -202,9 +236,15 @@ class _Bench:
                     prompts = prepare()
                     # a stock server cannot read
                     for arm in self.rng.permutation([PLAIN, STEERED] if measure == "read" else [PLAIN, STEERED, STOCK]):
-                        value = time_it(stock if arm == STOCK else self.client, str(arm), prompts)
-                        if turn > 0:  # the first turn warms up
-                            self.costs.add(turn - 1, measure, str(arm), value)
+                        client = stock if arm == STOCK else self.client
+                        before = client.processor_seconds()
+                        value = time_it(client, str(arm), prompts)
+                        after = client.processor_seconds()
+                        if turn == 0:  # to warm up
+                            continue
+                        self.costs.add(turn - 1, measure, str(arm), value)
+                        if before is not None and after is not None and after > before:
+                            self.costs.add(turn - 1, name_by_processor(measure), str(arm), after - before)
                 if progress is not None:
                     progress(turn + 1, rounds + 1)
         return self.costs
@@ -238,10 +278,13 @@ def rows_of(costs: Costs) -> list[Row]:
     found: list[Row] = []
     measures = costs.summary(costs.plan["seed"])["measures"]
     for arm, prefix in ((STEERED, ""), (STOCK, f"{STOCK}-")):
-        for name, measure in measures.items():
+        for name in (m.name for m in MEASURES):
+            measure = measures[name]
             if arm in measure["arms"]:
+                by_processor = measures.get(name_by_processor(name), {"arms": {}})["arms"].get(arm)
+                cpu = None if by_processor is None else by_processor["ratio"][0]
                 mine = measure["arms"][arm]
                 ratio, low, high, _ = mine["ratio"]
                 plain = measure["arms"][PLAIN]["value"]
-                found.append(Row(prefix + name, ratio, (low, high), plain, mine["value"], measure["unit"]))
+                found.append(Row(prefix + name, ratio, (low, high), plain, mine["value"], measure["unit"], cpu))
     return found

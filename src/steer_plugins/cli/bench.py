@@ -132,7 +132,17 @@ def speed(
             print_json({**to_json(rows, **_facts(path, costs.plan)), "fits": fits, "notes": costs.notes, "files": files})
             return
         print_table(
-            ["arm", "prefill tok/s", "decode tok/s", "prefill ratio", "95 %", "decode ratio", "95 %"],
+            [
+                "arm",
+                "prefill tok/s",
+                "decode tok/s",
+                "prefill ratio",
+                "95 %",
+                "by processor",
+                "decode ratio",
+                "95 %",
+                "by processor",
+            ],
             [
                 (
                     r.name,
@@ -140,8 +150,10 @@ def speed(
                     f"{r.decode_tps:.1f}",
                     f"{r.prefill_ratio:.3f}",
                     "{:.3f} to {:.3f}".format(*r.prefill_ratio_ci),
+                    _by_processor(r.prefill_cpu_ratio),
                     f"{r.decode_ratio:.3f}",
                     "{:.3f} to {:.3f}".format(*r.decode_ratio_ci),
+                    _by_processor(r.decode_cpu_ratio),
                 )
                 for r in rows
             ],
@@ -242,15 +254,27 @@ def server(
             print_json({**_facts(path, costs.plan), "rows": [asdict(row) for row in rows], "files": files})
             return
         print_table(
-            ["arm", "unit", "unsteered", "steered", "ratio", "95 %"],
+            ["arm", "unit", "unsteered", "steered", "ratio", "95 %", "by processor"],
             [
-                (r.name, r.unit, f"{r.plain:.3g}", f"{r.steered:.3g}", f"{r.ratio:.3f}", "{:.3f} to {:.3f}".format(*r.ratio_ci))
+                (
+                    r.name,
+                    r.unit,
+                    f"{r.plain:.3g}",
+                    f"{r.steered:.3g}",
+                    f"{r.ratio:.3f}",
+                    "{:.3f} to {:.3f}".format(*r.ratio_ci),
+                    _by_processor(r.cpu_ratio),
+                )
                 for r in rows
             ],
             title=_title(path, threads, rounds),
         )
 
     out.deliver(report, show, as_json=as_json)
+
+
+def _by_processor(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.3f}"
 
 
 def _facts(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
