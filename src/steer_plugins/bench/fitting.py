@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +89,8 @@ def bench_fitting(
     repeng: Repeng,
     *,
     template: ChatTemplate | None = None,
+    data: Sequence[str] = ("openings", "prompts"),
+    method: str = "mean_difference",
     n_threads: int = 1,
     n_gpu_layers: int = 0,
     pairs: int = 100,
@@ -101,6 +103,8 @@ def bench_fitting(
     Args:
         costs: of the same run; gets the measures of :data:`MEASURES`.
         template: the model's, for the texts.
+        data: which kinds of pairs, of :data:`DATA`.
+        method: of ours; repeng's is its default.
         pairs: of each kind; fewer where there are not so many.
         rounds: turns of each side.
         progress: called with (turns done, all turns).
@@ -114,18 +118,19 @@ def bench_fitting(
 
     rng = np.random.default_rng(seed)
     with LocalEngine(model, n_threads=n_threads, n_gpu_layers=n_gpu_layers, n_parallel=12) as engine:
-        texts = {name: make(pairs, template) for name, make in DATA.items()}
+        texts = {name: DATA[name](pairs, template) for name in data}
 
         def ours(pairs: Pairs) -> tuple[float, float]:
-            data = ContrastData("pairs", tuple(Pair(Side(p), Side(n)) for p, n in pairs), "0" * 64)
-            training = Training(engine, "bench", data, TrainOptions(calibrate="none", positions="last"))
+            contrasts = ContrastData("pairs", tuple(Pair(Side(p), Side(n)) for p, n in pairs), "0" * 64)
+            options = TrainOptions(method=method, calibrate="none", positions="last")
+            training = Training(engine, "bench", contrasts, options)
             start, cpu = time.perf_counter(), time.process_time()
             training.run()
             return time.perf_counter() - start, time.process_time() - cpu
 
         sides = {OURS: ours, THEIRS: repeng.train}
         done, total = 0, rounds * len(texts) * len(sides)
-        ours(texts["openings"][:2])  # makes the context
+        ours(texts[data[0]][:2])  # makes the context
         for round_ in range(rounds):
             for name, examples in texts.items():
                 for i in rng.permutation(len(sides)):

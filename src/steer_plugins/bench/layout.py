@@ -15,7 +15,7 @@ STYLE = """
 body{margin:0 auto;max-width:60rem;padding:1rem;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.4rem}h2{font-size:1.2rem;margin-top:2rem;border-top:1px solid var(--line);padding-top:1rem}h3{font-size:1rem}
 p{max-width:46rem}.soft{color:var(--soft);font-size:.9rem}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;white-space:nowrap}
+.wide{overflow-x:auto}table{border-collapse:separate;border-spacing:0;font-size:.85rem;white-space:nowrap}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right}
 th:first-child,td:first-child,.l{text-align:left}
 main{overflow-wrap:break-word}.prose td{white-space:normal;min-width:14rem}

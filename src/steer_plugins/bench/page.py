@@ -25,7 +25,7 @@ def control_page(report: BenchReport) -> bytes:
         "their harmonic mean. Replies are greedy unless it says sampled; intervals are 95 % bootstrap intervals over prompts. "
         "The strength was chosen on one half of the prompts, and everything here is measured on the other. <i>Floor</i>: the "
         "plain model cannot do these tasks, so there is nothing to compare.</p>",
-        table(SUMMARY, summary_rows(report.summary)),
+        table(SUMMARY, summary_rows(report.summary), words=(1,)),
         _floors(report.summary["families"], plan),
     ]
     for trait, part in report.summary["traits"].items():
@@ -43,7 +43,7 @@ def _floors(families: dict[str, Any], plan: dict[str, Any]) -> str:
     ]
     ran = "was run" if plan["run_code"] else "was not run, only read"
     note = f'<p class="soft">Model-written code {ran}.</p>'
-    return "<h3>Task families</h3>" + table(("family", "tasks", "plain success", "", "success means"), rows) + note
+    return "<h3>Task families</h3>" + table(("family", "tasks", "plain success", "", "success means"), rows, words=(3, 4)) + note
 
 
 def _trait(trait: str, part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -85,7 +85,7 @@ def _family(trait: str, family: str, found: dict[str, Any], rows: Sequence[dict[
     scores = [(arm, found["arms"][arm]["greedy"]["score"], colours.get(arm, "n")) for arm in arms]
     figure = points(scores, 0.0, 1.0, label="scores of the arms", marks=(0, 0.25, 0.5, 0.75, 1))
     return (
-        f"{heading}{figure}{numbers}"
+        f'{heading}<p class="soft">Mean score and its 95 % interval: orange is steered, blue prompted alone.</p>{figure}{numbers}'
         f'<p class="soft">Strengths chosen: {escape(strengths)}. Trait effect: the metric less that of the plain reply to the '
         f"same prompt.</p>{_examples(trait, family, arms, rows)}"
     )
@@ -127,7 +127,12 @@ def _dose(dose: dict[str, Any]) -> str:
         for p in dose["points"]
     ]
     full = [
-        (strength, interval(f["effect"], sign=True), interval(f["random"], sign=True), number(f["times_random"], digits=1))
+        (
+            strength.replace("-", "\N{MINUS SIGN}"),
+            interval(f["effect"], sign=True),
+            interval(f["random"], sign=True),
+            number(f["times_random"], digits=1),
+        )
         + ("yes" if f["excludes_zero"] else "no",)
         for strength, f in dose["full"].items()
     ]
