@@ -251,7 +251,7 @@ def server(
 
     def show(files: list[Path]) -> None:
         if as_json:
-            print_json({**_facts(path, costs.plan), "rows": [asdict(row) for row in rows], "files": files})
+            print_json({**_facts(path, costs.plan), "rows": [asdict(row) for row in rows], "notes": costs.notes, "files": files})
             return
         print_table(
             ["arm", "unit", "unsteered", "steered", "ratio", "95 %", "by processor"],
@@ -269,6 +269,8 @@ def server(
             ],
             title=_title(path, threads, rounds),
         )
+        for note in costs.notes:
+            click.echo(note)
 
     out.deliver(report, show, as_json=as_json)
 
