@@ -472,7 +472,7 @@ def test_comparing() -> None:
     assert steer[4] == 5 and steer[7] == pytest.approx(0.125) and steer[8] == "+0.12 to +0.12"
     assert changed["glee", "nouns", "plain", "greedy"][7] == 0.0
     with pytest.raises(DataError, match="nothing to compare"):
-        compare(a, BenchReport({}, [], {}))
+        compare(a, BenchReport(a.manifest, [], {}))
     with pytest.raises(DataError, match="a reply without"):
         compare(a, BenchReport({}, [{"kind": "reply", "half": "score"}], {}))
 
@@ -482,7 +482,7 @@ def test_comparing() -> None:
     [
         ({}, "manifest.json cannot be read"),
         ({"manifest.json": "{"}, "is not JSON"),
-        ({"manifest.json": "{}"}, "is not one that steer bench control writes"),
+        ({"manifest.json": "{}"}, "is not one that steer bench writes"),
         ({"manifest.json": '{"format": "steer-bench-control-v1", "summary": {}}'}, "results.jsonl cannot be read"),
         ({"manifest.json": '{"format": "steer-bench-control-v1", "summary": {}}', "results.jsonl": "x"}, "is not JSON lines"),
         ({"manifest.json": '{"format": "steer-bench-control-v1", "summary": {}}', "results.jsonl": "3"}, "no JSON object"),

@@ -1,42 +1,61 @@
-"""The report of ``steer bench control``: files in a folder, written by reporters, read back to compare two runs.
+"""The report of a benchmark: files in a folder, written by reporters, read back to compare two runs.
 
-A reporter is a function from a :class:`BenchReport` to files by name; plugins register more (``register_reporters``).
+A reporter is a function from a :class:`BenchReport` to files by name; plugins register more (``register_reporters``). There is
+a kind of report for each benchmark: ``control``, ``speed`` and ``server``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import __version__
 from ..engine.base import Engine
 from ..errors import DataError
-from ..files import write_atomically
+from ..files import beside, finish
 from .arms import Case
 from .control import Plan, Results
 from .stats import paired
 from .tasks import Family
 
-FORMAT = "steer-bench-control-v1"
+if TYPE_CHECKING:
+    from ..vector import ModelIdentity
+    from .costs import Costs
+
+KINDS = ("control", "speed", "server")
 MOST_BYTES = 1 << 30
+STANDARD_FILES = ("manifest.json", "report.html", "results.jsonl", "summary.md")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+def format_of(kind: str) -> str:
+    """What the manifest of a kind of report says of itself."""
+    return f"steer-bench-{kind}-v1"
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What reporters get: JSON values. ``manifest``: from what to repeat the run; ``rows``, ``summary``: see ``Results``."""
+    """What reporters get: JSON values. ``manifest``: from what to repeat the run; ``rows``, ``summary``: see ``Results``
+    and, for times, ``Costs``."""
 
     manifest: dict[str, Any]
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """``control``, ``speed`` or ``server``; empty where the manifest is none of ours."""
+        return next((kind for kind in KINDS if self.manifest.get("format") == format_of(kind)), "")
 
 
 Reporter = Callable[[BenchReport], dict[str, bytes]]
@@ -44,18 +63,16 @@ Reporter = Callable[[BenchReport], dict[str, bytes]]
 
 def builtin_reporters() -> dict[str, Reporter]:
     """The reporters of the package, by name."""
-    from .page import report_html
-
     return {"html": report_html, "jsonl": report_jsonl, "manifest": report_manifest, "table": report_table}
 
 
 def make_report(
     engine: Engine, cases: Sequence[Case], families: Sequence[Family], plan: Plan, results: Results, command: Sequence[str]
 ) -> BenchReport:
-    """The results with their manifest. Nothing in it depends on the time: the same run gives the same report."""
+    """The results of ``bench control`` with their manifest. Nothing in it depends on the time: the same run gives the same."""
     info = engine.info
     manifest = {
-        "format": FORMAT,
+        "format": format_of("control"),
         "command": list(command),
         "plan": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(plan).items()},
         "model": {"name": info.name, "identity": info.identity.to_dict(), **_file(info.path)},
@@ -73,10 +90,24 @@ def make_report(
             family.name: hashlib.sha256("\n".join(task.id + task.prompt for task in family.tasks).encode()).hexdigest()
             for family in families
         },
-        "versions": {"steer-plugins": __version__, "python": platform.python_version(), "numpy": np.__version__, **_bindings()},
-        "machine": {"system": platform.system(), "processor": platform.machine()},
+        "versions": _versions(),
+        "machine": _machine(),
     }
     return BenchReport(manifest, results.rows, results.summary)
+
+
+def make_cost_report(kind: str, costs: Costs, model: Path, identity: ModelIdentity, command: Sequence[str]) -> BenchReport:
+    """The times of ``bench speed`` or ``bench server`` with their manifest, which also says how busy the machine is now."""
+    load = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+    manifest = {
+        "format": format_of(kind),
+        "command": list(command),
+        "plan": costs.plan,
+        "model": {"name": identity.name or model.stem, "identity": identity.to_dict(), **_file(str(model))},
+        "versions": {**_versions(), **costs.versions},
+        "machine": {**_machine(), "cpu": _cpu(), "cores": os.cpu_count(), "load_average": load},
+    }
+    return BenchReport(manifest, costs.rows, costs.summary(costs.plan["seed"]))
 
 
 def _file(path: str) -> dict[str, Any]:
@@ -91,45 +122,118 @@ def _file(path: str) -> dict[str, Any]:
     return {"file": file.name, "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _bindings() -> dict[str, str]:
+def _machine() -> dict[str, Any]:
+    return {"system": platform.system(), "processor": platform.machine()}
+
+
+def _cpu() -> str:
+    """The processor's name where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _versions() -> dict[str, str]:
     from importlib import metadata
 
-    try:
-        return {"llama-cpp-python": metadata.version("llama-cpp-python")}
-    except metadata.PackageNotFoundError:
-        return {}
+    found = {"steer-plugins": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["llama-cpp-python"] = metadata.version("llama-cpp-python")
+    return found
+
+
+# ---- folders ----
+
+
+def check_folder(folder: Path, kind: str, *, overwrite: bool = False) -> None:
+    """Refuse, before anything is measured, a folder that a report cannot or must not be written to. Raises DataError."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is no folder: name another with --out")
+    nearest = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise DataError(f"{nearest} is no folder that you may write to: name another with --out")
+    there = [name for name in STANDARD_FILES if (folder / name).exists()]
+    if not there:
+        return
+    if "manifest.json" in there:
+        try:
+            old = BenchReport(_json(folder / "manifest.json"), [], {}).kind
+        except (DataError, AttributeError):
+            old = ""
+        if not old:
+            raise DataError(f"{folder} holds a manifest.json that no steer bench wrote: name another folder with --out")
+        if old != kind:
+            raise DataError(f"{folder} holds a report of steer bench {old}: name another folder with --out")
+        what = "a report"
+    else:
+        what = f"{there[0]} without a manifest.json"
+    if not overwrite:
+        raise DataError(f"{folder} holds {what}: choose another folder with --out, or replace it with --overwrite")
 
 
 def write_report(report: BenchReport, folder: Path, reporters: dict[str, Reporter]) -> list[Path]:
-    """Write what the reporters make into ``folder`` (made if missing), each file atomically. Raises DataError.
+    """Write what the reporters make into ``folder`` (made if missing).
 
-    The manifest is written last: a folder with one is complete.
+    All files are written beside their places first, so that a full disk leaves what was there, and the manifest is renamed
+    last: a folder with one is complete. Standard files of an older report that are not written anew are removed. When a
+    reporter fails, the files of the others are written before that is said.
+
+    Raises DataError.
     """
     files: dict[str, bytes] = {}
+    failed: list[str] = []
     for name, reporter in reporters.items():
-        for file, data in reporter(report).items():
-            if not _FILE.fullmatch(file) or file in files:
+        try:
+            made = {file: bytes(memoryview(data)) for file, data in reporter(report).items()}
+        except Exception as error:  # a plugin's mistake must not cost the results of a long run
+            failed.append(f"the reporter {name!r} failed ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})")
+            continue
+        for file, data in made.items():
+            if not isinstance(file, str) or not _FILE.fullmatch(file) or file in files:
                 raise DataError(f"the reporter {name!r} wants to write {file!r:.60}, which is no free file name")
             files[file] = data
+    order = sorted(files, key=lambda file: file == "manifest.json")
+    new = not folder.exists()
+    staged: dict[str, Path] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(files, key=lambda file: file == "manifest.json"):
-            write_atomically(folder / file, files[file])
+        try:
+            for file in order:
+                staged[file] = beside(folder / file, files[file])
+            for file in STANDARD_FILES:  # the old manifest goes first: what follows is no report until the new one is there
+                if file == "manifest.json" or file not in files:
+                    (folder / file).unlink(missing_ok=True)
+            for file in order:
+                finish(staged[file], folder / file)
+                del staged[file]
+        finally:
+            for left in staged.values():
+                with contextlib.suppress(OSError):
+                    left.unlink()
+            if new and staged:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
     except OSError as error:
         raise DataError(f"the report cannot be written to {folder}: {error.strerror or error}") from None
+    if failed:
+        there = f"the other files are in {folder}" if files else "nothing was written"
+        raise DataError(f"{'; '.join(failed)}; {there}")
     return [folder / file for file in sorted(files)]
 
 
 def read_report(folder: Path) -> BenchReport:
     """A report that was written with the reporters ``manifest`` and ``jsonl``. Raises DataError."""
     manifest = _json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("summary"), dict):
-        raise DataError(f"{folder / 'manifest.json'} is not one that steer bench control writes")
+    known = isinstance(manifest, dict) and BenchReport(manifest, [], {}).kind
+    if not known or not isinstance(manifest.get("summary"), dict):
+        raise DataError(f"{folder / 'manifest.json'} is not one that steer bench writes")
     try:
         lines = _read(folder / "results.jsonl").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
     except ValueError:
-        raise DataError(f"{folder / 'results.jsonl'} is not JSON lines, as steer bench control writes them") from None
+        raise DataError(f"{folder / 'results.jsonl'} is not JSON lines, as steer bench writes them") from None
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{folder / 'results.jsonl'} holds a line that is no JSON object")
     return BenchReport({k: v for k, v in manifest.items() if k != "summary"}, rows, manifest["summary"])
@@ -156,8 +260,16 @@ def _json(path: Path) -> Any:
 # ---- reporters ----
 
 
+def report_html(report: BenchReport) -> dict[str, bytes]:
+    """``report.html``: one page that needs nothing else."""
+    from .costpage import cost_page
+    from .page import control_page
+
+    return {"report.html": control_page(report) if report.kind == "control" else cost_page(report)}
+
+
 def report_jsonl(report: BenchReport) -> dict[str, bytes]:
-    """``results.jsonl``: every reply and question, one JSON object a line."""
+    """``results.jsonl``: every reply and question, or every time, one JSON object a line."""
     return {"results.jsonl": "".join(json.dumps(row, sort_keys=True) + "\n" for row in report.rows).encode()}
 
 
@@ -168,9 +280,24 @@ def report_manifest(report: BenchReport) -> dict[str, bytes]:
 
 def report_table(report: BenchReport) -> dict[str, bytes]:
     """``summary.md``: the table, in Markdown, for a README."""
-    rows = ["| " + " | ".join(SUMMARY) + " |", "|" + " --- |" * len(SUMMARY)]
-    rows += ["| " + " | ".join(row) + " |" for row in summary_rows(report.summary)]
+    columns, found = table_of(report)
+    rows = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    rows += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in found]
     return {"summary.md": ("\n".join(rows) + "\n").encode()}
+
+
+def _cell(text: str) -> str:
+    """A cell that stays one, whatever a plugin's names hold."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def table_of(report: BenchReport) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The summary table as text: columns and rows."""
+    if report.kind == "control":
+        return SUMMARY, summary_rows(report.summary)
+    from . import costs
+
+    return costs.SUMMARY, costs.summary_rows(report.summary)
 
 
 SUMMARY = ("trait", "tasks", "plain", "best prompt", "steer", "both", "random", "steer - prompt", "both - prompt")
@@ -211,6 +338,17 @@ def interval(estimate: Sequence[float | None], *, sign: bool = False) -> str:
 # ---- comparing two ----
 
 COMPARISON = ("trait", "tasks", "arm", "decoding", "n", "A", "B", "B - A", "95 %")
+
+
+def comparison(a: BenchReport, b: BenchReport, seed: int = 0) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Columns and rows of two reports of one kind. Raises DataError for unlike ones and where nothing can be compared."""
+    if a.kind != b.kind:
+        raise DataError(f"A is a report of steer bench {a.kind} and B one of steer bench {b.kind}: compare two of the same kind")
+    if a.kind == "control":
+        return COMPARISON, compare(a, b, seed)
+    from . import costs
+
+    return costs.COMPARISON, costs.compare(a, b, seed)
 
 
 def compare(a: BenchReport, b: BenchReport, seed: int = 0) -> list[tuple[Any, ...]]:

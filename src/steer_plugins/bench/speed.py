@@ -11,11 +11,12 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from steer_plugins import native
+from steer_plugins.bench.costs import Costs, Measure, name_by_processor
 from steer_plugins.engine.base import Progress
 from steer_plugins.engine.model import LoadedModel
 from steer_plugins.engine.session import Entry, Limits, Session
@@ -24,11 +25,37 @@ from steer_plugins.errors import EngineError
 PREFILL_TOKENS = 128
 BLOCK = 8
 """Decoded tokens of one arm before the next has its turn."""
+BLOCKS = 4
+DOSE = 1e-3
+"""Too small to change what the model does, so that all arms do the same work."""
+
+MEASURES = (
+    Measure("prefill", "tok/s", "plain", f"A prompt of {PREFILL_TOKENS} tokens, computed at once."),
+    Measure("decode", "tok/s", "plain", f"{BLOCK * BLOCKS} tokens after it, one by one. Only the model's own time is counted."),
+)
+BY_PROCESSOR = tuple(
+    Measure(name_by_processor(m.name), m.unit, m.base, "The same by processor time, which a busy machine disturbs less.")
+    for m in MEASURES
+)
+FINE_CLOCK = time.get_clock_info("process_time").resolution < 1e-4
+"""Processor time is counted in steps of a sixtieth of a second on some systems: longer than a token takes."""
+ARMS = {
+    "plain": "no steering",
+    "plain-again": "the same once more: how far it is from 1 is noise",
+    "stock-cvec": "llama.cpp's own control vector, on all layers it can",
+    "steer-1": "one vector added on all layers",
+    "steer-4": "four vectors added on all layers",
+    "project-1": "one vector projected out on all layers",
+    "read-all": "all layers of every token read (the last one where tokens are outputs)",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm. Speeds are medians in tokens per second; ratios are to ``plain`` with a 95 % bootstrap interval."""
+    """One arm. Speeds are medians in tokens per second; ratios are to ``plain`` with a 95 % bootstrap interval.
+
+    ``..._cpu_ratio``: the same ratios by processor time; None where that tells nothing (layers on a GPU, a coarse clock).
+    """
 
     name: str
     prefill_tps: float
@@ -37,27 +64,57 @@ class Row:
     decode_ratio: float
     prefill_ratio_ci: tuple[float, float]
     decode_ratio_ci: tuple[float, float]
+    prefill_cpu_ratio: float | None = None
+    decode_cpu_ratio: float | None = None
 
 
-class _Arm:
+Seconds = tuple[float, float]
+"""On the clock, and of the processor (all threads)."""
+
+
+class Arm(Protocol):
+    """Something that computes tokens in turn with others."""
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+
+    @property
+    def about(self) -> str:
+        """What it is, in a few words."""
+
+    def prefill(self, tokens: Sequence[int]) -> Seconds:
+        """Forget everything and compute a prompt; the seconds that took."""
+
+    def decode(self, tokens: Sequence[int], position: int) -> list[Seconds]:
+        """Compute tokens one by one from a position on; the seconds of each."""
+
+
+class _LocalArm:
     def __init__(self, name: str, session: Session) -> None:
         self.name = name
+        self.about = ARMS[name]
         self.session = session
-        self.position = 0
-        self.prefill: list[float] = []
-        self.decode: list[float] = []
 
-    def timed(self, entries: Sequence[Entry]) -> float:
+    def prefill(self, tokens: Sequence[int]) -> Seconds:
+        self.session.c.llama_memory_clear(self.session.memory, False)
+        last = len(tokens) - 1
+        return self._timed([Entry(token, p, 0, output=p == last) for p, token in enumerate(tokens)])
+
+    def decode(self, tokens: Sequence[int], position: int) -> list[Seconds]:
+        return [self._timed([Entry(token, position + i, 0, output=True)]) for i, token in enumerate(tokens)]
+
+    def _timed(self, entries: Sequence[Entry]) -> Seconds:
         """Seconds that one decode of prepared tokens takes, without our own bookkeeping in Python."""
         c, batch = self.session.c, self.session._batch
         batch.n_tokens = len(entries)
         for i, e in enumerate(entries):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = e.token, e.position, 1
             batch.seq_id[i][0], batch.logits[i] = e.sequence, e.output
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         code = c.llama_decode(self.session.pointer, batch)
         c.llama_synchronize(self.session.pointer)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start, time.process_time() - cpu
         if code != 0:
             raise EngineError(f"A benchmark batch failed: {self.session.steer.error()}")
         if self.name == "read-all":
@@ -71,17 +128,24 @@ def bench_speed(
     n_threads: int = 1,
     rounds: int = 24,
     seed: int = 0,
+    others: Sequence[Arm] = (),
+    by_processor: bool = True,
     progress: Progress | None = None,
-) -> list[Row]:
-    """Time all arms; see the module's text. ``rounds``: how often each arm gets a prefill and ``BLOCK`` × 4 tokens.
+) -> Costs:
+    """Time all arms; see the module's text and :data:`ARMS`.
 
-    Arms: ``plain``, ``plain-again``, ``stock-cvec`` (llama.cpp's control vector on all layers), ``steer-1`` and
-    ``steer-4`` (that many vectors added on all layers), ``project-1`` (one vector projected out on all layers) and
-    ``read-all`` (all layers of every token, the last one where tokens are outputs).
+    Args:
+        rounds: how often each arm gets a prefill and ``BLOCK`` × ``BLOCKS`` tokens, after one turn that is not counted.
+        others: further arms that take their turns with these, such as those of :class:`~.repeng.Repeng`.
+        by_processor: also take processor time, which says nothing where layers are on a GPU.
+        progress: called with (rounds done, all rounds).
+
+    Raises:
+        EngineError: a context cannot be made, or a batch fails.
     """
     rng = np.random.default_rng(seed)
     info = model.steer
-    n_ctx = PREFILL_TOKENS + 4 * BLOCK + 8
+    n_ctx = PREFILL_TOKENS + BLOCKS * BLOCK + 8
     limits = Limits(n_ctx=n_ctx, n_batch=PREFILL_TOKENS, n_threads=n_threads, n_threads_batch=n_threads)
     low, high = min(300, model.n_vocab // 4), min(20000, model.n_vocab // 2)
     tokens = [int(t) for t in rng.integers(low, high, n_ctx)]
@@ -90,17 +154,15 @@ def bench_speed(
         v = np.random.default_rng(seed).standard_normal((info.n_layer, info.n_embd))
         return (v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32)
 
-    scale = 1e-3  # too small to change what the model does, so that all arms do the same work
-
     def steer(session: Session, n: int, op: str) -> None:
         for k in range(n):
             layers = list(range(info.n_layer))
-            session.steer.set_column(k, layers, [0] * len(layers), directions(k), [scale] * len(layers))
+            session.steer.set_column(k, layers, [0] * len(layers), directions(k), [DOSE] * len(layers))
         session.steer.set_config(1, [native.NativeTerm(k, native.OPS[op], 1.0 if op == "add" else 1e-3) for k in range(n)])
         session.steer.set_range(0, 0, -1, 1)
 
     def stock(session: Session, n: int, op: str) -> None:
-        data = np.ascontiguousarray(directions(0)[1:] * np.float32(scale))
+        data = np.ascontiguousarray(directions(0)[1:] * np.float32(DOSE))
         session.c.llama_set_adapter_cvec(
             session.pointer, data.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), data.size, info.n_embd, 1, info.n_layer
         )
@@ -119,65 +181,64 @@ def bench_speed(
         "project-1": (steer, 1, "project"),
         "read-all": (read, 0, ""),
     }
-    arms: list[_Arm] = []
+    local: list[_LocalArm] = []
     try:
         for name, (setup, n, op) in setups.items():
-            arm = _Arm(name, Session(model, limits))
-            arms.append(arm)
+            arm = _LocalArm(name, Session(model, limits))
+            local.append(arm)
             if setup is not None:
                 setup(arm.session, n, op)
-        _run(arms, tokens, rounds, rng, progress)
+        arms: list[Arm] = [*local, *others]
+        plan = {"threads": n_threads, "rounds": rounds, "seed": seed, "prefill": PREFILL_TOKENS, "decode": BLOCKS * BLOCK}
+        measures = MEASURES + BY_PROCESSOR if by_processor and FINE_CLOCK else MEASURES
+        costs = Costs(measures, {arm.name: arm.about for arm in arms}, plan)
+        _run(arms, tokens, rounds, rng, costs, progress)
+        return costs
     finally:
-        for arm in arms:
+        for arm in local:
             arm.session.close()
-    return [_row(arm, arms[0], rng) for arm in arms]
 
 
-def _run(arms: list[_Arm], tokens: list[int], rounds: int, rng: np.random.Generator, progress: Progress | None) -> None:
+def _run(
+    arms: Sequence[Arm], tokens: list[int], rounds: int, rng: np.random.Generator, costs: Costs, progress: Progress | None
+) -> None:
     for round_ in range(-1, rounds):  # round -1 warms up and is not counted
-        order = list(rng.permutation(len(arms)))
-        for i in order:
-            arm = arms[i]
-            arm.session.c.llama_memory_clear(arm.session.memory, False)
-            prompt = [Entry(tokens[p], p, 0, output=p == PREFILL_TOKENS - 1) for p in range(PREFILL_TOKENS)]
-            seconds = arm.timed(prompt)
+        for i in rng.permutation(len(arms)):
+            taken = arms[i].prefill(tokens[:PREFILL_TOKENS])
             if round_ >= 0:
-                arm.prefill.append(seconds / PREFILL_TOKENS)
-        spent = {arm.name: 0.0 for arm in arms}
-        for block in range(4):
+                _add(costs, round_, "prefill", arms[i].name, PREFILL_TOKENS, [taken])
+        spent: dict[str, list[Seconds]] = {arm.name: [] for arm in arms}
+        for block in range(BLOCKS):
             for i in rng.permutation(len(arms)):
-                arm = arms[i]
                 first = PREFILL_TOKENS + block * BLOCK
-                for p in range(first, first + BLOCK):
-                    seconds = arm.timed([Entry(tokens[p], p, 0, output=True)])
-                    # the first token after a prefill builds the graph; it is a cost of the prompt, not of decoding
-                    if p != PREFILL_TOKENS:
-                        spent[arm.name] += seconds
+                each = arms[i].decode(tokens[first : first + BLOCK], first)
+                # the first token after a prefill builds the graph; it is a cost of the prompt, not of decoding
+                spent[arms[i].name] += each if block else each[1:]
         if round_ >= 0:
             for arm in arms:
-                arm.decode.append(spent[arm.name] / (4 * BLOCK - 1))
+                _add(costs, round_, "decode", arm.name, len(spent[arm.name]), spent[arm.name])
         if progress is not None:
             progress(round_ + 2, rounds + 1)
 
 
-def _row(arm: _Arm, plain: _Arm, rng: np.random.Generator) -> Row:
-    def ratio(mine: list[float], base: list[float]) -> tuple[float, tuple[float, float]]:
-        ratios = np.array(base) / np.array(mine)  # speed ratio: plain's seconds over this arm's
-        draws = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
-        low, high = np.quantile(draws, [0.025, 0.975])
-        return float(np.median(ratios)), (float(low), float(high))
+def _add(costs: Costs, round_: int, measure: str, arm: str, tokens: int, spent: Sequence[Seconds]) -> None:
+    clock, cpu = (sum(column) for column in zip(*spent, strict=True))
+    costs.add(round_, measure, arm, tokens / clock)
+    if len(costs.measures) > len(MEASURES):
+        costs.add(round_, name_by_processor(measure), arm, tokens / cpu)
 
-    prefill, prefill_ci = ratio(arm.prefill, plain.prefill)
-    decode, decode_ci = ratio(arm.decode, plain.decode)
-    return Row(
-        name=arm.name,
-        prefill_tps=float(1 / np.median(arm.prefill)),
-        decode_tps=float(1 / np.median(arm.decode)),
-        prefill_ratio=prefill,
-        decode_ratio=decode,
-        prefill_ratio_ci=prefill_ci,
-        decode_ratio_ci=decode_ci,
-    )
+
+def rows_of(costs: Costs) -> list[Row]:
+    """A row for each arm that computes tokens."""
+    measures = costs.summary(costs.plan["seed"])["measures"]
+    rows = []
+    for name, decode in measures["decode"]["arms"].items():
+        prefill = measures["prefill"]["arms"][name]
+        (p, p_low, p_high, _), (d, d_low, d_high, _) = prefill["ratio"], decode["ratio"]
+        by_processor = (measures.get(name_by_processor(m.name), {"arms": {}})["arms"].get(name) for m in MEASURES)
+        cpu = [None if found is None else found["ratio"][0] for found in by_processor]
+        rows.append(Row(name, prefill["value"], decode["value"], p, d, (p_low, p_high), (d_low, d_high), *cpu))
+    return rows
 
 
 def as_json(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:

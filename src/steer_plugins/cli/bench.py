@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import DataError, SteerError
 from ..plugins import hookimpl
 from .bench_control import compare, control
+from .bench_report import Out, report_options
 from .common import console, json_option, model_option, model_path, print_json, print_table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from ..bench.repeng import Repeng
+
+threads_option = click.option(
+    "-t", "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads on the CPU."
+)
+gpu_option = click.option(
+    "-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, metavar="N", help="Layers on the GPU, -1: all."
+)
+seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 
 
 @click.group()
@@ -18,107 +37,270 @@ def bench() -> None:
     """Measure what steering does, and what it costs."""
 
 
-@bench.command(epilog="\b\nExample:\n  steer bench speed --threads 1 --rounds 40")
+@bench.command()
 @model_option
-@click.option("-t", "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads on the CPU.")
-@click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, metavar="N", help="Layers on the GPU, -1: all.")
+@threads_option
+@gpu_option
 @click.option("--rounds", type=click.IntRange(min=1, max=1000), default=24, show_default=True, help="Turns of each arm.")
+@click.option(
+    "--repeng-python",
+    metavar="PYTHON",
+    help="A Python with torch, transformers and repeng, to compare with (default: this one, if it has them).",
+)
+@click.option("--pairs", type=click.IntRange(min=2), default=100, show_default=True, help="Fitted against repeng, at most.")
+@click.option("--fit-rounds", type=click.IntRange(min=0), default=3, show_default=True, help="Fits of each side, 0: none.")
+@seed_option
+@report_options
 @json_option
-def speed(model: str | None, threads: int, n_gpu_layers: int, rounds: int, as_json: bool) -> None:
+def speed(
+    model: str | None,
+    threads: int,
+    n_gpu_layers: int,
+    rounds: int,
+    repeng_python: str | None,
+    pairs: int,
+    fit_rounds: int,
+    seed: int,
+    out: Out,
+    as_json: bool,
+) -> None:
     """Time plain decoding against llama.cpp's own control vector, steering with 1 and 4 vectors, and reading all layers.
 
     The arms take turns in one run; ratios are to `plain` within a round, with a 95 % interval. `plain-again` is the same
     as `plain` and shows the noise. One thread and a small model are the worst case: the edit costs the same for every
-    model, while the layers around it grow.
-    """
-    from rich.progress import Progress
+    model, while the layers around it grow. Where there is a repeng, it decodes in turn with them, on the float32 weights of
+    the same file, and fits the same pairs.
 
+    \b
+    Examples:
+      steer bench speed --threads 1 --rounds 40
+      steer bench speed --repeng-python other-venv/bin/python --out report
+    """
+    from ..bench.fitting import bench_fitting
+    from ..bench.report import make_cost_report
     from ..bench.speed import as_json as to_json
-    from ..bench.speed import bench_speed
+    from ..bench.speed import bench_speed, rows_of
     from ..engine.model import LoadedModel
     from ..runtime import activate, ensure_runtime
 
+    out.check("speed")
     path = model_path(model)
-    loaded = LoadedModel(activate(ensure_runtime()), path, n_gpu_layers=n_gpu_layers)
-    try:
-        with Progress(console=console(stderr=True), transient=True) as bar:
-            task = bar.add_task("rounds", total=rounds + 1)
-
-            def progress(done: int, total: int) -> None:
-                bar.update(task, completed=done)
-
-            rows = bench_speed(loaded, n_threads=threads, rounds=rounds, progress=progress)
-    finally:
+    with ExitStack() as stack:
+        # before the bar: what it cannot do is said in lines
+        loaded = LoadedModel(activate(ensure_runtime()), path, n_gpu_layers=n_gpu_layers)
+        stack.callback(loaded.close)
+        repeng, why_not = _repeng(repeng_python, path, threads)
+        if repeng is not None:
+            stack.callback(repeng.close)
+        bar = stack.enter_context(_bar())
+        costs = bench_speed(
+            loaded,
+            n_threads=threads,
+            rounds=rounds,
+            seed=seed,
+            others=[] if repeng is None else repeng.arms(),
+            by_processor=n_gpu_layers == 0,
+            progress=_shown(bar, "rounds"),
+        )
+        costs.plan["n_gpu_layers"] = n_gpu_layers
         loaded.close()
-    facts: dict[str, Any] = {
-        "model": path.name,
-        "threads": threads,
-        "n_gpu_layers": n_gpu_layers,
-        "rounds": rounds,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
-    if as_json:
-        print_json(to_json(rows, **facts))
-        return
-    print_table(
-        ["arm", "prefill tok/s", "decode tok/s", "prefill ratio", "95 %", "decode ratio", "95 %"],
-        [
-            (
-                r.name,
-                f"{r.prefill_tps:.1f}",
-                f"{r.decode_tps:.1f}",
-                f"{r.prefill_ratio:.3f}",
-                "{:.3f} to {:.3f}".format(*r.prefill_ratio_ci),
-                f"{r.decode_ratio:.3f}",
-                "{:.3f} to {:.3f}".format(*r.decode_ratio_ci),
-            )
-            for r in rows
-        ],
-        title=f"{path.name}, {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds",
-    )
+        if repeng is not None:
+            costs.versions = repeng.versions
+            if fit_rounds:
+                try:
+                    bench_fitting(
+                        costs,
+                        path,
+                        repeng,
+                        template=loaded.template,
+                        n_threads=threads,
+                        n_gpu_layers=n_gpu_layers,
+                        pairs=pairs,
+                        rounds=fit_rounds,
+                        seed=seed,
+                        progress=_shown(bar, "fits"),
+                    )
+                except SteerError as error:  # the times that there are stay worth something
+                    costs.notes.append(f"Fitting could not be compared: {error}")
+    costs.notes += [why_not] if why_not else []
+    report = make_cost_report("speed", costs, path, loaded.identity, ["steer", *sys.argv[1:]])
+    rows = rows_of(costs)
+
+    def show(files: list[Path]) -> None:
+        if as_json:
+            fits = {name: m for name, m in report.summary["measures"].items() if name.startswith("train")}
+            print_json({**to_json(rows, **_facts(path, costs.plan)), "fits": fits, "notes": costs.notes, "files": files})
+            return
+        print_table(
+            [
+                "arm",
+                "prefill tok/s",
+                "decode tok/s",
+                "prefill ratio",
+                "95 %",
+                "by processor",
+                "decode ratio",
+                "95 %",
+                "by processor",
+            ],
+            [
+                (
+                    r.name,
+                    f"{r.prefill_tps:.1f}",
+                    f"{r.decode_tps:.1f}",
+                    f"{r.prefill_ratio:.3f}",
+                    "{:.3f} to {:.3f}".format(*r.prefill_ratio_ci),
+                    _by_processor(r.prefill_cpu_ratio),
+                    f"{r.decode_ratio:.3f}",
+                    "{:.3f} to {:.3f}".format(*r.decode_ratio_ci),
+                    _by_processor(r.decode_cpu_ratio),
+                )
+                for r in rows
+            ],
+            title=_title(path, threads, rounds),
+        )
+        _print_fits(report.summary["measures"])
+        for note in costs.notes:
+            click.echo(note)
+
+    out.deliver(report, show, as_json=as_json)
 
 
-@bench.command(epilog="\b\nExample:\n  steer bench server --threads 2 --json")
+def _repeng(named: str | None, model: Path, threads: int) -> tuple[Repeng | None, str]:
+    """The child that was asked for, or that of this Python; else why there is none. Raises DataError for one that was named."""
+    from ..bench.repeng import Repeng, this_python_has_it
+
+    if named is None and not this_python_has_it():
+        return None, "Not compared with repeng: this Python has no torch, transformers and repeng (--repeng-python names one)."
+    with console(stderr=True).status("loading the model with transformers"):
+        try:
+            return Repeng(named or sys.executable, model, threads), ""
+        except DataError as error:
+            if named is not None:
+                raise
+            return None, f"Not compared with repeng: {error}."
+
+
+def _print_fits(measures: dict[str, Any]) -> None:
+    from ..bench.costs import figures
+
+    rows = [
+        (name, arm, f"{figures(found['value'])} s", f"{found['ratio'][0]:.3g}", measure["base"])
+        for name, measure in measures.items()
+        if name.startswith("train")
+        for arm, found in measure["arms"].items()
+    ]
+    if rows:
+        print_table(["fitting", "with", "median", "speed ratio", "to"], rows)
+
+
+@bench.command()
 @model_option
-@click.option("-t", "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads on the CPU.")
-@click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, metavar="N", help="Layers on the GPU, -1: all.")
+@threads_option
+@gpu_option
 @click.option("--rounds", type=click.IntRange(min=1, max=1000), default=12, show_default=True, help="Turns of each arm.")
+@click.option(
+    "--stock-server",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="The llama-server to compare with (default: the unpatched one of the runtime if it was built, else the runtime's).",
+)
+@seed_option
+@report_options
 @json_option
-def server(model: str | None, threads: int, n_gpu_layers: int, rounds: int, as_json: bool) -> None:
+def server(
+    model: str | None,
+    threads: int,
+    n_gpu_layers: int,
+    rounds: int,
+    stock_server: Path | None,
+    seed: int,
+    out: Out,
+    as_json: bool,
+) -> None:
     """Time steered against unsteered requests of one llama-server, in turn in one run.
 
     `batch8`: eight requests at once with eight different vectors on all layers. `single`: one request. `ttft`: the time to its
-    first token. `read`: reading 64 prompts at every layer against a prefill of the same prompts. Ratios are of speeds.
+    first token. `read`: reading 64 prompts at every layer against a prefill of the same prompts. `stock-cvec-...`: the same of a
+    second llama-server, which has one of llama.cpp's own control vectors for all requests. Ratios are of speeds.
+
+    \b
+    Examples:
+      steer bench server --threads 2 --json
+      steer bench server --out report
     """
-    from dataclasses import asdict
+    from ..bench.report import make_cost_report
+    from ..bench.server import bench_server, rows_of
+    from ..identity import identity_of_gguf
 
-    from rich.progress import Progress
-
-    from ..bench.server import bench_server
-
+    out.check("server")
     path = model_path(model)
-    with Progress(console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task("rounds", total=rounds + 1)
-        rows = bench_server(
+    identity = identity_of_gguf(path)
+    with _bar() as bar:
+        costs = bench_server(
             path,
             n_threads=threads,
             n_gpu_layers=n_gpu_layers,
             rounds=rounds,
-            progress=lambda done, total: bar.update(task, completed=done),
+            seed=seed,
+            stock=stock_server,
+            progress=_shown(bar, "rounds"),
         )
-    if as_json:
-        facts = {"model": path.name, "threads": threads, "n_gpu_layers": n_gpu_layers, "rounds": rounds}
-        print_json({**facts, "machine": platform.machine(), "cores": os.cpu_count(), "rows": [asdict(r) for r in rows]})
-        return
-    print_table(
-        ["arm", "unit", "unsteered", "steered", "ratio", "95 %"],
-        [
-            (r.name, r.unit, f"{r.plain:.3g}", f"{r.steered:.3g}", f"{r.ratio:.3f}", "{:.3f} to {:.3f}".format(*r.ratio_ci))
-            for r in rows
-        ],
-        title=f"{path.name}, {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds",
-    )
+    report = make_cost_report("server", costs, path, identity, ["steer", *sys.argv[1:]])
+    rows = rows_of(costs)
+
+    def show(files: list[Path]) -> None:
+        if as_json:
+            print_json({**_facts(path, costs.plan), "rows": [asdict(row) for row in rows], "notes": costs.notes, "files": files})
+            return
+        print_table(
+            ["arm", "unit", "unsteered", "steered", "ratio", "95 %", "by processor"],
+            [
+                (
+                    r.name,
+                    r.unit,
+                    f"{r.plain:.3g}",
+                    f"{r.steered:.3g}",
+                    f"{r.ratio:.3f}",
+                    "{:.3f} to {:.3f}".format(*r.ratio_ci),
+                    _by_processor(r.cpu_ratio),
+                )
+                for r in rows
+            ],
+            title=_title(path, threads, rounds),
+        )
+        for note in costs.notes:
+            click.echo(note)
+
+    out.deliver(report, show, as_json=as_json)
+
+
+def _by_processor(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.3f}"
+
+
+def _facts(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    known = {key: plan[key] for key in ("threads", "n_gpu_layers", "rounds", "seed")}
+    return {"model": path.name, **known, "machine": platform.machine(), "cores": os.cpu_count()}
+
+
+def _title(path: Path, threads: int, rounds: int) -> str:
+    return f"{path.name}, {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds"
+
+
+def _bar() -> Progress:
+    from rich.progress import Progress
+
+    return Progress(console=console(stderr=True), transient=True)
+
+
+def _shown(bar: Progress, what: str) -> Any:
+    task = bar.add_task(what, total=None)
+
+    def progress(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+
+    return progress
 
 
 bench.add_command(control)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import DataError
+from .bench_report import Out, report_options
 from .common import EngineOptions, console, engine_options, json_option, print_json, print_table
 
 if TYPE_CHECKING:
@@ -23,28 +24,24 @@ if TYPE_CHECKING:
 @click.option("--pole", type=click.Choice(["positive", "negative"]), default="positive", show_default=True)
 @click.option("--family", "families", multiple=True, metavar="NAME", help="code, docs, style, or a plugin's (default: all).")
 @engine_options
-@click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write the report there.")
-@click.option("--overwrite", is_flag=True, help="Replace a report that is there.")
 @click.option("--quick", is_flag=True, help="A few prompts of each family: for a look, the numbers mean little.")
 @click.option("--prompts", type=click.IntRange(min=2), metavar="N", help="Prompts of each family, half of them to be scored.")
 @click.option("--sampled/--no-sampled", default=True, show_default=True, help="Seeded sampling beside greedy replies.")
 @click.option("--run-code", is_flag=True, help="Run the code the model writes, in a child process. This is no sandbox.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--reporter", "reporters", multiple=True, metavar="NAME", help="html, jsonl, manifest, table (default: all).")
+@report_options
 @json_option
 def control(
     traits: tuple[str, ...],
     pole: str,
     families: tuple[str, ...],
     engine: EngineOptions,
-    out: Path | None,
-    overwrite: bool,
     quick: bool,
     prompts: int | None,
     sampled: bool,
     run_code: bool,
     seed: int,
-    reporters: tuple[str, ...],
+    out: Out,
     as_json: bool,
 ) -> None:
     """Measure prompting against steering on the same prompts, with scores that need no judge model.
@@ -58,13 +55,11 @@ def control(
       steer bench control --trait mood --trait succinctness --run-code --out report
     """
     from ..bench.control import QUICK, Control, Plan
-    from ..bench.report import SUMMARY, make_report, summary_rows, write_report
+    from ..bench.report import SUMMARY, make_report, summary_rows
     from ..plugins import manager
     from .train import N_PARALLEL
 
-    if out is not None and (out / "manifest.json").exists() and not overwrite:
-        raise DataError(f"{out} holds a report: choose another folder with --out, or replace it with --overwrite")
-    writers = {name: manager().find("reporters", name) for name in reporters or manager().registry("reporters")}
+    out.check("control")
     chosen = [manager().find("tasks", name) for name in families or manager().registry("tasks")]
     plan: Plan = replace(QUICK if quick else Plan(), sampled=sampled, run_code=run_code, seed=seed)
     if prompts is not None:
@@ -82,13 +77,14 @@ def control(
             cases = _cases(opened, traits, 1 if pole == "positive" else -1, plan)
             results = Control(opened, cases, chosen, plan, report).run()
         found = make_report(opened, cases, chosen, plan, results, ["steer", *sys.argv[1:]])
-    files = [] if out is None else write_report(found, out, writers)
-    if as_json:
-        print_json({"manifest": found.manifest, "summary": found.summary, "files": files})
-        return
-    print_table(SUMMARY, summary_rows(found.summary))
-    for file in files:
-        click.echo(f"wrote {file}")
+
+    def show(files: list[Path]) -> None:
+        if as_json:
+            print_json({"manifest": found.manifest, "summary": found.summary, "files": files})
+        else:
+            print_table(SUMMARY, summary_rows(found.summary))
+
+    out.deliver(found, show, as_json=as_json)
 
 
 def _cases(engine: Engine, names: tuple[str, ...], sign: int, plan: Plan) -> list[Case]:
@@ -115,24 +111,26 @@ def _cases(engine: Engine, names: tuple[str, ...], sign: int, plan: Plan) -> lis
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
 @json_option
 def compare(first: Path, second: Path, seed: int, as_json: bool) -> None:
-    """Compare two reports of `steer bench control`: scores of each arm on the prompts that both have, B less A.
+    """Compare two reports of one kind, B less A.
+
+    Of `steer bench control`: scores of each arm on the prompts that both have. Of `steer bench speed` and `steer bench server`:
+    medians of each arm, and its ratio to the unsteered one.
 
     \b
     Example:
       steer bench compare before after
     """
-    from ..bench.report import COMPARISON, read_report
-    from ..bench.report import compare as compared
+    from ..bench.report import comparison, read_report
 
     a, b = read_report(first), read_report(second)
-    rows = compared(a, b, seed)
+    columns, rows = comparison(a, b, seed)
     differs = sorted(key for key in a.manifest if key != "command" and a.manifest[key] != b.manifest.get(key))
     if as_json:
         result: dict[str, Any] = {
-            "rows": [dict(zip(COMPARISON, row, strict=True)) for row in rows],
+            "rows": [dict(zip(columns, row, strict=True)) for row in rows],
             "manifests_differ_in": differs,
         }
         print_json(result)
         return
-    print_table(COMPARISON, rows)
+    print_table(columns, rows)
     click.echo(f"The manifests differ in: {', '.join(differs)}" if differs else "The manifests agree.")

@@ -38,7 +38,7 @@ color:#fff;border:1px solid #8b949e;font:14px/1.4 system-ui,sans-serif;white-spa
 .sp-x td.n{{background-color:rgba(var(--n),var(--a))}}
 .sp-x tbody th{{position:sticky;left:0;padding:0 6px 0 2px;text-align:right;font-weight:400;backdrop-filter:blur(6px)}}
 .sp-x thead th{{vertical-align:bottom;font-weight:400;font-family:ui-monospace,Menlo,Consolas,monospace;white-space:pre}}
-.sp-x thead th i{{font-style:normal;writing-mode:vertical-rl;transform:rotate(180deg);line-height:1;
+.sp-x thead th i{{font-style:normal;writing-mode:vertical-rl;transform:rotate(180deg);line-height:1.25;
 max-height:9em;overflow:hidden}}
 .sp-x .r{{border-left:2px solid currentColor}}
 .sp-x .sp-key{{display:flex;flex-wrap:wrap;gap:.3em .6em;align-items:center;font-size:.87em;margin:.4em 0}}
@@ -62,7 +62,7 @@ def to_html(inspection: Inspection, *, heatmap: bool = True) -> str:
     It takes text colour and background from where it is put. Everything from the model is escaped. ``heatmap`` False
     leaves the tokens alone, for narrow places.
     """
-    parts = [f'<div class="sp-x"><style>{_STYLE}</style>', _key(inspection)]
+    parts = [f'<div class="sp-x"><style>{_STYLE}</style>', _key(inspection, heatmap)]
     for heading, reading in inspection.readings:
         parts += [f"<h3>{escape(_capital(heading))}</h3>", _tokens(inspection, reading)]
     if heatmap:
@@ -90,15 +90,16 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _key(inspection: Inspection) -> str:
+def _key(inspection: Inspection, heatmap: bool) -> str:
     low, high = map(escape, inspection.poles)
     limit = f"{inspection.limit:g}"
+    scrolls = " The pictures of layers scroll sideways." if heatmap else ""
     layers = f"{len(inspection.layers)} layer{'s' if len(inspection.layers) > 1 else ''}"
     return (
         f'<div class="sp-key"><span>{low} −{limit}</span><span class="sp-bar"></span><span>+{limit} {high}</span></div>'
         f'<p class="sp-note">{escape(inspection.model)}, {layers}. In strengths of {escape(inspection.vector)}: 0 is where '
         "neutral texts lie, +1 is where strength 1 would take them. Hover or tap for numbers. Striped: the first token, a "
-        "sink that says nothing about the text.</p>"
+        f"sink that says nothing about the text.{scrolls}</p>"
     )
 
 

@@ -81,7 +81,10 @@ def _heatmap(inspection: Inspection, reading: Reading, width: int) -> Text:
                 out.append(":" if i == 0 else mark, "dim" if i == 0 else _style(value, inspection.limit))
             out.append("\n")
         ticks = "".join(f"{i:<{_TICK}}" for i in range(first, last, _TICK))
-        out.append(" " * 5 + ticks.rstrip() + ("\n" if last < n else ""), "dim")
+        out.append(" " * 5 + ticks.rstrip() + "\n", "dim")
+        if first <= inspection.n_prompt < last:
+            out.append(" " * (5 + inspection.n_prompt - first) + "^ reply\n", "bold")
+    out.rstrip()
     return out
 
 

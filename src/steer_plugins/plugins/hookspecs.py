@@ -45,7 +45,7 @@ def register_tasks(register: Callable[[str, Family], None]) -> None:
 
 @hookspec
 def register_reporters(register: Callable[[str, Callable[[BenchReport], dict[str, bytes]]], None]) -> None:
-    """Register reporters: ``register(name, reporter)``, where ``reporter(report)`` returns files by name, for its folder."""
+    """Register reporters of benchmarks: ``register(name, reporter)``; ``reporter(report)`` returns files for its folder."""
 
 
 @hookspec
