@@ -8,8 +8,12 @@ the other. Everything is drawn from one seed.
 
 from __future__ import annotations
 
+import copy
+import math
+import queue
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +21,9 @@ import numpy as np
 
 from ..calibrate import perplexity
 from ..engine.base import Engine, GenerateRequest, Generation, Prompt
-from ..metrics import repeated_ngram_share
+from ..metrics import repeated_ngram_share, reply_tokens
 from ..steering import Steering
-from .arms import Case, is_steered, message
+from .arms import PROMPTED, Case, is_steered, message
 from .stats import Estimate, estimate, harmonic_mean, paired, spearman
 from .tasks import Family, Scored, Task, data_lines, read_choices
 
@@ -29,27 +33,34 @@ GUARD = 1.5
 """Replies whose perplexity is at most so many times the plain median count as fluent (the guard of the calibration)."""
 CURVE = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
 
+TURN_TOKENS = 48
+"""Longest reply of a conversation."""
+
 Report = Callable[[str, int], None]
 """Called with what is being done and the number of texts that were done."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to run. ``prompts``: of each family, half of them to choose the strength; ``strengths``: those to choose from.
+    """How much to run. ``prompts``: of each family, half of them to choose the strength; ``strengths``: those to choose from,
+    on at most ``choose_prompts`` of that half.
 
-    ``curve``: strengths of the dose-response curve; ``curve_prompts``: prompts of each point. ``sampled``: seeded sampling
-    beside greedy runs. ``conversations`` of ``turns`` turns; ``choices`` and ``neutral``: questions for side effects.
-    ``pairs``: examples for the vector with shuffled labels, None for all.
+    ``curve``: strengths of the dose-response curve; ``curve_prompts``: prompts of each point but those at full strength, which
+    take the whole scored half. ``sampled``: seeded sampling beside greedy runs, on at most ``sampled_prompts``.
+    ``conversations`` of ``turns`` turns; ``choices`` and ``neutral``: questions for side effects. ``pairs``: examples for the
+    vector with shuffled labels, None for all.
     """
 
     prompts: int = 60
     strengths: tuple[float, ...] = (0.5, 0.75, 1.0)
+    choose_prompts: int = 10
     curve: tuple[float, ...] = CURVE
-    curve_prompts: int = 20
+    curve_prompts: int = 16
     sampled: bool = True
+    sampled_prompts: int = 16
     temperature: float = 0.7
     conversations: int = 4
-    turns: int = 6
+    turns: int = 5
     choices: int = 40
     neutral: int = 16
     pairs: int | None = None
@@ -60,6 +71,8 @@ class Plan:
 QUICK = Plan(
     prompts=8,
     strengths=(0.5, 1.0),
+    choose_prompts=4,
+    sampled_prompts=2,
     curve=(-1.0, -0.66, -0.33, 0.0, 0.33, 0.66, 1.0),
     curve_prompts=3,
     conversations=1,
@@ -89,6 +102,7 @@ class _Ask:
     strength: float
     decoding: str
     half: str
+    max_tokens: int
 
 
 class Control:
@@ -98,26 +112,62 @@ class Control:
     """
 
     def __init__(
-        self, engine: Engine, cases: Sequence[Case], families: Sequence[Family], plan: Plan, report: Report | None = None
+        self,
+        engine: Engine,
+        cases: Sequence[Case],
+        families: Sequence[Family],
+        plan: Plan,
+        report: Report | None = None,
+        helpers: Sequence[Engine] = (),
     ) -> None:
+        """``helpers``: more engines of the same model, which take a trait each at the same time. They change no result."""
         self.engine, self.cases, self.families, self.plan = engine, list(cases), list(families), plan
+        self.helpers = list(helpers)
         self._report = report or (lambda stage, n: None)
         self._replies: dict[Any, tuple[Generation, float | None]] = {}
         self._scored: dict[tuple[str, str, str], Scored] = {}
-        self._plain_perplexity: dict[tuple[str, str], float] = {}
+        self._plain_perplexity: dict[tuple[str, str, int], float] = {}
+        self._plain_turns: list[dict[int, str]] | None = None
+        self._plain_choices: list[float] | None = None
         self.results = Results()
 
     def run(self) -> Results:
         """Everything, trait by trait."""
         floors = {family.name: self._floor(family) for family in self.families}
-        traits = {}
-        for case in self.cases:
-            traits[case.name] = self._case(case, floors)
+        if self.cases:  # what all traits share
+            self._neutral()
+            self._plain_turns = self._conversations(self.cases[0], "plain", 0.0)
+            self._plain_choices = self._choices(self.cases[0], "plain", 0.0)
+        workers: queue.SimpleQueue[Control] = queue.SimpleQueue()
+        for engine in (self.engine, *self.helpers):
+            worker = copy.copy(self)  # the caches are shared
+            worker.engine = engine
+            workers.put(worker)
+
+        def work(case: Case) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            worker = workers.get()
+            try:
+                worker.results = Results()
+                return worker._case(case, floors), worker.results.rows
+            finally:
+                workers.put(worker)
+
+        found = self._side_by_side(work) if self.helpers else [work(case) for case in self.cases]
+        self.results.rows = [row for _, rows in found for row in rows]
         self.results.summary = {
             "families": {f.name: {"success": f.success, "tasks": len(f.tasks), "plain": floors[f.name]} for f in self.families},
-            "traits": traits,
+            "traits": {case.name: part for case, (part, _) in zip(self.cases, found, strict=True)},
         }
         return self.results
+
+    def _side_by_side(self, work: Callable[[Case], Any]) -> list[Any]:
+        with ThreadPoolExecutor(1 + len(self.helpers)) as pool:
+            waiting = [pool.submit(work, case) for case in self.cases]
+            try:
+                return [one.result() for one in waiting]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     # ---- prompts ----
 
@@ -137,9 +187,10 @@ class Control:
         return rows
 
     def _key(self, case: Case | None, ask: _Ask) -> Any:
-        who = None if case is None or ask.arm == "plain" else (case.name, ask.arm)
         strength = ask.strength if is_steered(ask.arm) else 0.0
-        return ask.family.name, ask.task.id, who, strength, ask.decoding
+        plain = case is None or ask.arm not in PROMPTED and strength == 0.0
+        who = None if plain or case is None else (case.name, ask.arm)
+        return ask.family.name, ask.task.id, who, strength, ask.decoding, ask.max_tokens
 
     def _prompt(self, case: Case | None, ask: _Ask) -> Prompt:
         return message(self.engine, ask.task.prompt, None if case is None else case.system(ask.arm))
@@ -151,7 +202,7 @@ class Control:
         seed = self.plan.seed * 1_000_003 + ask.family.tasks.index(ask.task)
         temperature = self.plan.temperature if sampled else 0.0
         return GenerateRequest(
-            self._prompt(case, ask), steering, max_tokens=ask.family.max_tokens, temperature=temperature, seed=seed
+            self._prompt(case, ask), steering, max_tokens=ask.max_tokens, temperature=temperature, seed=seed
         )
 
     def _generate(self, case: Case | None, asks: Sequence[_Ask], stage: str) -> None:
@@ -201,11 +252,34 @@ class Control:
 
     def _fluency(self, ask: _Ask, ppl: float | None, repeats: float) -> float:
         """1 up to :data:`GUARD` times the plain median perplexity, then falling as its inverse; less what is repeated."""
-        usual = self._plain_perplexity.get((ask.family.name, ask.decoding))
+        usual = self._usual(ask)
         if ppl is None:
             return 0.0
         ratio = 1.0 if usual is None else ppl / usual
         return min(1.0, GUARD / ratio) * (1.0 - repeats)
+
+    def _usual(self, ask: _Ask) -> float | None:
+        """The median perplexity of plain replies of the same kind and length."""
+        key = ask.family.name, ask.decoding, ask.max_tokens
+        if key not in self._plain_perplexity:
+            tasks = [task for half in self._used(ask.family, ask.decoding) for task in half]
+            asks = [_Ask(ask.family, task, "plain", 0.0, ask.decoding, "all", ask.max_tokens) for task in tasks]
+            self._generate(None, asks, f"plain {ask.family.name}")
+            known = [value for one in asks if (value := self._replies[self._key(None, one)][1]) is not None]
+            self._plain_perplexity[key] = statistics.median(known) if known else math.nan
+        found = self._plain_perplexity[key]
+        return None if math.isnan(found) else found
+
+    def _used(self, family: Family, decoding: str) -> tuple[list[Task], list[Task]]:
+        """Those of both halves that the arms answer: not all of them choose the strength, or are sampled."""
+        choose, score = self.halves(family)
+        if decoding == "sampled":
+            return [], score[: self.plan.sampled_prompts]
+        return choose[: self.plan.choose_prompts], score
+
+    @staticmethod
+    def _longest(case: Case, family: Family) -> int:
+        return reply_tokens(case.metric, family.max_tokens) if family.stretch else family.max_tokens
 
     # ---- stages ----
 
@@ -216,21 +290,15 @@ class Control:
     def _floor(self, family: Family) -> dict[str, Any]:
         """The plain arm of all prompts, which says whether the model can do these tasks at all."""
         choose, score = self.halves(family)
-        for decoding in self._decodings:
-            asks = [_Ask(family, task, "plain", 0.0, decoding, "all") for task in choose + score]
-            self._generate(None, asks, f"plain {family.name}")
-            known = [value for ask in asks if (value := self._replies[self._key(None, ask)][1]) is not None]
-            if known:
-                self._plain_perplexity[family.name, decoding] = statistics.median(known)
-            if decoding == "greedy":
-                successes = [self._row(None, ask)["success"] for ask in asks]
-        found = estimate(successes, self.plan.seed)
+        asks = [_Ask(family, task, "plain", 0.0, "greedy", "all", family.max_tokens) for task in choose + score]
+        self._generate(None, asks, f"plain {family.name}")
+        found = estimate([self._row(None, ask)["success"] for ask in asks], self.plan.seed)
         return {"success": found.to_list(), "floor": found.mean is None or found.mean < FLOOR}
 
     def _case(self, case: Case, floors: dict[str, Any]) -> dict[str, Any]:
         families = [f for f in self.families if not f.traits or case.name in f.traits]
         found = {family.name: self._family(case, family, floors[family.name]["floor"]) for family in families}
-        chosen = [part["strength"]["steer"] for part in found.values()]
+        chosen = [part["strength"]["steer"] for part in found.values() if not part["floor"]]
         strongest = max(chosen, default=1.0)
         return {
             "pole": case.pole,
@@ -243,28 +311,41 @@ class Control:
         }
 
     def _family(self, case: Case, family: Family, floor: bool) -> dict[str, Any]:
-        choose, score = self.halves(family)
+        if floor:  # nothing to compare, so nothing is run
+            plain = self._replied(case, family, ("plain",), {}, "greedy")
+            return {"floor": True, "strength": {}, "arms": {"plain": {"greedy": self._arm(plain, plain)}}, "versus": {}}
+        choose, _ = self._used(family, "greedy")
         strengths = {arm: self._choose(case, family, choose, arm) for arm in ("steer", "both")}
         strengths |= {arm: strengths["steer"] for arm in ("random", "shuffled")}
-        arms: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for decoding in self._decodings:
-            asks = [_Ask(family, t, arm, strengths.get(arm, 0.0), decoding, "score") for arm in case.arms for t in score]
-            for row in self._answer(case, asks, f"{case.name}, {family.name}"):
+            ran = [arm for arm in case.arms if decoding == "greedy" or arm not in ("random", "shuffled")]
+            for row in self._replied(case, family, ran, strengths, decoding):
                 rows.setdefault((row["arm"], decoding), []).append(row)
-                self.results.rows.append(row)
-        for (arm, decoding), found in rows.items():
-            arms.setdefault(arm, {})[decoding] = self._arm(found, rows["plain", decoding])
+        for (arm, decoding), part in rows.items():
+            found.setdefault(arm, {})[decoding] = self._arm(part, rows["plain", decoding])
         return {
-            "floor": floor,
+            "floor": False,
             "strength": {arm: strengths[arm] for arm in ("steer", "both")},
-            "arms": arms,
+            "arms": found,
             "versus": {d: _versus(rows, d, self.plan.seed) for d in self._decodings},
         }
 
+    def _replied(
+        self, case: Case, family: Family, arms: Sequence[str], strengths: dict[str, float], decoding: str
+    ) -> list[dict[str, Any]]:
+        """Rows of the scored half, which go into the results."""
+        longest, tasks = self._longest(case, family), self._used(family, decoding)[1]
+        asks = [_Ask(family, t, arm, strengths.get(arm, 0.0), decoding, "score", longest) for arm in arms for t in tasks]
+        rows = self._answer(case, asks, f"{case.name}, {family.name}")
+        self.results.rows += rows
+        return rows
+
     def _choose(self, case: Case, family: Family, tasks: Sequence[Task], arm: str) -> float:
         """The strength with the best mean score on these prompts; of equal ones the smallest."""
-        asks = [_Ask(family, task, arm, s, "greedy", "choose") for s in self.plan.strengths for task in tasks]
+        longest = self._longest(case, family)
+        asks = [_Ask(family, task, arm, s, "greedy", "choose", longest) for s in self.plan.strengths for task in tasks]
         rows = self._answer(case, asks, f"{case.name}, {family.name}: strength")
         self.results.rows += rows
         means = {s: statistics.fmean(r["score"] for r in rows if r["strength"] == s) for s in sorted(self.plan.strengths)}
@@ -287,41 +368,54 @@ class Control:
         if not families:
             return {"points": [], "spearman": None}
         family = families[-1]
-        tasks = self.halves(family)[1][: self.plan.curve_prompts]
+        longest, tasks = self._longest(case, family), self.halves(family)[1]
         stage = f"{case.name}: dose"
 
+        def asks(arm: str, strength: float) -> list[_Ask]:
+            used = tasks if abs(strength) == 1.0 or strength == 0.0 else tasks[: self.plan.curve_prompts]
+            return [_Ask(family, task, arm, case.sign * strength, "greedy", "score", longest) for task in used]
+
+        strengths = sorted({*self.plan.curve, -1.0, 0.0, 1.0})
+        # all at once: the fewer and larger the calls, the better filled the batches
+        everything = [a for s in strengths for a in asks("steer", s)]
+        everything += [a for s in (-1.0, 1.0) for arm in case.random_arms for a in asks(arm, s)]
+        self.results.rows += [{**row, "kind": "dose"} for row in self._answer(case, everything, stage)]
+
         def rows(arm: str, strength: float) -> list[dict[str, Any]]:
-            asks = [_Ask(family, task, arm, case.sign * strength, "greedy", "score") for task in tasks]
-            found = self._answer(case, asks, stage)
-            self.results.rows += [{**row, "kind": "dose"} for row in found]
-            return found
+            return [self._row(case, ask) for ask in asks(arm, strength)]
 
         zero = rows("steer", 0.0)
         points: list[dict[str, Any]] = []
-        for strength in sorted({*self.plan.curve, -1.0, 1.0}):
-            found = zero if strength == 0.0 else rows("steer", strength)
+        for strength in strengths:
+            found = rows("steer", strength)
             known = [row["perplexity"] for row in found if row["perplexity"] is not None]
-            usual = self._plain_perplexity.get((family.name, "greedy"))
+            plain = [row["perplexity"] for row in zero[: len(found)] if row["perplexity"] is not None]
             points.append(
                 {
                     "strength": strength,
                     "metric": estimate([case.sign * row["metric"] for row in found], self.plan.seed).to_list(),
-                    "effect": self._effect(case, found, zero).to_list(),
-                    "perplexity": statistics.median(known) / usual if known and usual else None,
+                    "effect": self._effect(case, found, zero[: len(found)]).to_list(),
+                    "perplexity": statistics.median(known) / statistics.median(plain) if known and plain else None,
                     "repeats": statistics.fmean(row["repeats"] for row in found),
                 }
             )
         effects = {}
         for strength in (-1.0, 1.0):
             own = self._effect(case, rows("steer", strength), zero)
-            random = self._effect(case, *self._pooled([rows(arm, strength) for arm in case.random_arms], zero))
+            runs = [rows(arm, strength) for arm in case.random_arms]
+            random = self._effect(case, *self._pooled(runs, zero))
+            sizes = [abs(self._effect(case, run, zero).mean or 0.0) for run in runs]
+            size = statistics.fmean(sizes)
             effects[f"{strength:+g}"] = {
                 "effect": own.to_list(),
                 "random": random.to_list(),
+                "random_size": round(size, 4),
                 "excludes_zero": own.excludes_zero,
-                "times_random": abs(own.mean / random.mean) if own.mean is not None and random.mean else None,
+                "times_random": abs(own.mean / size) if own.mean is not None and size else None,
             }
-        rank = spearman([p["strength"] for p in points], [p["metric"][0] for p in points])
+        # over the prompts that all points share
+        common = {p["strength"]: [r["metric"] for r in rows("steer", p["strength"])[: self.plan.curve_prompts]] for p in points}
+        rank = spearman(list(common), [case.sign * statistics.fmean(values) for values in common.values()])
         return {"family": family.name, "points": points, "spearman": rank, "full": effects}
 
     @staticmethod
@@ -334,77 +428,84 @@ class Control:
 
     def _persistence(self, case: Case, strength: float) -> dict[str, Any]:
         """The metric at each turn of conversations whose system prompt stands at the beginning alone."""
-        arms = ("plain", "prompt", "steer", "both")
+        found: dict[str, Any] = {}
+        for arm in ("plain", "prompt", "steer", "both"):
+            turns = []
+            for turn, replies in enumerate(self._conversations(case, arm, strength)):
+                values = [case.score(text) for text in replies.values()]
+                turns.append(estimate(values, self.plan.seed).to_list())
+                for (c, text), value in zip(replies.items(), values, strict=True):
+                    row = {"kind": "turn", "trait": case.name, "arm": arm, "conversation": c, "turn": turn, "text": text}
+                    self.results.rows.append({**row, "metric": value})
+            found[arm] = turns
+        return found
+
+    def _conversations(self, case: Case, arm: str, strength: float) -> list[dict[int, str]]:
+        """Replies by conversation, for each turn; conversations end where the context does. Plain ones are had once."""
+        if arm == "plain" and self._plain_turns is not None:
+            return self._plain_turns
         questions = [line.partition(" @ ")[0] for line in data_lines("style.txt")]
         order = np.random.default_rng(self.plan.seed + 1).permutation(len(questions))
-        turns: dict[str, list[list[float]]] = {arm: [] for arm in arms}
-        histories: dict[tuple[str, int], list[dict[str, str]]] = {
-            (arm, c): [] for arm in arms for c in range(self.plan.conversations)
-        }
-        longest = 48
+        histories: dict[int, list[dict[str, str]]] = {c: [] for c in range(self.plan.conversations)}
+        system, steering = case.system(arm), case.steering(arm, strength)
+        found: list[dict[int, str]] = []
         for turn in range(self.plan.turns):
-            asked = [str(questions[order[(c * self.plan.turns + turn) % len(order)]]) for c in range(self.plan.conversations)]
-            keys = [key for key, history in histories.items() if self._fits(case, key[0], asked[key[1]], history, longest)]
-            requests = [
-                GenerateRequest(
-                    message(self.engine, asked[c], case.system(arm), histories[arm, c]),
-                    case.steering(arm, strength),
-                    max_tokens=longest,
-                )
-                for arm, c in keys
-            ]
+            asked = {c: str(questions[order[(c * self.plan.turns + turn) % len(order)]]) for c in histories}
+            prompts = {c: message(self.engine, asked[c], system, history) for c, history in histories.items()}
+            prompts = {c: prompt for c, prompt in prompts.items() if self._fits(prompt)}
+            requests = [GenerateRequest(prompt, steering, max_tokens=TURN_TOKENS) for prompt in prompts.values()]
             if not requests:
                 break
-            replies = self.engine.generate_many(requests)
-            for arm in arms:
-                turns[arm].append([])
-            for (arm, c), reply in zip(keys, replies, strict=True):
-                said = [{"role": "user", "content": asked[c]}, {"role": "assistant", "content": reply.text}]
-                histories[arm, c] += said
-                value = case.score(reply.text)
-                turns[arm][turn].append(value)
-                row = {"kind": "turn", "trait": case.name, "arm": arm, "conversation": c, "turn": turn, "text": reply.text}
-                self.results.rows.append({**row, "metric": value})
+            texts = {c: reply.text for c, reply in zip(prompts, self.engine.generate_many(requests), strict=True)}
+            for c, text in texts.items():
+                histories[c] += [{"role": "user", "content": asked[c]}, {"role": "assistant", "content": text}]
+            found.append(texts)
             self._report(f"{case.name}: conversation", len(requests))
-        return {arm: [estimate(values, self.plan.seed).to_list() for values in found] for arm, found in turns.items()}
+        if arm == "plain":
+            self._plain_turns = found
+        return found
 
-    def _fits(self, case: Case, arm: str, text: str, history: list[dict[str, str]], longest: int) -> bool:
-        prompt = message(self.engine, text, case.system(arm), history)
-        return len(self.engine.tokenize(prompt)) + longest < self.engine.info.n_ctx
+    def _fits(self, prompt: Prompt) -> bool:
+        return len(self.engine.tokenize(prompt)) + TURN_TOKENS < self.engine.info.n_ctx
 
     def _side_effects(self, case: Case, strength: float) -> dict[str, Any]:
         """Multiple choice by log-probability, and how far neutral replies become less likely, for each arm."""
         questions = read_choices()[: self.plan.choices]
         neutral = self._neutral()
-        right: dict[str, list[float]] = {}
+        plain = self._plain_choices = self._plain_choices or self._choices(case, "plain", strength)
         found: dict[str, Any] = {}
-        for arm in ("plain", "prompt", "strong prompt", "steer", "both", "random"):
-            system, steering = case.system(arm), case.steering(arm, strength)
-            items = [
-                (message(self.engine, f"Complete the sentence: {start} ...", system), f"{start} {ending}.")
-                for start, endings in questions
-                for ending in endings
-            ]
-            # of whole sentences: a chat model says them again, and what they share cancels
-            sums = [float(values.sum()) for values in self.engine.logprobs(items, steering=steering)]
-            right[arm] = []
-            for start, endings in questions:
-                scores, sums = sums[: len(endings)], sums[len(endings) :]
-                right[arm].append(float(int(np.argmax(scores)) == 0))
-                self.results.rows.append(
-                    {"kind": "choice", "trait": case.name, "arm": arm, "question": start, "right": right[arm][-1]}
-                )
-            part = {"accuracy": estimate(right[arm], self.plan.seed).to_list()}
-            part["accuracy_change"] = paired(right[arm], right["plain"], self.plan.seed).to_list()
+        for arm in ("plain", "prompt", "steer", "both", "random"):
+            right = plain if arm == "plain" else self._choices(case, arm, strength)
+            for (start, _), value in zip(questions, right, strict=True):
+                self.results.rows.append({"kind": "choice", "trait": case.name, "arm": arm, "question": start, "right": value})
+            part = {"accuracy": estimate(right, self.plan.seed).to_list()}
+            part["accuracy_change"] = paired(right, plain, self.plan.seed).to_list()
             if neutral and arm != "plain":
                 moved = self.engine.logprobs(
-                    [(message(self.engine, text, system), tokens) for text, tokens, _ in neutral], steering=steering
+                    [(message(self.engine, text, case.system(arm)), tokens) for text, tokens, _ in neutral],
+                    steering=case.steering(arm, strength),
                 )
-                kl = [float(np.mean(plain - other)) for (_, _, plain), other in zip(neutral, moved, strict=True)]
+                kl = [float(np.mean(before - other)) for (_, _, before), other in zip(neutral, moved, strict=True)]
                 part["kl"] = estimate(kl, self.plan.seed).to_list()
             found[arm] = part
-            self._report(f"{case.name}: side effects", len(items))
         return found
+
+    def _choices(self, case: Case, arm: str, strength: float) -> list[float]:
+        """1 for each question whose right ending is the likeliest, else 0."""
+        questions = read_choices()[: self.plan.choices]
+        # whole sentences: a chat model says them again, and what they share cancels
+        items = [
+            (message(self.engine, f"Complete the sentence: {start} ...", case.system(arm)), f"{start} {ending}.")
+            for start, endings in questions
+            for ending in endings
+        ]
+        sums = [float(values.sum()) for values in self.engine.logprobs(items, steering=case.steering(arm, strength))]
+        right = []
+        for _, endings in questions:
+            scores, sums = sums[: len(endings)], sums[len(endings) :]
+            right.append(float(int(np.argmax(scores)) == 0))
+        self._report(f"{case.name}: side effects", len(items))
+        return right
 
     def _neutral(self) -> list[tuple[str, list[int], Any]]:
         """Neutral requests, replies drawn from the plain model as it is, and their log-probabilities there."""
@@ -431,7 +532,7 @@ def _versus(rows: dict[tuple[str, str], list[dict[str, Any]]], decoding: str, se
 
     best = max(("prompt", "strong prompt"), key=lambda arm: statistics.fmean(scores(arm)))
     found: dict[str, Any] = {"best prompt": best}
-    for arm in ("steer", "both", "random"):
+    for arm in (arm for arm in ("steer", "both", "random") if (arm, decoding) in rows):
         found[f"{arm} - prompt"] = paired(scores(arm), scores(best), seed).to_list()
     found["steer - plain"] = paired(scores("steer"), scores("plain"), seed).to_list()
     return found

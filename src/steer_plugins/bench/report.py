@@ -45,8 +45,15 @@ Reporter = Callable[[BenchReport], dict[str, bytes]]
 def builtin_reporters() -> dict[str, Reporter]:
     """The reporters of the package, by name."""
     from .page import report_html
+    from .results import report_results
 
-    return {"html": report_html, "jsonl": report_jsonl, "manifest": report_manifest, "table": report_table}
+    return {
+        "html": report_html,
+        "jsonl": report_jsonl,
+        "manifest": report_manifest,
+        "results": report_results,
+        "table": report_table,
+    }
 
 
 def make_report(

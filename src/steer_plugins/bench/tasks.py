@@ -44,6 +44,7 @@ class Family:
         score: ``(task, reply, run_code) -> Scored``; nothing of a reply is run unless ``run_code``.
         success: what success means, in words for the report.
         max_tokens: longest reply.
+        stretch: whether replies may become longer for a trait whose metric says that it needs that (``Metric.tokens``).
         traits: names of traits that make sense for it; empty: all.
     """
 
@@ -53,6 +54,7 @@ class Family:
     success: str
     max_tokens: int
     traits: tuple[str, ...] = ()
+    stretch: bool = False
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -180,7 +182,7 @@ def builtin_families() -> list[Family]:
             max_tokens=96,
             traits=("formality", "succinctness"),
         ),
-        Family("style", tuple(_style_tasks()), score_style, "the reply is about the question", max_tokens=64),
+        Family("style", tuple(_style_tasks()), score_style, "the reply is about the question", max_tokens=48, stretch=True),
     ]
 
 
