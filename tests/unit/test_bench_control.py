@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from steer_plugins.bench.arms import ARMS, Case, case_of, message, random_vector, shuffled_vector
-from steer_plugins.bench.control import QUICK, Control, Plan, Results
+from steer_plugins.bench.control import QUICK, SWING, Control, Plan, Results
 from steer_plugins.bench.report import (
     BenchReport,
     builtin_reporters,
@@ -254,11 +254,14 @@ def test_dose_and_response() -> None:
 
 
 def test_random_vectors_are_pooled_by_prompt() -> None:
-    """Two opposite vectors do something each, and nothing together."""
+    """Two opposite vectors do something each, and nothing together: what counts is how far each goes."""
     both = (vector(), vector().scaled(-1.0))
     full = found(run(World(cliff=5.0), randoms=both))["dose"]["full"]
-    assert full["+1"]["random"][0] == 0.0 and full["+1"]["times_random"] is None
-    assert found(run(World(cliff=5.0), randoms=both[:1]))["dose"]["full"]["-1"]["times_random"] == 1.0
+    for key, effect in (("-1", -1.0), ("+1", 1.0), (SWING, 2.0)):
+        assert full[key]["effect"][0] == effect and full[key]["excludes_zero"]
+        assert full[key]["random"][0] == 0.0 and full[key]["random_size"] == abs(effect) and full[key]["times_random"] == 1.0
+    idle = vector().scaled(0.1)
+    assert found(run(World(cliff=5.0), randoms=(idle,)))["dose"]["full"][SWING]["times_random"] is None
     assert case(randoms=both).random_arms == ("random", "random 2")
     assert case(randoms=both).steering("random 2", 0.5).terms[0].vector is both[1]
 

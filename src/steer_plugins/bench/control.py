@@ -9,103 +9,32 @@ the other. Everything is drawn from one seed.
 from __future__ import annotations
 
 import copy
-import math
 import queue
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..calibrate import perplexity
-from ..engine.base import Engine, GenerateRequest, Generation, Prompt
-from ..metrics import repeated_ngram_share, reply_tokens
-from ..steering import Steering
-from .arms import PROMPTED, Case, is_steered, message
-from .stats import Estimate, estimate, harmonic_mean, paired, spearman
-from .tasks import Family, Scored, Task, data_lines, read_choices
+from ..engine.base import Engine, GenerateRequest, Prompt
+from .arms import Case, message
+from .plan import QUICK, Plan, Results
+from .replies import Ask, Replies, Report
+from .stats import Estimate, estimate, paired, spearman
+from .tasks import Family, Task, data_lines, read_choices
+
+__all__ = ["FLOOR", "QUICK", "SWING", "Control", "Plan", "Results"]
 
 FLOOR = 0.05
 """A family whose plain replies succeed less often than this is beyond the model: a "floor" and no number."""
-GUARD = 1.5
-"""Replies whose perplexity is at most so many times the plain median count as fluent (the guard of the calibration)."""
-CURVE = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
-
+SWING = "-1 to +1"
+"""The key of the effect from full strength at one pole to full strength at the other."""
 TURN_TOKENS = 48
 """Longest reply of a conversation."""
 
-Report = Callable[[str, int], None]
-"""Called with what is being done and the number of texts that were done."""
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How much to run. ``prompts``: of each family, half of them to choose the strength; ``strengths``: those to choose from,
-    on at most ``choose_prompts`` of that half.
-
-    ``curve``: strengths of the dose-response curve; ``curve_prompts``: prompts of each point but those at full strength, which
-    take the whole scored half. ``sampled``: seeded sampling beside greedy runs, on at most ``sampled_prompts``.
-    ``conversations`` of ``turns`` turns; ``choices`` and ``neutral``: questions for side effects. ``pairs``: examples for the
-    vector with shuffled labels, None for all.
-    """
-
-    prompts: int = 60
-    strengths: tuple[float, ...] = (0.5, 0.75, 1.0)
-    choose_prompts: int = 10
-    curve: tuple[float, ...] = CURVE
-    curve_prompts: int = 16
-    sampled: bool = True
-    sampled_prompts: int = 16
-    temperature: float = 0.7
-    conversations: int = 4
-    turns: int = 5
-    choices: int = 40
-    neutral: int = 16
-    pairs: int | None = None
-    seed: int = 0
-    run_code: bool = False
-
-
-QUICK = Plan(
-    prompts=8,
-    strengths=(0.5, 1.0),
-    choose_prompts=4,
-    sampled_prompts=2,
-    curve=(-1.0, -0.66, -0.33, 0.0, 0.33, 0.66, 1.0),
-    curve_prompts=3,
-    conversations=1,
-    turns=3,
-    choices=10,
-    neutral=4,
-    pairs=10,
-)
-"""For a look, and for CI: the numbers mean little."""
-
-
-@dataclass
-class Results:
-    """What a run found: ``rows``, one for each reply and question, and ``summary``; JSON values only."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """One reply that is wanted."""
-
-    family: Family
-    task: Task
-    arm: str
-    strength: float
-    decoding: str
-    half: str
-    max_tokens: int
-
-
-class Control:
+class Control(Replies):
     """One run of the benchmark: :meth:`run` returns its results.
 
     Raises what the engine raises; nothing is written.
@@ -121,12 +50,8 @@ class Control:
         helpers: Sequence[Engine] = (),
     ) -> None:
         """``helpers``: more engines of the same model, which take a trait each at the same time. They change no result."""
-        self.engine, self.cases, self.families, self.plan = engine, list(cases), list(families), plan
-        self.helpers = list(helpers)
-        self._report = report or (lambda stage, n: None)
-        self._replies: dict[Any, tuple[Generation, float | None]] = {}
-        self._scored: dict[tuple[str, str, str], Scored] = {}
-        self._plain_perplexity: dict[tuple[str, str, int], float] = {}
+        super().__init__(engine, plan, report or (lambda stage, n: None))
+        self.cases, self.families, self.helpers = list(cases), list(families), list(helpers)
         self._plain_turns: list[dict[int, str]] | None = None
         self._plain_choices: list[float] | None = None
         self.results = Results()
@@ -169,118 +94,6 @@ class Control:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    # ---- prompts ----
-
-    def halves(self, family: Family) -> tuple[list[Task], list[Task]]:
-        """The tasks to choose the strength on, and those to score: disjoint, drawn with the seed."""
-        order = np.random.default_rng(self.plan.seed).permutation(len(family.tasks))[: max(2, self.plan.prompts)]
-        middle = len(order) // 2
-        first, second = ([family.tasks[i] for i in sorted(part)] for part in (order[:middle], order[middle:]))
-        return first, second
-
-    # ---- replies ----
-
-    def _answer(self, case: Case | None, asks: Sequence[_Ask], stage: str) -> list[dict[str, Any]]:
-        """A row for each wanted reply. What was generated before is not generated again."""
-        self._generate(case, asks, stage)
-        rows = [self._row(case, ask) for ask in asks]
-        return rows
-
-    def _key(self, case: Case | None, ask: _Ask) -> Any:
-        strength = ask.strength if is_steered(ask.arm) else 0.0
-        plain = case is None or ask.arm not in PROMPTED and strength == 0.0
-        who = None if plain or case is None else (case.name, ask.arm)
-        return ask.family.name, ask.task.id, who, strength, ask.decoding, ask.max_tokens
-
-    def _prompt(self, case: Case | None, ask: _Ask) -> Prompt:
-        return message(self.engine, ask.task.prompt, None if case is None else case.system(ask.arm))
-
-    def _request(self, case: Case | None, ask: _Ask) -> GenerateRequest:
-        steering = Steering() if case is None else case.steering(ask.arm, ask.strength)
-        sampled = ask.decoding == "sampled"
-        # the same seed for all arms of a task: the runs are paired
-        seed = self.plan.seed * 1_000_003 + ask.family.tasks.index(ask.task)
-        temperature = self.plan.temperature if sampled else 0.0
-        return GenerateRequest(
-            self._prompt(case, ask), steering, max_tokens=ask.max_tokens, temperature=temperature, seed=seed
-        )
-
-    def _generate(self, case: Case | None, asks: Sequence[_Ask], stage: str) -> None:
-        missing = {self._key(case, ask): ask for ask in asks if self._key(case, ask) not in self._replies}
-        if not missing:
-            return
-        replies = self.engine.generate_many([self._request(case, ask) for ask in missing.values()])
-        plain = [message(self.engine, ask.task.prompt, None) for ask in missing.values()]
-        there = [i for i, reply in enumerate(replies) if reply.tokens]
-        scored = self.engine.logprobs([(plain[i], replies[i].tokens) for i in there]) if there else []
-        values = dict(zip(there, (perplexity(found) for found in scored), strict=True))
-        for i, (key, reply) in enumerate(zip(missing, replies, strict=True)):
-            self._replies[key] = (reply, values.get(i))
-        self._report(stage, len(missing))
-
-    def _row(self, case: Case | None, ask: _Ask) -> dict[str, Any]:
-        reply, ppl = self._replies[self._key(case, ask)]
-        seen = ask.family.name, ask.task.id, reply.text
-        if seen not in self._scored:  # running code takes its time
-            self._scored[seen] = ask.family.score(ask.task, reply.text, self.plan.run_code)
-        scored = self._scored[seen]
-        repeats = repeated_ngram_share(reply.tokens)
-        fluency = self._fluency(ask, ppl, repeats)
-        row: dict[str, Any] = {
-            "kind": "reply",
-            "trait": None if case is None else case.name,
-            "family": ask.family.name,
-            "task": ask.task.id,
-            "half": ask.half,
-            "arm": ask.arm,
-            "strength": ask.strength if is_steered(ask.arm) else 0.0,
-            "decoding": ask.decoding,
-            "text": reply.text,
-            "finish_reason": reply.finish_reason,
-            "tokens": len(reply.tokens),
-            "prompt_tokens": len(reply.prompt_tokens),
-            "perplexity": ppl,
-            "repeats": repeats,
-            "success": scored.success,
-            "fluency": fluency,
-            "measures": scored.measures,
-        }
-        if case is not None:
-            row["metric"] = case.score(reply.text)
-            row["score"] = harmonic_mean([(1 + row["metric"]) / 2, scored.success, fluency])
-        return row
-
-    def _fluency(self, ask: _Ask, ppl: float | None, repeats: float) -> float:
-        """1 up to :data:`GUARD` times the plain median perplexity, then falling as its inverse; less what is repeated."""
-        usual = self._usual(ask)
-        if ppl is None:
-            return 0.0
-        ratio = 1.0 if usual is None else ppl / usual
-        return min(1.0, GUARD / ratio) * (1.0 - repeats)
-
-    def _usual(self, ask: _Ask) -> float | None:
-        """The median perplexity of plain replies of the same kind and length."""
-        key = ask.family.name, ask.decoding, ask.max_tokens
-        if key not in self._plain_perplexity:
-            tasks = [task for half in self._used(ask.family, ask.decoding) for task in half]
-            asks = [_Ask(ask.family, task, "plain", 0.0, ask.decoding, "all", ask.max_tokens) for task in tasks]
-            self._generate(None, asks, f"plain {ask.family.name}")
-            known = [value for one in asks if (value := self._replies[self._key(None, one)][1]) is not None]
-            self._plain_perplexity[key] = statistics.median(known) if known else math.nan
-        found = self._plain_perplexity[key]
-        return None if math.isnan(found) else found
-
-    def _used(self, family: Family, decoding: str) -> tuple[list[Task], list[Task]]:
-        """Those of both halves that the arms answer: not all of them choose the strength, or are sampled."""
-        choose, score = self.halves(family)
-        if decoding == "sampled":
-            return [], score[: self.plan.sampled_prompts]
-        return choose[: self.plan.choose_prompts], score
-
-    @staticmethod
-    def _longest(case: Case, family: Family) -> int:
-        return reply_tokens(case.metric, family.max_tokens) if family.stretch else family.max_tokens
-
     # ---- stages ----
 
     @property
@@ -290,9 +103,9 @@ class Control:
     def _floor(self, family: Family) -> dict[str, Any]:
         """The plain arm of all prompts, which says whether the model can do these tasks at all."""
         choose, score = self.halves(family)
-        asks = [_Ask(family, task, "plain", 0.0, "greedy", "all", family.max_tokens) for task in choose + score]
+        asks = [Ask(family, task, "plain", 0.0, "greedy", "all", family.max_tokens) for task in choose + score]
         self._generate(None, asks, f"plain {family.name}")
-        found = estimate([self._row(None, ask)["success"] for ask in asks], self.plan.seed)
+        found = estimate([self.row(None, ask)["success"] for ask in asks], self.plan.seed)
         return {"success": found.to_list(), "floor": found.mean is None or found.mean < FLOOR}
 
     def _case(self, case: Case, floors: dict[str, Any]) -> dict[str, Any]:
@@ -314,7 +127,7 @@ class Control:
         if floor:  # nothing to compare, so nothing is run
             plain = self._replied(case, family, ("plain",), {}, "greedy")
             return {"floor": True, "strength": {}, "arms": {"plain": {"greedy": self._arm(plain, plain)}}, "versus": {}}
-        choose, _ = self._used(family, "greedy")
+        choose, _ = self.used(family, "greedy")
         strengths = {arm: self._choose(case, family, choose, arm) for arm in ("steer", "both")}
         strengths |= {arm: strengths["steer"] for arm in ("random", "shuffled")}
         found: dict[str, dict[str, Any]] = {}
@@ -336,17 +149,17 @@ class Control:
         self, case: Case, family: Family, arms: Sequence[str], strengths: dict[str, float], decoding: str
     ) -> list[dict[str, Any]]:
         """Rows of the scored half, which go into the results."""
-        longest, tasks = self._longest(case, family), self._used(family, decoding)[1]
-        asks = [_Ask(family, t, arm, strengths.get(arm, 0.0), decoding, "score", longest) for arm in arms for t in tasks]
-        rows = self._answer(case, asks, f"{case.name}, {family.name}")
+        longest, tasks = self.longest(case, family), self.used(family, decoding)[1]
+        asks = [Ask(family, t, arm, strengths.get(arm, 0.0), decoding, "score", longest) for arm in arms for t in tasks]
+        rows = self.answer(case, asks, f"{case.name}, {family.name}")
         self.results.rows += rows
         return rows
 
     def _choose(self, case: Case, family: Family, tasks: Sequence[Task], arm: str) -> float:
         """The strength with the best mean score on these prompts; of equal ones the smallest."""
-        longest = self._longest(case, family)
-        asks = [_Ask(family, task, arm, s, "greedy", "choose", longest) for s in self.plan.strengths for task in tasks]
-        rows = self._answer(case, asks, f"{case.name}, {family.name}: strength")
+        longest = self.longest(case, family)
+        asks = [Ask(family, task, arm, s, "greedy", "choose", longest) for s in self.plan.strengths for task in tasks]
+        rows = self.answer(case, asks, f"{case.name}, {family.name}: strength")
         self.results.rows += rows
         means = {s: statistics.fmean(r["score"] for r in rows if r["strength"] == s) for s in sorted(self.plan.strengths)}
         return max(means, key=lambda s: means[s])
@@ -368,21 +181,22 @@ class Control:
         if not families:
             return {"points": [], "spearman": None}
         family = families[-1]
-        longest, tasks = self._longest(case, family), self.halves(family)[1]
+        longest, tasks = self.longest(case, family), self.halves(family)[1]
         stage = f"{case.name}: dose"
 
-        def asks(arm: str, strength: float) -> list[_Ask]:
-            used = tasks if abs(strength) == 1.0 or strength == 0.0 else tasks[: self.plan.curve_prompts]
-            return [_Ask(family, task, arm, case.sign * strength, "greedy", "score", longest) for task in used]
+        def asks(arm: str, strength: float) -> list[Ask]:
+            whole = arm == "steer" and abs(strength) in (0.0, 1.0)
+            used = tasks if whole else tasks[: self.plan.curve_prompts]
+            return [Ask(family, task, arm, case.sign * strength, "greedy", "score", longest) for task in used]
 
         strengths = sorted({*self.plan.curve, -1.0, 0.0, 1.0})
         # all at once: the fewer and larger the calls, the better filled the batches
         everything = [a for s in strengths for a in asks("steer", s)]
         everything += [a for s in (-1.0, 1.0) for arm in case.random_arms for a in asks(arm, s)]
-        self.results.rows += [{**row, "kind": "dose"} for row in self._answer(case, everything, stage)]
+        self.results.rows += [{**row, "kind": "dose"} for row in self.answer(case, everything, stage)]
 
         def rows(arm: str, strength: float) -> list[dict[str, Any]]:
-            return [self._row(case, ask) for ask in asks(arm, strength)]
+            return [self.row(case, ask) for ask in asks(arm, strength)]
 
         zero = rows("steer", 0.0)
         points: list[dict[str, Any]] = []
@@ -400,15 +214,14 @@ class Control:
                 }
             )
         effects = {}
-        for strength in (-1.0, 1.0):
-            own = self._effect(case, rows("steer", strength), zero)
-            runs = [rows(arm, strength) for arm in case.random_arms]
-            random = self._effect(case, *self._pooled(runs, zero))
-            sizes = [abs(self._effect(case, run, zero).mean or 0.0) for run in runs]
-            size = statistics.fmean(sizes)
-            effects[f"{strength:+g}"] = {
+        for name, up, down in (("-1", -1.0, 0.0), ("+1", 1.0, 0.0), (SWING, 1.0, -1.0)):
+            own = self._effect(case, rows("steer", up), rows("steer", down))
+            ends = [(rows(arm, up), rows(arm, down) if down else zero) for arm in case.random_arms]
+            pooled = self._effect(case, *(_pooled(runs) for runs in zip(*ends, strict=True)))
+            size = statistics.fmean(abs(self._effect(case, *end).mean or 0.0) for end in ends)
+            effects[name] = {
                 "effect": own.to_list(),
-                "random": random.to_list(),
+                "random": pooled.to_list(),
                 "random_size": round(size, 4),
                 "excludes_zero": own.excludes_zero,
                 "times_random": abs(own.mean / size) if own.mean is not None and size else None,
@@ -418,13 +231,10 @@ class Control:
         rank = spearman(list(common), [case.sign * statistics.fmean(values) for values in common.values()])
         return {"family": family.name, "points": points, "spearman": rank, "full": effects}
 
-    @staticmethod
-    def _pooled(runs: Sequence[Sequence[dict[str, Any]]], zero: Sequence[dict[str, Any]]) -> tuple[list[Any], Sequence[Any]]:
-        """One row for each prompt, with the mean metric of several runs."""
-        return [{"metric": statistics.fmean(row["metric"] for row in same)} for same in zip(*runs, strict=True)], zero
-
     def _effect(self, case: Case, rows: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]]) -> Estimate:
-        return paired([case.sign * r["metric"] for r in rows], [case.sign * r["metric"] for r in zero], self.plan.seed)
+        """Paired; random vectors ran on some of the prompts only."""
+        n = min(len(rows), len(zero))
+        return paired([case.sign * r["metric"] for r in rows[:n]], [case.sign * r["metric"] for r in zero[:n]], self.plan.seed)
 
     def _persistence(self, case: Case, strength: float) -> dict[str, Any]:
         """The metric at each turn of conversations whose system prompt stands at the beginning alone."""
@@ -522,6 +332,11 @@ class Control:
             plain = self.engine.logprobs([(p, tokens) for _, p, tokens in there]) if there else []
             self._neutral_found = [(t, tokens, values) for (t, _, tokens), values in zip(there, plain, strict=True)]
         return self._neutral_found
+
+
+def _pooled(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row for each prompt, with the mean metric of several runs."""
+    return [{"metric": statistics.fmean(row["metric"] for row in same)} for same in zip(*runs, strict=True)]
 
 
 def _versus(rows: dict[tuple[str, str], list[dict[str, Any]]], decoding: str, seed: int) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .control import FLOOR
+from .arms import RANDOMS
+from .control import FLOOR, SWING
 from .report import SUMMARY, BenchReport, interval, number, summary_rows
 
 TIMES_RANDOM = 5.0
@@ -43,13 +44,10 @@ def targets(part: dict[str, Any]) -> list[Target]:
     dose = part["dose"]
     if not dose["points"]:
         return []
-    found = []
-    for key in ("-1", "+1"):
-        full = dose["full"][key]
-        found.append(Target(f"effect at {key}", interval(full["effect"], sign=True), "" if full["excludes_zero"] else "holds 0"))
-    for key in ("-1", "+1"):
-        times = dose["full"][key]["times_random"]
-        found.append(_at_least(f"times random at {key}", times, TIMES_RANDOM, 1))
+    swing = dose["full"][SWING]
+    missed = "" if swing["excludes_zero"] else "the interval holds 0"
+    found = [Target("effect", interval(swing["effect"], sign=True), missed)]
+    found.append(_at_least("times random", swing["times_random"], TIMES_RANDOM, 1))
     found.append(_at_least("Spearman", dose["spearman"], SPEARMAN, 2))
     for point in dose["points"]:
         if abs(point["strength"]) == 1.0:
@@ -98,14 +96,14 @@ def results_page(report: BenchReport) -> str:
     model = manifest["model"]
     parts = [
         f"# Results: {model['name'] or model['file']}",
-        "Written by `steer bench control` (reporter `results`): every number and every list below is of that one run. What is measured and "
-        "how is told in [benchmarks.md](benchmarks.md).",
+        "Written by `steer bench control` (reporter `results`): every number and every list below is of that one run. What is "
+        "measured and how is told in [benchmarks.md](benchmarks.md).",
         *_short(summary),
         "## Targets",
         *_targets(summary),
         "## Scores",
-        "Mean score of greedy replies (harmonic mean of trait, task and fluency, 0 to 1) on the scored half of the prompts, and paired "
-        "differences from the better of the two prompts with 95 % bootstrap intervals.",
+        "Mean score of greedy replies (harmonic mean of trait, task and fluency, 0 to 1) on the scored half of the prompts, and "
+        "paired differences from the better of the two prompts with 95 % bootstrap intervals.",
         table(SUMMARY, summary_rows(summary)),
         *_who_wins(summary),
         "## Dose and response",
@@ -135,11 +133,13 @@ def _short(summary: dict[str, Any]) -> list[str]:
         found = against_prompt(summary, arm)
         n = sum(len(found[kind]) for kind in ("ahead", "open", "behind"))
         lines.append(
-            f"- {what}, against the better of two prompts, on {n} pairs of trait and task: ahead in {len(found['ahead'])}, behind in "
-            f"{len(found['behind'])}, undecided in {len(found['open'])}."
+            f"- {what}, against the better of two prompts, on {n} pairs of trait and task: ahead in {len(found['ahead'])}, "
+            f"behind in {len(found['behind'])}, undecided in {len(found['open'])}."
         )
     if better:
-        lines.append(f"- In mean score, steering with the prompt is above the prompt alone for {len(above)} of {len(better)} traits.")
+        lines.append(
+            f"- In mean score, steering with the prompt is above the prompt alone for {len(above)} of {len(better)} traits."
+        )
     held = {trait: targets(part) for trait, part in summary["traits"].items()}
     met = [trait for trait, found in held.items() if found and not any(target.missed for target in found)]
     lines.append(f"- All targets of effect, dose and fluency are met by {len(met)} of {len(held)} traits{_named(met)}.")
@@ -165,10 +165,11 @@ def _targets(summary: dict[str, Any]) -> list[str]:
             listed = "; ".join(f"{t.name.replace('-', '−')}: {t.missed}" for t in found if t.missed)
             missed.append(f"- {trait}: {listed}.")
     text = (
-        "What the bundled traits are held to: an effect at strength −1 and at 1 whose 95 % interval excludes 0, and which is at least "
-        f"{TIMES_RANDOM:g} times that of random vectors of the same norms (the mean size of the effects of three); a Spearman correlation of "
-        f"metric and strength of at least {SPEARMAN:g}; a median perplexity below {PERPLEXITY:g} times the plain one at strength 1 (the value "
-        "at −1 is held to the same); and a mean score that is higher with steering and prompt than with the better prompt alone. "
+        "What the bundled traits are held to: an effect at full strength whose 95 % interval excludes 0, and which is at least "
+        f"{TIMES_RANDOM:g} times the mean size of the effects of {RANDOMS} random vectors of the same norms; a Spearman "
+        f"correlation of metric and strength of at least {SPEARMAN:g}; a median perplexity below {PERPLEXITY:g} times the plain "
+        "one at strength 1 (at −1 it is held to the same); and a mean score that is higher with steering and prompt than with the "
+        "better prompt alone. The effect is the metric at 1 less that at −1; each side's distance from plain stands below. "
         "✓ met, ✗ missed."
     )
     return [text, table(("trait", *columns), rows), "Missed:\n\n" + "\n".join(missed) if missed else "None is missed."]
@@ -217,8 +218,8 @@ def _neither(summary: dict[str, Any], floors: Sequence[str]) -> list[str]:
         if best:
             top = max(best, key=lambda arm: best[arm])
             lines.append(
-                f"- {name}: plain success {interval(family['plain']['success'])}; the most that any arm of any trait reaches is "
-                f"{number(best[top])} ({top})."
+                f"- {name}: plain success {interval(family['plain']['success'])}; the most that any arm of any trait "
+                f"reaches is {number(best[top])} ({top})."
             )
     return ["\n".join(lines)] if lines else []
 
@@ -234,16 +235,19 @@ def _curves(summary: dict[str, Any]) -> list[str]:
         rows.append(("", "repeated 4-grams", *(number(p["repeats"]) for p in points)))
     text = "The metric from −1 to 1 (towards the positive pole), and what the dose costs, on prompts of the conversation family."
     heads = [f"{s:+g}".replace("-", "−") if s else "0" for s in strengths]
-    random = [
-        (trait, *(f"{number(full['effect'][0], sign=True)} against {number(full['random_size'])}" for full in part["dose"]["full"].values()))
-        for trait, part in summary["traits"].items()
-        if part["dose"]["points"]
-    ]
+    sides = []
+    for trait, part in summary["traits"].items():
+        for key, full in part["dose"].get("full", {}).items():
+            where = "−1 to 1" if key == SWING else f"plain to {key}".replace("-", "−")
+            clear = "yes" if full["excludes_zero"] else "no"
+            times = number(full["times_random"], digits=1)
+            sides.append((trait, where, interval(full["effect"], sign=True), clear, number(full["random_size"]), times))
     return [
         text,
         table(("trait", "", *heads), rows),
-        "The effect at full strength against the mean size of the effects of random vectors:",
-        table(("trait", "at −1", "at +1"), random),
+        "The effect of full strength on the scored half of the prompts, and the mean size of what random vectors of the same "
+        "norms do:",
+        table(("trait", "from", "effect", "excludes 0", "random", "times random"), sides),
     ]
 
 
@@ -270,13 +274,15 @@ def _side_effects(summary: dict[str, Any]) -> list[str]:
             if isinstance(values, dict):
                 kl = interval(values["kl"]) if "kl" in values else "–"
                 tokens = number(statistics.fmean(extra[arm]), sign=True, digits=0) if arm in extra else "–"
-                rows.append((trait, arm, number(values["accuracy"][0]), interval(values["accuracy_change"], sign=True), kl, tokens))
+                rows.append(
+                    (trait, arm, number(values["accuracy"][0]), interval(values["accuracy_change"], sign=True), kl, tokens)
+                )
         strong = extra.get("strong prompt")
         if strong:
             rows.append((trait, "strong prompt", "–", "–", "–", number(statistics.fmean(strong), sign=True, digits=0)))
     text = (
-        "At the strongest strength chosen: multiple choice by log-probability, KL(plain ‖ arm) in nats per token on neutral replies drawn "
-        "from the plain model, and what the arm adds to the prompt in tokens."
+        "At the strongest strength chosen: multiple choice by log-probability, KL(plain ‖ arm) in nats per token on neutral "
+        "replies drawn from the plain model, and what the arm adds to the prompt in tokens."
     )
     return [text, table(("trait", "arm", "multiple choice", "change", "KL", "context tokens"), rows)]
 
@@ -287,7 +293,8 @@ def _repeat(manifest: dict[str, Any]) -> list[str]:
     facts = [
         f"- model: {model['file']}, sha256 {model['sha256']}",
         f"- machine: {machine['system']} on {machine['processor']}; {versions}",
-        f"- seed {plan['seed']}; {plan['prompts']} prompts of each family; model-written code was {'run' if plan['run_code'] else 'not run'}",
+        f"- seed {plan['seed']}; {plan['prompts']} prompts of each family; model-written code was "
+        f"{'run' if plan['run_code'] else 'not run'}",
         "- vectors (sha256): " + ", ".join(f"{name} {v['content_sha256'][:16]}" for name, v in manifest["vectors"].items()),
     ]
     return ["```\n" + " ".join(manifest["command"]) + "\n```", "\n".join(facts)]

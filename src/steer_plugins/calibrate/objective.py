@@ -31,7 +31,7 @@ class Objective(ABC):
     of: str
     prompts: list[EnginePrompt]
     reply_tokens: int = 0
-    """How long the sweep's texts have to be at least; 0 leaves it to the sweep."""
+    """How long the sweep's texts have to be at least; 0 if nobody knows."""
 
     @abstractmethod
     def scores(self, engine: Engine, steering: Any, replies: Sequence[Generation], n: int) -> list[float]:

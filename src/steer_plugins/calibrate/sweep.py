@@ -138,7 +138,7 @@ class Sweep:
         self._replies: dict[tuple[str, str, float], list[Generation]] = {}
         self._logprobs: dict[tuple[str, str, float], list[Array]] = {}
         self._tokenized = [engine.tokenize(p, thinking=thinking) for p in objective.prompts[: level.n_confirm]]
-        self.max_tokens = max(level.tokens[1], objective.reply_tokens)
+        self.max_tokens = max(level.tokens[0], objective.reply_tokens) if objective.reply_tokens else level.tokens[1]
         self._measure_plain()
 
     # ---- texts ----

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.option("--prompts", type=click.IntRange(min=2), metavar="N", help="Prompts of each family, half of them to be scored.")
 @click.option("--sampled/--no-sampled", default=True, show_default=True, help="Seeded sampling beside greedy replies.")
 @click.option("--run-code", is_flag=True, help="Run the code the model writes, in a child process. This is no sandbox.")
-@click.option("--fit", is_flag=True, help="First fit the traits that the library lacks, all bundled ones unless --trait names some.")
+@click.option(
+    "--fit", is_flag=True, help="First fit the traits that the library lacks, all bundled ones unless --trait names some."
+)
 @click.option(
     "--jobs",
     type=click.IntRange(1, 64),

@@ -12,8 +12,7 @@ class Metric:
 
     It sees the text and nothing else: a score that looked at the vector or at hidden states would prove itself.
     Calling the metric is calling ``score``. ``tokens``: how long replies have to be allowed to become so that the score can
-    tell them apart; None for a score that a few sentences show. A score of length sees nothing in replies that are all
-    cut at the same place.
+    tell them apart. A few sentences show most; a score of length sees nothing in replies that are all cut at the same place.
     """
 
     name: str
@@ -21,7 +20,7 @@ class Metric:
     score: Callable[[str], float]
     positive: str
     negative: str
-    tokens: int | None = None
+    tokens: int = 48
 
     def __call__(self, text: str) -> float:
         return self.score(text)
@@ -29,4 +28,4 @@ class Metric:
 
 def reply_tokens(metric: Callable[[str], float], usual: int) -> int:
     """The longest reply to ask for where a metric scores it: ``usual``, or more where the metric says that it needs more."""
-    return max(usual, getattr(metric, "tokens", None) or 0)
+    return max(usual, getattr(metric, "tokens", 0))
