@@ -162,7 +162,7 @@ class Training:
         per_generated = 0.0
         if level is not None:
             needed = reply_tokens(self._metric, 0) if self.trait is not None and self.trait.metric is not None else 0
-            tokens = max(level.tokens[0], 0.7 * needed) if needed else sum(level.tokens) / 2
+            tokens = min(level.tokens[1], max(level.tokens[0], needed)) if needed else sum(level.tokens) / 2
             n_windows = 1 if self.window else len(windows_of(level, list(self.fit_options.layers)))
             n_scopes = 1 if self.options.scope else len(level.scopes)
             trials = n_windows * n_scopes * TRIALS_PER_WINDOW * 2 * level.n_search

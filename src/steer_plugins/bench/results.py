@@ -47,7 +47,9 @@ def targets(part: dict[str, Any]) -> list[Target]:
     swing = dose["full"][SWING]
     missed = "" if swing["excludes_zero"] else "the interval holds 0"
     found = [Target("effect", interval(swing["effect"], sign=True), missed)]
-    found.append(_at_least("times random", swing["times_random"], TIMES_RANDOM, 1))
+    times = swing["times_random"]
+    # None: the random vectors did nothing at all
+    found.append(Target("times random", "∞") if times is None else _at_least("times random", times, TIMES_RANDOM, 1))
     found.append(_at_least("Spearman", dose["spearman"], SPEARMAN, 2))
     for point in dose["points"]:
         if abs(point["strength"]) == 1.0:

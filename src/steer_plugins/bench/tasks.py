@@ -172,7 +172,7 @@ def builtin_families() -> list[Family]:
             score_code,
             "the function passes its checks (without --run-code: it is valid Python that defines the function)",
             max_tokens=128,
-            traits=("debugging", "succinctness"),
+            traits=("debugging",),
         ),
         Family(
             "docs",

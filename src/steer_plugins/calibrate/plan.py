@@ -19,7 +19,7 @@ class Level:
         windows: candidate layer windows as (centre, width), parts of the model's depth.
         ratio: from one dose of the ladder to the next.
         n_search: prompts of a trial; ``n_confirm``: prompts on which the winner has to pass.
-        tokens: (short, long) lengths of the sweep's texts; the short one where the objective says what it needs, or that.
+        tokens: shortest and longest texts of the sweep; between them what the objective says that it needs.
         curve: strengths at which the winner is measured.
         scopes: scopes that are tried.
         n_random: random vectors of the same layers and doses to compare with.

@@ -138,7 +138,9 @@ class Sweep:
         self._replies: dict[tuple[str, str, float], list[Generation]] = {}
         self._logprobs: dict[tuple[str, str, float], list[Array]] = {}
         self._tokenized = [engine.tokenize(p, thinking=thinking) for p in objective.prompts[: level.n_confirm]]
-        self.max_tokens = max(level.tokens[0], objective.reply_tokens) if objective.reply_tokens else level.tokens[1]
+        shortest, longest = level.tokens
+        # replies that are much longer than the guard needs repeat themselves, with or without steering
+        self.max_tokens = min(longest, max(shortest, objective.reply_tokens)) if objective.reply_tokens else longest
         self._measure_plain()
 
     # ---- texts ----
