@@ -642,7 +642,7 @@ def test_a_floor_costs_nothing() -> None:
 
 
 def test_caps() -> None:
-    plan = replace(PLAN, choose_prompts=3, sampled_prompts=2, curve_prompts=2)
+    plan = replace(PLAN, choose_prompts=3, sampled_prompts=2, curve_prompts=2, control_prompts=1)
     rows = [row for row in run(World(cliff=5.0), plan).rows if row["kind"] in ("reply", "dose")]
 
     def tasks(**wanted: Any) -> int:
@@ -652,7 +652,7 @@ def test_caps() -> None:
     assert tasks(kind="reply", half="score", decoding="greedy", arm="steer") == 5
     assert not tasks(kind="reply", decoding="sampled", arm="random")
     assert tasks(kind="dose", strength=0.3) == 2 and tasks(kind="dose", strength=1.0, arm="steer") == 5
-    assert tasks(kind="dose", arm="random") == 2
+    assert tasks(kind="dose", arm="random") == tasks(kind="reply", arm="random") == 1
 
 
 def test_plain_replies_are_shared() -> None:

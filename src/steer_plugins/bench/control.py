@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.base import Engine, GenerateRequest, Prompt
-from .arms import Case, message
+from .arms import IDLE, Case, message
 from .plan import QUICK, Plan, Results
 from .replies import Ask, Replies, Report
 from .stats import Estimate, estimate, paired, spearman
@@ -133,11 +133,11 @@ class Control(Replies):
         found: dict[str, dict[str, Any]] = {}
         rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for decoding in self._decodings:
-            ran = [arm for arm in case.arms if decoding == "greedy" or arm not in ("random", "shuffled")]
+            ran = [arm for arm in case.arms if decoding == "greedy" or arm not in IDLE]
             for row in self._replied(case, family, ran, strengths, decoding):
                 rows.setdefault((row["arm"], decoding), []).append(row)
         for (arm, decoding), part in rows.items():
-            found.setdefault(arm, {})[decoding] = self._arm(part, rows["plain", decoding])
+            found.setdefault(arm, {})[decoding] = self._arm(part, rows["plain", decoding][: len(part)])
         return {
             "floor": False,
             "strength": {arm: strengths[arm] for arm in ("steer", "both")},
@@ -150,7 +150,11 @@ class Control(Replies):
     ) -> list[dict[str, Any]]:
         """Rows of the scored half, which go into the results."""
         longest, tasks = self.longest(case, family), self.used(family, decoding)[1]
-        asks = [Ask(family, t, arm, strengths.get(arm, 0.0), decoding, "score", longest) for arm in arms for t in tasks]
+        asks = [
+            Ask(family, task, arm, strengths.get(arm, 0.0), decoding, "score", longest)
+            for arm in arms
+            for task in (tasks[: self.plan.control_prompts] if arm in IDLE else tasks)
+        ]
         rows = self.answer(case, asks, f"{case.name}, {family.name}")
         self.results.rows += rows
         return rows
@@ -186,7 +190,7 @@ class Control(Replies):
 
         def asks(arm: str, strength: float) -> list[Ask]:
             whole = arm == "steer" and abs(strength) in (0.0, 1.0)
-            used = tasks if whole else tasks[: self.plan.curve_prompts]
+            used = tasks if whole else tasks[: self.plan.curve_prompts if arm == "steer" else self.plan.control_prompts]
             return [Ask(family, task, arm, case.sign * strength, "greedy", "score", longest) for task in used]
 
         strengths = sorted({*self.plan.curve, -1.0, 0.0, 1.0})
@@ -348,6 +352,6 @@ def _versus(rows: dict[tuple[str, str], list[dict[str, Any]]], decoding: str, se
     best = max(("prompt", "strong prompt"), key=lambda arm: statistics.fmean(scores(arm)))
     found: dict[str, Any] = {"best prompt": best}
     for arm in (arm for arm in ("steer", "both", "random") if (arm, decoding) in rows):
-        found[f"{arm} - prompt"] = paired(scores(arm), scores(best), seed).to_list()
+        found[f"{arm} - prompt"] = paired(scores(arm), scores(best)[: len(scores(arm))], seed).to_list()
     found["steer - plain"] = paired(scores("steer"), scores("plain"), seed).to_list()
     return found

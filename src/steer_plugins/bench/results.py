@@ -169,10 +169,10 @@ def _targets(summary: dict[str, Any]) -> list[str]:
     text = (
         "What the bundled traits are held to: an effect at full strength whose 95 % interval excludes 0, and which is at least "
         f"{TIMES_RANDOM:g} times the mean size of the effects of {RANDOMS} random vectors of the same norms; a Spearman "
-        f"correlation of metric and strength of at least {SPEARMAN:g}; a median perplexity below {PERPLEXITY:g} times the plain "
-        "one at strength 1 (at −1 it is held to the same); and a mean score that is higher with steering and prompt than with the "
-        "better prompt alone. The effect is the metric at 1 less that at −1; each side's distance from plain stands below. "
-        "✓ met, ✗ missed."
+        f"correlation of metric and strength of at least {SPEARMAN:g}; a median perplexity below {PERPLEXITY:g} times the "
+        "plain one at strength 1 (at −1 it is held to the same); and a mean score that is higher with steering and prompt "
+        "than with the better prompt alone. The effect is the metric at 1 less that at −1; each side's distance from plain "
+        "stands below. ✓ met, ✗ missed."
     )
     return [text, table(("trait", *columns), rows), "Missed:\n\n" + "\n".join(missed) if missed else "None is missed."]
 
@@ -203,8 +203,8 @@ def _listed(found: Sequence[tuple[str, str, Sequence[float]]], begin: str) -> st
 def _neither(summary: dict[str, Any], floors: Sequence[str]) -> list[str]:
     """Families at the floor, and those where no arm brings the task's success far up."""
     lines = [
-        f"- {name}: *floor*. The plain model succeeds in {number(100 * (f['plain']['success'][0] or 0.0), digits=0)} % (less than "
-        f"{100 * FLOOR:g} %), so there is nothing to compare. Success means: {f['success']}."
+        f"- {name}: *floor*. The plain model succeeds in {number(100 * (f['plain']['success'][0] or 0.0), digits=0)} % (less "
+        f"than {100 * FLOOR:g} %), so there is nothing to compare. Success means: {f['success']}."
         for name, f in summary["families"].items()
         if name in floors
     ]

@@ -171,7 +171,7 @@ def builtin_families() -> list[Family]:
             tuple(Task(f["name"], _code_prompt(f), f) for f in functions),
             score_code,
             "the function passes its checks (without --run-code: it is valid Python that defines the function)",
-            max_tokens=128,
+            max_tokens=96,
             traits=("debugging",),
         ),
         Family(
@@ -179,10 +179,10 @@ def builtin_families() -> list[Family]:
             tuple(Task(f["name"], _docs_prompt(f), f) for f in functions),
             score_docs,
             "share of required facts kept",
-            max_tokens=96,
+            max_tokens=64,
             traits=("formality", "succinctness"),
         ),
-        Family("style", tuple(_style_tasks()), score_style, "the reply is about the question", max_tokens=48, stretch=True),
+        Family("style", tuple(_style_tasks()), score_style, "the reply is about the question", max_tokens=40, stretch=True),
     ]
 
 

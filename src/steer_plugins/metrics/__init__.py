@@ -50,7 +50,7 @@ def builtin_metrics() -> dict[str, Metric]:
             score=score_succinctness,
             positive="terse",
             negative="expansive",
-            tokens=192,
+            tokens=128,
         ),
         Metric(
             name="creativity",

@@ -12,7 +12,8 @@ class Metric:
 
     It sees the text and nothing else: a score that looked at the vector or at hidden states would prove itself.
     Calling the metric is calling ``score``. ``tokens``: how long replies have to be allowed to become so that the score can
-    tell all of them apart. A few sentences show most; a score of length sees nothing in replies that are all cut at the same place.
+    tell all of them apart. A few sentences show most; a score of length sees nothing in replies that are all cut at the
+    same place.
     """
 
     name: str
@@ -20,7 +21,7 @@ class Metric:
     score: Callable[[str], float]
     positive: str
     negative: str
-    tokens: int = 48
+    tokens: int = 32
 
     def __call__(self, text: str) -> float:
         return self.score(text)
