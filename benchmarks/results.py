@@ -9,6 +9,7 @@ are there already are used again. POSIX only.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from steer_plugins.bench.report import read_report
 from steer_plugins.bench.results import results_page, table
@@ -47,10 +49,25 @@ def main() -> None:
         rows = [(f"`{step}`", f"{clock:.0f}", f"{cpu:.0f}") for step, (clock, cpu) in times.items()]
         where = f"{processor()}, {os.cpu_count()} cores, {options.jobs} traits side by side with one thread each"
         heading = f"## Time\n\nOn {where}. The clock's time depends on what else the machine does.\n\n"
-        page = results_page(read_report(options.build / "report"))
+        report = read_report(options.build / "report")
+        page = f"{results_page(report)}\n{notes(report.manifest)}".rstrip() + "\n"
         table_ = table(("step", "seconds on the clock", "processor seconds"), rows)
         options.page.write_text(f"{page}\n{heading}{table_}\n", "utf-8")
         print(f"wrote {options.page}")
+
+
+def notes(manifest: dict[str, Any]) -> str:
+    """What a person has to say, from benchmarks/results_notes.md. Its first line names the run it was written for by the hash
+    of its vectors; on the page of another run the notes say that they are old."""
+    file = Path(__file__).with_name("results_notes.md")
+    if not file.is_file():
+        return ""
+    first, _, text = file.read_text("utf-8").partition("\n")
+    joined = " ".join(vector["content_sha256"] for vector in manifest["vectors"].values())
+    run = hashlib.sha256(joined.encode()).hexdigest()[:16]
+    if first.strip() == f"run: {run}":
+        return f"## Why\n\nWritten by hand, about this run.\n\n{text.strip()}\n"
+    return f"## Why\n\nWritten by hand about an earlier run ({first.strip()}; this is {run}).\n\n{text.strip()}\n"
 
 
 def fit_all(jobs: int) -> dict[str, list[float]]:

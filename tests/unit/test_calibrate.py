@@ -204,25 +204,25 @@ def test_the_scope_with_the_larger_effect_wins():
 
 def trials_of_the_third_window(gains, harm):
     windows = windows_of(QUICK, list(LAYERS))
-    assert windows == [(4, 5), (5, 6), (3, 4)]
+    assert windows == [(5, 6), (6, 7), (4, 5)]
     found = sweep(FakeEngine(gains=[gains.get(il, 0.0) for il in range(N_LAYER)], harm=harm))
     found.run()
     return sum(row.stage == "search" and row.strength == 1.0 and row.window == windows[2] for row in found.rows)
 
 
 def test_a_window_that_cannot_win_costs_one_trial():
-    assert trials_of_the_third_window({5: 1}, harm=0.5) == 1
-    assert trials_of_the_third_window({5: 1}, harm=3.0) == 1
+    assert trials_of_the_third_window({6: 1}, harm=0.5) == 1
+    assert trials_of_the_third_window({6: 1}, harm=3.0) == 1
     # nor one that is as good as the second, but half as good as the first
-    assert trials_of_the_third_window({4: 1, 5: 1}, harm=0.5) == 1
-    assert trials_of_the_third_window({3: 1, 4: 1}, harm=0.5) > 1
+    assert trials_of_the_third_window({5: 1, 6: 1}, harm=0.5) == 1
+    assert trials_of_the_third_window({4: 1, 5: 1}, harm=0.5) > 1
 
 
 def test_no_perplexity_is_taken_of_what_cannot_win():
-    engine = FakeEngine(gains=[float(il == 5) for il in range(N_LAYER)], harm=0.5)
+    engine = FakeEngine(gains=[float(il == 6) for il in range(N_LAYER)], harm=0.5)
     found = sweep(engine)
     found.run()
-    third = [row for row in found.rows if row.stage == "search" and row.window == (3, 4)]
+    third = [row for row in found.rows if row.stage == "search" and row.window == (4, 5)]
     assert [row.fluency.perplexity for row in third] == [None, None]
     assert [row.passed for row in third] == [None, None]
 

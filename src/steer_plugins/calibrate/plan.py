@@ -50,7 +50,7 @@ class Level:
 
 QUICK = Level(
     name="quick",
-    windows=((0.5, 0.2), (0.57, 0.2), (0.42, 0.2)),
+    windows=((0.57, 0.2), (0.68, 0.2), (0.5, 0.2)),
     ratio=1.35,
     n_search=6,
     n_confirm=10,
