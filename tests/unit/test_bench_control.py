@@ -564,6 +564,23 @@ def test_without_any_vector(world: World, capsys: pytest.CaptureFixture[str]) ->
     assert "fit it with: steer train mood" in capsys.readouterr().err
 
 
+def test_fit_and_jobs(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    Library().remove("mood", IDENTITY)
+    # joyful texts where steering pulls up, so that there is something to calibrate
+    world.reply = lambda prompt, pull, dose, n: (
+        f"{'joy ' * max(0, round(9 * pull))}{'grief ' * max(0, round(-9 * pull))}it is",
+        "stop",
+    )
+    arguments = ["bench", "control", "--quick", "--family", "style", "--trait", "mood"]
+    assert main(arguments) == 1
+    assert "steer train mood" in capsys.readouterr().err
+    assert main([*arguments, "--fit", "--jobs", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["manifest"]["vectors"]["mood"]["calibrated"] is True
+    made = Library().get("mood", IDENTITY).content_hash
+    assert main([*arguments, "--fit"]) == 0  # what is there stays
+    assert Library().get("mood", IDENTITY).content_hash == made
+
+
 def test_a_plugin_brings_tasks_a_metric_and_a_reporter(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
