@@ -65,7 +65,7 @@ def test_the_score_rises_from_minus_1_to_1(engine: LocalEngine, vector: Get, nam
     effect = means[-1] - means[0]
     assert effect > 0.5 and excess(found[-1], found[0]) > 4, means
     controls = [random_like(fitted, seed) for seed in range(N_RANDOM)]
-    random = [statistics.mean(v) for v in scores(engine, name, [Term(c, s) for c in controls for s in (-1.0, 1.0)], 5)]
+    random = [statistics.mean(v) for v in scores(engine, name, [Term(c, s) for c in controls for s in (-1.0, 1.0)], 10)]
     effects = [abs(up - down) for down, up in zip(random[::2], random[1::2], strict=True)]
     print(name, "random", effects)
     assert effect > 2 * max(effects), (effect, effects)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from steer_plugins.bench.arms import ARMS, Case, case_of, message, random_vector, shuffled_vector
-from steer_plugins.bench.control import QUICK, SWING, Control, Plan, Results
+from steer_plugins.bench.control import QUICK, SWING, TURN_TOKENS, Control, Plan, Results
 from steer_plugins.bench.report import (
     BenchReport,
     builtin_reporters,
@@ -547,7 +547,7 @@ def test_commands(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     [
         (["control", "--trait", "succinctness"], "No vector 'succinctness' for this model"),
         (["control", "--trait", "nix"], 'There is no trait "nix"'),
-        (["control", "--family", "nix"], "there is no task named 'nix': choose from code, docs, style"),
+        (["control", "--family", "nix"], "there is no task named 'nix': choose from advice, code, docs, faults, style"),
         (["control", "--reporter", "nix"], "there is no reporter named 'nix'"),
         (["compare", "x", "y"], "cannot be read"),
     ],
@@ -609,10 +609,15 @@ def test_a_plugin_brings_tasks_a_metric_and_a_reporter(
 
 
 def test_builtin_families_run_on_any_engine() -> None:
-    cases = [case(trait=replace(TRAIT, name=name)) for name in ("succinctness", "debugging")]
+    cases = [case(trait=replace(TRAIT, name=name)) for name in ("succinctness", "debugging", "caution", "mine")]
     results = Control(World(), cases, builtin_families(), QUICK).run()
     ran = {name: list(part["families"]) for name, part in results.summary["traits"].items()}
-    assert ran == {"succinctness": ["docs", "style"], "debugging": ["code", "style"]}
+    assert ran == {
+        "succinctness": ["docs", "style"],
+        "debugging": ["code", "faults"],
+        "caution": ["advice"],
+        "mine": ["style"],
+    }
 
 
 # ---- length, cost, and traits side by side ----
@@ -627,7 +632,7 @@ def test_replies_become_as_long_as_the_metric_needs(stretch: bool, tokens: int, 
     engine = World()
     control = Control(engine, [case(metric=metric_of(tokens))], [replace(FAMILY, stretch=stretch)], PLAN)
     control.run()
-    asked = {r.max_tokens for r in engine.generated if any(f"about a {noun}." in str(r.prompt) for noun in NOUNS) and r.steering}
+    asked = {r.max_tokens for r in engine.generated if r.steering and r.max_tokens != TURN_TOKENS}
     assert asked == {longest}
 
 
@@ -674,7 +679,7 @@ def test_caps() -> None:
 
 def test_plain_replies_are_shared() -> None:
     engine = World()
-    plan = replace(PLAN, sampled=False)
+    plan = replace(PLAN, sampled=False, conversations=0)
     names = ("glee", "joy", "fun")
     Control(engine, [case(trait=replace(TRAIT, name=name)) for name in names], [FAMILY], plan).run()
     plain = [

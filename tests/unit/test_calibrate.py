@@ -29,8 +29,8 @@ from steer_plugins.extract import Pair, Side, chat
 from steer_plugins.steering import Term
 from tests.unit.fakes import N_LAYER, FakeEngine
 
-# Perplexity is exp(0.7 + harm * dose), so the largest dose that the guard allows is log(1.5) / harm.
-LIMIT = float(np.log(1.5))
+# Perplexity is exp(0.7 + harm * dose), so the largest dose that the guard allows is LIMIT / harm.
+LIMIT = float(np.log(Guard().perplexity_ratio))
 LAYERS = range(N_LAYER - 1)
 ONE_WINDOW = replace(QUICK, windows=((0.5, 0.2),))
 
@@ -106,8 +106,8 @@ PLAIN = Fluency(10, 4.0, 0.05, 0.1, 40.0)
     ("change", "passes"),
     [
         ({}, True),
-        ({"perplexity": 6.0}, True),
-        ({"perplexity": 6.01}, False),
+        ({"perplexity": 5.4}, True),
+        ({"perplexity": 5.41}, False),
         ({"perplexity": 1.0}, True),
         ({"perplexity": None}, False),
         ({"repeats": 0.15}, True),
@@ -145,8 +145,8 @@ def test_fluency_of_replies():
 def test_strength_1_is_the_largest_dose_that_passes(harm):
     result = sweep(FakeEngine(harm=harm), ONE_WINDOW).run()
     dose = result.record["dose"]
-    assert dose <= LIMIT / harm < dose * QUICK.ratio
-    assert sum(result.vector.scales[k] / (k[0] + 1) for k in result.vector.scales) == pytest.approx(dose, rel=1e-5)
+    assert dose <= LIMIT / harm < dose * QUICK.ratio * (1 + 1e-6)
+    assert sum(result.vector.scales[k] / (k[0] + 1) for k in result.vector.scales) == pytest.approx(dose, rel=3e-5)
     assert result.record["effect"] == pytest.approx(2 * dose, abs=3e-4)
 
 

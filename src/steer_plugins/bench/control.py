@@ -52,7 +52,7 @@ class Control(Replies):
         """``helpers``: more engines of the same model, which take a trait each at the same time. They change no result."""
         super().__init__(engine, plan, report or (lambda stage, n: None))
         self.cases, self.families, self.helpers = list(cases), list(families), list(helpers)
-        self._plain_turns: list[dict[int, str]] | None = None
+        self._plain_turns: dict[str, list[dict[int, str]]] = {}
         self._plain_choices: list[float] | None = None
         self.results = Results()
 
@@ -61,7 +61,9 @@ class Control(Replies):
         floors = {family.name: self._floor(family) for family in self.families}
         if self.cases:  # what all traits share
             self._neutral()
-            self._plain_turns = self._conversations(self.cases[0], "plain", 0.0)
+            for case in self.cases:
+                for family in self._families_of(case)[-1:]:
+                    self._plain_turns[family.name] = self._conversations(case, family, "plain", 0.0)
             self._plain_choices = self._choices(self.cases[0], "plain", 0.0)
         workers: queue.SimpleQueue[Control] = queue.SimpleQueue()
         for engine in (self.engine, *self.helpers):
@@ -101,15 +103,15 @@ class Control(Replies):
         return ("greedy", "sampled") if self.plan.sampled else ("greedy",)
 
     def _floor(self, family: Family) -> dict[str, Any]:
-        """The plain arm of all prompts, which says whether the model can do these tasks at all."""
-        choose, score = self.halves(family)
+        """The plain arm, which says whether the model can do these tasks at all."""
+        choose, score = self.used(family, "greedy")
         asks = [Ask(family, task, "plain", 0.0, "greedy", "all", family.max_tokens) for task in choose + score]
         self._generate(None, asks, f"plain {family.name}")
         found = estimate([self.row(None, ask)["success"] for ask in asks], self.plan.seed)
         return {"success": found.to_list(), "floor": found.mean is None or found.mean < FLOOR}
 
     def _case(self, case: Case, floors: dict[str, Any]) -> dict[str, Any]:
-        families = [f for f in self.families if not f.traits or case.name in f.traits]
+        families = self._families_of(case)
         found = {family.name: self._family(case, family, floors[family.name]["floor"]) for family in families}
         chosen = [part["strength"]["steer"] for part in found.values() if not part["floor"]]
         strongest = max(chosen, default=1.0)
@@ -119,9 +121,12 @@ class Control(Replies):
             "vector": case.vector.content_hash,
             "families": found,
             "dose": self._dose(case, families),
-            "persistence": self._persistence(case, strongest),
+            "persistence": self._persistence(case, families, strongest),
             "side_effects": {"strength": strongest, **self._side_effects(case, strongest)},
         }
+
+    def _families_of(self, case: Case) -> list[Family]:
+        return [family for family in self.families if family.fits(case.name)]
 
     def _family(self, case: Case, family: Family, floor: bool) -> dict[str, Any]:
         if floor:  # nothing to compare, so nothing is run
@@ -240,12 +245,12 @@ class Control(Replies):
         n = min(len(rows), len(zero))
         return paired([case.sign * r["metric"] for r in rows[:n]], [case.sign * r["metric"] for r in zero[:n]], self.plan.seed)
 
-    def _persistence(self, case: Case, strength: float) -> dict[str, Any]:
+    def _persistence(self, case: Case, families: Sequence[Family], strength: float) -> dict[str, Any]:
         """The metric at each turn of conversations whose system prompt stands at the beginning alone."""
         found: dict[str, Any] = {}
-        for arm in ("plain", "prompt", "steer", "both"):
+        for arm in ("plain", "prompt", "steer", "both") if families else ():
             turns = []
-            for turn, replies in enumerate(self._conversations(case, arm, strength)):
+            for turn, replies in enumerate(self._conversations(case, families[-1], arm, strength)):
                 values = [case.score(text) for text in replies.values()]
                 turns.append(estimate(values, self.plan.seed).to_list())
                 for (c, text), value in zip(replies.items(), values, strict=True):
@@ -254,11 +259,11 @@ class Control(Replies):
             found[arm] = turns
         return found
 
-    def _conversations(self, case: Case, arm: str, strength: float) -> list[dict[int, str]]:
+    def _conversations(self, case: Case, family: Family, arm: str, strength: float) -> list[dict[int, str]]:
         """Replies by conversation, for each turn; conversations end where the context does. Plain ones are had once."""
-        if arm == "plain" and self._plain_turns is not None:
-            return self._plain_turns
-        questions = [line.partition(" @ ")[0] for line in data_lines("style.txt")]
+        if arm == "plain" and family.name in self._plain_turns:
+            return self._plain_turns[family.name]
+        questions = [task.prompt for task in family.tasks]
         order = np.random.default_rng(self.plan.seed + 1).permutation(len(questions))
         histories: dict[int, list[dict[str, str]]] = {c: [] for c in range(self.plan.conversations)}
         system, steering = case.system(arm), case.steering(arm, strength)
@@ -275,8 +280,6 @@ class Control(Replies):
                 histories[c] += [{"role": "user", "content": asked[c]}, {"role": "assistant", "content": text}]
             found.append(texts)
             self._report(f"{case.name}: conversation", len(requests))
-        if arm == "plain":
-            self._plain_turns = found
         return found
 
     def _fits(self, prompt: Prompt) -> bool:

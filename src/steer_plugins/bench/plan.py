@@ -25,16 +25,16 @@ class Plan:
 
     prompts: int = 60
     strengths: tuple[float, ...] = (0.5, 0.75, 1.0)
-    choose_prompts: int = 8
+    choose_prompts: int = 6
     curve: tuple[float, ...] = CURVE
-    curve_prompts: int = 12
-    control_prompts: int = 12
+    curve_prompts: int = 10
+    control_prompts: int = 10
     sampled: bool = True
-    sampled_prompts: int = 10
+    sampled_prompts: int = 8
     temperature: float = 0.7
     conversations: int = 2
-    turns: int = 5
-    choices: int = 20
+    turns: int = 4
+    choices: int = 16
     neutral: int = 12
     pairs: int | None = None
     seed: int = 0

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--trait", "traits", multiple=True, metavar="NAME", help="Bundled trait or trait file; may be repeated.")
 @click.option("--pole", type=click.Choice(["positive", "negative"]), default="positive", show_default=True)
-@click.option("--family", "families", multiple=True, metavar="NAME", help="code, docs, style, or a plugin's (default: all).")
+@click.option(
+    "--family",
+    "families",
+    multiple=True,
+    metavar="NAME",
+    help="code, docs, style, advice, faults, or a plugin's (default: all).",
+)
 @engine_options
 @click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write the report there.")
 @click.option("--overwrite", is_flag=True, help="Replace a report that is there.")
