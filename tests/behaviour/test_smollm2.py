@@ -88,7 +88,7 @@ def test_the_calibration_says_what_strength_1_means(vector: Get, name: str) -> N
     assert len(confirmed) == 2
     for row in confirmed:
         assert row["perplexity"] <= 1.5 * plain["perplexity"]
-        assert row["repeats"] <= plain["repeats"] + 0.1 and row["early_ends"] <= plain["early_ends"] + 0.1
+        assert row["repeats"] <= plain["repeats"] + 0.15 and row["early_ends"] <= plain["early_ends"] + 0.1
     # the next dose of the ladder was tried in this window, and did not pass
     failed = [row for row in here if row["passed"] is False]
     assert any(row["dose"] > record["dose"] for row in failed)

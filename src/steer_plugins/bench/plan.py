@@ -27,10 +27,10 @@ class Plan:
     strengths: tuple[float, ...] = (0.5, 0.75, 1.0)
     choose_prompts: int = 6
     curve: tuple[float, ...] = CURVE
-    curve_prompts: int = 10
-    control_prompts: int = 10
+    curve_prompts: int = 9
+    control_prompts: int = 9
     sampled: bool = True
-    sampled_prompts: int = 8
+    sampled_prompts: int = 6
     temperature: float = 0.7
     conversations: int = 2
     turns: int = 4

@@ -23,8 +23,8 @@ class Guard:
     4-grams and of replies that break off.
     """
 
-    perplexity_ratio: float = 1.35
-    repeats: float = 0.1
+    perplexity_ratio: float = 1.45
+    repeats: float = 0.15
     early_ends: float = 0.1
 
 
