@@ -24,7 +24,7 @@ class Plan:
     """
 
     prompts: int = 60
-    strengths: tuple[float, ...] = (0.5, 0.75, 1.0)
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     choose_prompts: int = 6
     curve: tuple[float, ...] = CURVE
     curve_prompts: int = 9
