@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .arms import RANDOMS
@@ -97,7 +98,7 @@ def results_page(report: BenchReport) -> str:
     summary, manifest = report.summary, report.manifest
     model = manifest["model"]
     parts = [
-        f"# Results: {model['name'] or model['file']}",
+        f"# Results: {Path(model['file'] or model['name'] or 'a model').stem}",
         "Written by `steer bench control` (reporter `results`): every number and every list below is of that one run. What is "
         "measured and how is told in [benchmarks.md](benchmarks.md).",
         *_short(summary),
