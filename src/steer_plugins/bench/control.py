@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import queue
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from .stats import Estimate, estimate, paired, spearman
 from .tasks import Family, Task, data_lines, read_choices
 
 __all__ = ["FLOOR", "QUICK", "SWING", "Control", "Plan", "Results"]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 FLOOR = 0.05
 """A family whose plain replies succeed less often than this is beyond the model: a "floor" and no number."""
@@ -57,29 +60,26 @@ class Control(Replies):
         self.results = Results()
 
     def run(self) -> Results:
-        """Everything, trait by trait."""
-        floors = {family.name: self._floor(family) for family in self.families}
-        if self.cases:  # what all traits share
+        """Everything: first what the traits share, then trait by trait. Families that fit no trait are left out."""
+        talks = {parts[-1].name: (case, parts[-1]) for case in self.cases if (parts := self._families_of(case))}
+        self.families = [f for f in self.families if any(f.fits(case.name) for case in self.cases)]
+        if self.cases:
             self._neutral()
-            for case in self.cases:
-                for family in self._families_of(case)[-1:]:
-                    self._plain_turns[family.name] = self._conversations(case, family, "plain", 0.0)
             self._plain_choices = self._choices(self.cases[0], "plain", 0.0)
         workers: queue.SimpleQueue[Control] = queue.SimpleQueue()
         for engine in (self.engine, *self.helpers):
             worker = copy.copy(self)  # the caches are shared
             worker.engine = engine
             workers.put(worker)
+        floors = dict(self._on(workers, lambda worker, family: (family.name, worker._floor(family)), self.families))
+        turns = self._on(workers, lambda worker, talk: worker._conversations(*talk, "plain", 0.0), talks.values())
+        self._plain_turns.update(zip(talks, turns, strict=True))
 
-        def work(case: Case) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-            worker = workers.get()
-            try:
-                worker.results = Results()
-                return worker._case(case, floors), worker.results.rows
-            finally:
-                workers.put(worker)
+        def work(worker: Control, case: Case) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            worker.results = Results()
+            return worker._case(case, floors), worker.results.rows
 
-        found = self._side_by_side(work) if self.helpers else [work(case) for case in self.cases]
+        found = self._on(workers, work, self.cases)
         self.results.rows = [row for _, rows in found for row in rows]
         self.results.summary = {
             "families": {f.name: {"success": f.success, "tasks": len(f.tasks), "plain": floors[f.name]} for f in self.families},
@@ -87,11 +87,22 @@ class Control(Replies):
         }
         return self.results
 
-    def _side_by_side(self, work: Callable[[Case], Any]) -> list[Any]:
-        with ThreadPoolExecutor(1 + len(self.helpers)) as pool:
-            waiting = [pool.submit(work, case) for case in self.cases]
+    def _on(self, workers: queue.SimpleQueue[Control], work: Callable[[Control, T], R], items: Iterable[T]) -> list[R]:
+        """``work`` on each item, by whichever worker is free; without helpers one after the other."""
+
+        def one(item: T) -> R:
+            worker = workers.get()
             try:
-                return [one.result() for one in waiting]
+                return work(worker, item)
+            finally:
+                workers.put(worker)
+
+        if not self.helpers:
+            return [one(item) for item in items]
+        with ThreadPoolExecutor(1 + len(self.helpers)) as pool:
+            waiting = [pool.submit(one, item) for item in items]
+            try:
+                return [each.result() for each in waiting]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
