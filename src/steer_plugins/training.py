@@ -32,6 +32,7 @@ from .extract import (
     report_fit,
     trait_data,
 )
+from .metrics import reply_tokens
 from .plugins import manager
 from .traits import Trait
 from .vector import SCOPES, SteeringVector, check_name, layer_ranges
@@ -160,7 +161,8 @@ class Training:
         generate, score = self.reading.generated, 0
         per_generated = 0.0
         if level is not None:
-            tokens = sum(level.tokens) / 2
+            needed = reply_tokens(self._metric, 0) if self.trait is not None and self.trait.metric is not None else 0
+            tokens = min(level.tokens[1], max(level.tokens[0], needed)) if needed else sum(level.tokens) / 2
             n_windows = 1 if self.window else len(windows_of(level, list(self.fit_options.layers)))
             n_scopes = 1 if self.options.scope else len(level.scopes)
             trials = n_windows * n_scopes * TRIALS_PER_WINDOW * 2 * level.n_search

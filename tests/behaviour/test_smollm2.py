@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_plugins.calibrate import QUICK
+from steer_plugins.bench.stats import spearman
+from steer_plugins.calibrate import QUICK, rises
 from steer_plugins.engine.base import GenerateRequest, Generation
 from steer_plugins.engine.local import LocalEngine
 from steer_plugins.extract import chat
-from steer_plugins.metrics import builtin_metrics
+from steer_plugins.metrics import builtin_metrics, reply_tokens
 from steer_plugins.steering import Steering, Term
 from steer_plugins.traits import load_trait
 from steer_plugins.vector import SteeringVector
@@ -21,7 +22,7 @@ from tests.behaviour.conftest import TRAITS
 
 Get = Callable[[str], SteeringVector]
 
-N_RANDOM = 3
+N_RANDOM = 2
 PROMPT = chat("Describe a walk in the forest.")
 
 
@@ -30,15 +31,14 @@ def fresh_prompts(name: str) -> list[Any]:
     return [chat(prompt) for prompt in load_trait(name).heldout_prompts[QUICK.n_confirm :]]
 
 
-def scores(engine: LocalEngine, name: str, steerings: Sequence[Any], n_prompts: int) -> list[float]:
-    """The mean score of greedy replies under each steering."""
+def scores(engine: LocalEngine, name: str, steerings: Sequence[Any], n_prompts: int) -> list[list[float]]:
+    """The scores of greedy replies under each steering, prompt by prompt."""
     metric = builtin_metrics()[name]
     prompts = fresh_prompts(name)[:n_prompts]
-    # long enough that a terse reply and a plain one differ
-    length = 96 if name == "succinctness" else 48
-    requests = [GenerateRequest(p, steering=s, max_tokens=length) for s in steerings for p in prompts]
+    # as long as the score needs: terse, plain and expansive replies that are cut at one place are equally long
+    requests = [GenerateRequest(p, steering=s, max_tokens=reply_tokens(metric, 48)) for s in steerings for p in prompts]
     values = [metric(reply.text) for reply in engine.generate_many(requests)]
-    return [statistics.mean(values[i : i + len(prompts)]) for i in range(0, len(values), len(prompts))]
+    return [values[i : i + len(prompts)] for i in range(0, len(values), len(prompts))]
 
 
 def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
@@ -50,19 +50,31 @@ def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
 
 @pytest.mark.parametrize("name", TRAITS)
 def test_the_score_rises_from_minus_1_to_1(engine: LocalEngine, vector: Get, name: str) -> None:
-    """Monotonically, on prompts that neither the fit nor the calibration has seen, and beyond what random vectors do."""
+    """On prompts that neither the fit nor the calibration has seen: towards both poles, beyond what random vectors do, and
+    without turning back by more than the error of the turn (greedy replies differ between kinds of processors)."""
     fitted = vector(name)
     strengths = (-1.0, -0.5, 0.0, 0.5, 1.0)
     found = scores(engine, name, [Term(fitted, s) for s in strengths], 10)
-    print(name, dict(zip(strengths, found, strict=True)))
-    assert found == sorted(found) and len(set(found)) == len(found), found
-    effect = found[-1] - found[0]
-    assert effect > 0.5, found
+    means = [statistics.mean(values) for values in found]
+    print(name, dict(zip(strengths, means, strict=True)))
+    assert rises(dict(zip(strengths, found, strict=True))), means
+    rank = spearman(strengths, means)
+    assert rank is not None and rank > 0.85, means  # two neighbours may change places, no more
+    for pole, other in ((4, 2), (2, 0)):
+        assert excess(found[pole], found[other]) > 1.5, (strengths[pole], strengths[other], means)
+    effect = means[-1] - means[0]
+    assert effect > 0.5 and excess(found[-1], found[0]) > 4, means
     controls = [random_like(fitted, seed) for seed in range(N_RANDOM)]
-    random = scores(engine, name, [Term(c, s) for c in controls for s in (-1.0, 1.0)], 5)
+    random = [statistics.mean(v) for v in scores(engine, name, [Term(c, s) for c in controls for s in (-1.0, 1.0)], 10)]
     effects = [abs(up - down) for down, up in zip(random[::2], random[1::2], strict=True)]
     print(name, "random", effects)
     assert effect > 2 * max(effects), (effect, effects)
+
+
+def excess(high: Sequence[float], low: Sequence[float]) -> float:
+    """By how many standard errors one strength's scores are above another's, prompt by prompt."""
+    steps = np.subtract(high, low)
+    return float(steps.mean() / (steps.std(ddof=1) / np.sqrt(len(steps)) + 1e-9))
 
 
 @pytest.mark.parametrize("name", TRAITS)
@@ -76,7 +88,7 @@ def test_the_calibration_says_what_strength_1_means(vector: Get, name: str) -> N
     assert len(confirmed) == 2
     for row in confirmed:
         assert row["perplexity"] <= 1.5 * plain["perplexity"]
-        assert row["repeats"] <= plain["repeats"] + 0.1 and row["early_ends"] <= plain["early_ends"] + 0.1
+        assert row["repeats"] <= plain["repeats"] + 0.15 and row["early_ends"] <= plain["early_ends"] + 0.1
     # the next dose of the ladder was tried in this window, and did not pass
     failed = [row for row in here if row["passed"] is False]
     assert any(row["dose"] > record["dose"] for row in failed)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from steer_plugins.bench.arms import ARMS, Case, case_of, message, random_vector, shuffled_vector
-from steer_plugins.bench.control import QUICK, Control, Plan, Results
+from steer_plugins.bench.control import QUICK, SWING, TURN_TOKENS, Control, Plan, Results
 from steer_plugins.bench.report import (
     BenchReport,
     builtin_reporters,
@@ -27,11 +27,13 @@ from steer_plugins.bench.report import (
     summary_rows,
     write_report,
 )
+from steer_plugins.bench.results import against_prompt, better_with_prompt, results_page, targets
 from steer_plugins.bench.stats import harmonic_mean
 from steer_plugins.bench.tasks import Family, Scored, Task, builtin_families
 from steer_plugins.cli.main import main
 from steer_plugins.errors import DataError, VectorError
 from steer_plugins.library import Library
+from steer_plugins.metrics import Metric
 from steer_plugins.plugins.manager import reset
 from steer_plugins.traits import Trait, load_trait
 from steer_plugins.vector import SteeringVector
@@ -254,11 +256,14 @@ def test_dose_and_response() -> None:
 
 
 def test_random_vectors_are_pooled_by_prompt() -> None:
-    """Two opposite vectors do something each, and nothing together."""
+    """Two opposite vectors do something each, and nothing together: what counts is how far each goes."""
     both = (vector(), vector().scaled(-1.0))
     full = found(run(World(cliff=5.0), randoms=both))["dose"]["full"]
-    assert full["+1"]["random"][0] == 0.0 and full["+1"]["times_random"] is None
-    assert found(run(World(cliff=5.0), randoms=both[:1]))["dose"]["full"]["-1"]["times_random"] == 1.0
+    for key, effect in (("-1", -1.0), ("+1", 1.0), (SWING, 2.0)):
+        assert full[key]["effect"][0] == effect and full[key]["excludes_zero"]
+        assert full[key]["random"][0] == 0.0 and full[key]["random_size"] == abs(effect) and full[key]["times_random"] == 1.0
+    idle = vector().scaled(0.1)
+    assert found(run(World(cliff=5.0), randoms=(idle,)))["dose"]["full"][SWING]["times_random"] is None
     assert case(randoms=both).random_arms == ("random", "random 2")
     assert case(randoms=both).steering("random 2", 0.5).terms[0].vector is both[1]
 
@@ -315,7 +320,7 @@ def test_models_without_a_chat_template() -> None:
 def test_families_of_other_traits_are_left_out() -> None:
     other = replace(FAMILY, name="other", traits=("mood",))
     results = Control(World(), [case()], [FAMILY, other], PLAN).run()
-    assert list(found(results)["families"]) == ["nouns"] and "other" in results.summary["families"]
+    assert list(found(results)["families"]) == ["nouns"] == list(results.summary["families"])
     none = Control(World(), [case()], [other], PLAN).run()
     assert found(none)["families"] == {} and found(none)["dose"] == {"points": [], "spearman": None}
 
@@ -433,7 +438,7 @@ def test_html_of_a_floor_and_of_nothing() -> None:
 def test_reports_are_written_and_read(tmp_path: Path) -> None:
     made = report()
     files = write_report(made, tmp_path / "r", builtin_reporters())
-    assert [f.name for f in files] == ["manifest.json", "report.html", "results.jsonl", "summary.md"]
+    assert [f.name for f in files] == ["manifest.json", "report.html", "results.jsonl", "results.md", "summary.md"]
     back = read_report(tmp_path / "r")
     assert back.manifest == json.loads(json.dumps(made.manifest))
     assert back.summary == json.loads(json.dumps(made.summary)) and len(back.rows) == len(made.rows)
@@ -526,7 +531,7 @@ def test_commands(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "a holds a report: choose another folder" in capsys.readouterr().err
     assert main([*arguments, "--out", "a", "--overwrite", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["manifest"]["plan"]["run_code"] is False and len(data["files"]) == 4
+    assert data["manifest"]["plan"]["run_code"] is False and len(data["files"]) == 5
     assert main([*arguments, "--out", "b", "--prompts", "6", "--no-sampled", "--pole", "negative", "--trait", "mood"]) == 0
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["vectors"]["mood"]["pole"] == "sombre"
     capsys.readouterr()
@@ -542,7 +547,7 @@ def test_commands(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     [
         (["control", "--trait", "succinctness"], "No vector 'succinctness' for this model"),
         (["control", "--trait", "nix"], 'There is no trait "nix"'),
-        (["control", "--family", "nix"], "there is no task named 'nix': choose from code, docs, style"),
+        (["control", "--family", "nix"], "there is no task named 'nix': choose from advice, code, docs, faults, style"),
         (["control", "--reporter", "nix"], "there is no reporter named 'nix'"),
         (["compare", "x", "y"], "cannot be read"),
     ],
@@ -557,6 +562,23 @@ def test_without_any_vector(world: World, capsys: pytest.CaptureFixture[str]) ->
     Library().remove("mood", IDENTITY)
     assert main(["bench", "control", "--quick"]) == 1
     assert "fit it with: steer train mood" in capsys.readouterr().err
+
+
+def test_fit_and_jobs(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    Library().remove("mood", IDENTITY)
+    # joyful texts where steering pulls up, so that there is something to calibrate
+    world.reply = lambda prompt, pull, dose, n: (
+        f"{'joy ' * max(0, round(9 * pull))}{'grief ' * max(0, round(-9 * pull))}it is",
+        "stop",
+    )
+    arguments = ["bench", "control", "--quick", "--family", "style", "--trait", "mood"]
+    assert main(arguments) == 1
+    assert "steer train mood" in capsys.readouterr().err
+    assert main([*arguments, "--fit", "--jobs", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["manifest"]["vectors"]["mood"]["calibrated"] is True
+    made = Library().get("mood", IDENTITY).content_hash
+    assert main([*arguments, "--fit"]) == 0  # what is there stays
+    assert Library().get("mood", IDENTITY).content_hash == made
 
 
 def test_a_plugin_brings_tasks_a_metric_and_a_reporter(
@@ -587,5 +609,160 @@ def test_a_plugin_brings_tasks_a_metric_and_a_reporter(
 
 
 def test_builtin_families_run_on_any_engine() -> None:
-    results = Control(World(), [case(trait=replace(TRAIT, name="succinctness"))], builtin_families(), QUICK).run()
-    assert list(results.summary["traits"]["succinctness"]["families"]) == ["code", "docs", "style"]
+    cases = [case(trait=replace(TRAIT, name=name)) for name in ("succinctness", "debugging", "caution", "mine")]
+    results = Control(World(), cases, builtin_families(), QUICK).run()
+    ran = {name: list(part["families"]) for name, part in results.summary["traits"].items()}
+    assert ran == {
+        "succinctness": ["docs", "style"],
+        "debugging": ["code", "faults"],
+        "caution": ["advice"],
+        "mine": ["style"],
+    }
+
+
+# ---- length, cost, and traits side by side ----
+
+
+def metric_of(tokens: int) -> Metric:
+    return Metric("joy", "", happiness, "up", "down", tokens=tokens)
+
+
+@pytest.mark.parametrize(("stretch", "tokens", "longest"), [(True, 40, 40), (True, 8, 16), (False, 40, 16)])
+def test_replies_become_as_long_as_the_metric_needs(stretch: bool, tokens: int, longest: int) -> None:
+    engine = World()
+    control = Control(engine, [case(metric=metric_of(tokens))], [replace(FAMILY, stretch=stretch)], PLAN)
+    control.run()
+    asked = {r.max_tokens for r in engine.generated if r.steering and r.max_tokens != TURN_TOKENS}
+    assert asked == {longest}
+
+
+def test_the_fluent_perplexity_is_that_of_plain_replies_of_the_same_length() -> None:
+    class Longer(World):
+        """Long replies are likelier, token by token: three times, and no less fluent for that."""
+
+        def _reply(self, prompt: str, pull: float, dose: float, max_tokens: int) -> tuple[str, str]:
+            return super()._reply(prompt, pull, dose, max_tokens)[0] + "abcdefghij klmnopqrst" * (max_tokens > 16), "stop"
+
+        def logprobs(self, items: Any, **more: Any) -> Any:
+            return [np.full(len(a), -1.0 - np.log(3.0) * (len(a) < 30)) for _, a in items]
+
+    part = found(run(Longer(), metric=metric_of(40)))["families"]["nouns"]["arms"]
+    assert part["plain"]["greedy"]["fluency"][0] == part["steer"]["greedy"]["fluency"][0] == 1.0
+
+
+def test_a_floor_costs_nothing() -> None:
+    class Lost(World):
+        def _reply(self, *arguments: Any) -> tuple[str, str]:
+            return "no idea", "stop"
+
+    plan = replace(PLAN, conversations=0)
+    engine, able = Lost(), World()
+    part = found(run(engine, plan))["families"]["nouns"]
+    run(able, plan)
+    assert list(part["arms"]) == ["plain"] and part["strength"] == {} and len(engine.generated) < len(able.generated) / 2
+    assert against_prompt(run(Lost()).summary, "both")["floor"] == [("glee", "nouns", [])]
+
+
+def test_caps() -> None:
+    plan = replace(PLAN, choose_prompts=3, sampled_prompts=2, curve_prompts=2, control_prompts=1)
+    rows = [row for row in run(World(cliff=5.0), plan).rows if row["kind"] in ("reply", "dose")]
+
+    def tasks(**wanted: Any) -> int:
+        return len({row["task"] for row in rows if all(row[key] == value for key, value in wanted.items())})
+
+    assert tasks(kind="reply", half="choose", arm="steer") == 3 and tasks(kind="reply", decoding="sampled", arm="steer") == 2
+    assert tasks(kind="reply", half="score", decoding="greedy", arm="steer") == 5
+    assert not tasks(kind="reply", decoding="sampled", arm="random")
+    assert tasks(kind="dose", strength=0.3) == 2 and tasks(kind="dose", strength=1.0, arm="steer") == 5
+    assert tasks(kind="dose", arm="random") == tasks(kind="reply", arm="random") == 1
+
+
+def test_plain_replies_are_shared() -> None:
+    engine = World()
+    plan = replace(PLAN, sampled=False, conversations=0)
+    names = ("glee", "joy", "fun")
+    Control(engine, [case(trait=replace(TRAIT, name=name)) for name in names], [FAMILY], plan).run()
+    plain = [
+        str(r.prompt) for r in engine.generated if not r.steering and "<system>" not in str(r.prompt) and r.temperature == 0.0
+    ]
+    plain = [p for p in plain if "role': 'system" not in p and any(f"about a {noun}." in p for noun in NOUNS)]
+    assert len(plain) == len(set(plain)) == PLAN.prompts
+
+
+def test_traits_side_by_side_give_the_same_results() -> None:
+    cases = [case(trait=replace(TRAIT, name=name)) for name in ("glee", "joy", "fun")]
+    one = Control(World(), cases, [FAMILY], PLAN).run()
+    engines = [World(), World(), World()]
+    for engine in engines:
+        engine._nll = engines[0]._nll  # the fake model's memory of how likely its texts are
+    many = Control(engines[0], cases, [FAMILY], PLAN, helpers=engines[1:]).run()
+    assert many == one and list(many.summary["traits"]) == ["glee", "joy", "fun"]
+
+    class Broken(World):
+        def _reply(self, prompt: str, pull: float, dose: float, max_tokens: int) -> tuple[str, str]:
+            if pull:
+                raise DataError("broken")
+            return super()._reply(prompt, pull, dose, max_tokens)
+
+    with pytest.raises(DataError, match="broken"):
+        Control(Broken(), cases, [FAMILY], PLAN, helpers=[Broken()]).run()
+
+
+# ---- the results page ----
+
+
+def page_of(engine: Any = None, plan: Plan = PLAN, **more: Any) -> tuple[str, Results]:
+    engine = engine or World(cliff=5.0)
+    one = case(**{"randoms": (vector().scaled(0.1),), **more})
+    results = Control(engine, [one], [FAMILY], plan).run()
+    return results_page(make_report(engine, [one], [FAMILY], plan, results, ["steer", "bench", "control"])), results
+
+
+def test_targets_of_a_good_trait() -> None:
+    page, results = page_of()
+    part = found(results)
+    assert [t.missed for t in targets(part)] == [""] * 5
+    assert [t.name for t in targets(part)] == ["effect", "times random", "Spearman", "perplexity at -1", "perplexity at +1"]
+    assert "steer bench control" in page and "| glee |" in page and "✗" not in page.split("## Scores")[0].replace("✗ missed", "")
+    assert "None is missed." in page and "met by 1 of 1 traits (glee)" in page
+    for heading in ("What steering wins", "What prompting wins", "What neither can do", "Through a conversation", "Side effects"):
+        assert f"# {heading}" in page
+
+
+def test_missed_targets_say_by_how_much() -> None:
+    part = found(page_of()[1])
+    full = part["dose"]["full"][SWING]
+    full.update(excludes_zero=False, times_random=4.26)
+    part["dose"]["spearman"] = 0.85
+    part["dose"]["points"][-1]["perplexity"] = 1.62
+    assert [t.missed for t in targets(part)] == ["the interval holds 0", "4.3, not 5", "0.85, not 0.9", "", "1.62, not below 1.5"]
+    full["times_random"] = None  # nothing to divide by: random vectors did nothing
+    assert targets(part)[1].missed == ""
+
+
+def test_who_wins() -> None:
+    page, results = page_of(World(cliff=0.9))
+    ahead = against_prompt(results.summary, "both")["ahead"]
+    assert [row[:2] for row in ahead] == [("glee", "nouns")] and better_with_prompt(results.summary)["glee"] > 0
+    assert "with the prompt is ahead of the better prompt in glee (nouns, +" in page
+    assert against_prompt(results.summary, "steer")["open"]
+
+    class Deaf(World):
+        """Steering only breaks the text."""
+
+        def _reply(self, prompt: str, pull: float, dose: float, max_tokens: int) -> tuple[str, str]:
+            return ("xxxxx", "stop") if pull else super()._reply(prompt, 0.0, 0.0, max_tokens)
+
+    page, results = page_of(Deaf())
+    assert [row[:2] for row in against_prompt(results.summary, "steer")["behind"]] == [("glee", "nouns")]
+    assert "The better prompt is ahead of steering alone in glee (nouns, −" in page
+    assert better_with_prompt(results.summary)["glee"] < 0 and "not above 0" in page
+
+
+def test_the_page_of_a_floor() -> None:
+    class Lost(World):
+        def _reply(self, *arguments: Any) -> tuple[str, str]:
+            return "no idea", "stop"
+
+    page, _ = page_of(Lost())
+    assert "nouns: *floor*. The plain model succeeds in 0 %" in page

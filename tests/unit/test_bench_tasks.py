@@ -36,14 +36,14 @@ def task(family: str, name: str) -> Task:
 # ---- data ----
 
 
-@pytest.mark.parametrize("name", ["code", "docs", "style"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_families_are_large_enough(name: str) -> None:
     family = FAMILIES[name]
     assert len(family.tasks) >= 60 and len({t.prompt for t in family.tasks}) == len(family.tasks)
 
 
 def test_no_task_is_a_prompt_of_a_trait() -> None:
-    asked = {t.prompt.casefold() for t in FAMILIES["style"].tasks}
+    asked = {t.prompt.casefold() for name in ("style", "advice", "faults") for t in FAMILIES[name].tasks}
     for name in bundled_traits():
         trait = load_trait(name)
         assert not asked & {p.casefold() for p in (*trait.train_prompts, *trait.heldout_prompts)}, name

@@ -29,8 +29,8 @@ from steer_plugins.extract import Pair, Side, chat
 from steer_plugins.steering import Term
 from tests.unit.fakes import N_LAYER, FakeEngine
 
-# Perplexity is exp(0.7 + harm * dose), so the largest dose that the guard allows is log(1.5) / harm.
-LIMIT = float(np.log(1.5))
+# Perplexity is exp(0.7 + harm * dose), so the largest dose that the guard allows is LIMIT / harm.
+LIMIT = float(np.log(Guard().perplexity_ratio))
 LAYERS = range(N_LAYER - 1)
 ONE_WINDOW = replace(QUICK, windows=((0.5, 0.2),))
 
@@ -106,12 +106,12 @@ PLAIN = Fluency(10, 4.0, 0.05, 0.1, 40.0)
     ("change", "passes"),
     [
         ({}, True),
-        ({"perplexity": 6.0}, True),
-        ({"perplexity": 6.01}, False),
+        ({"perplexity": 5.8}, True),
+        ({"perplexity": 5.81}, False),
         ({"perplexity": 1.0}, True),
         ({"perplexity": None}, False),
-        ({"repeats": 0.15}, True),
-        ({"repeats": 0.16}, False),
+        ({"repeats": 0.2}, True),
+        ({"repeats": 0.21}, False),
         ({"early_ends": 0.2}, True),
         ({"early_ends": 0.21}, False),
         ({"words": 3.0}, True),
@@ -145,8 +145,8 @@ def test_fluency_of_replies():
 def test_strength_1_is_the_largest_dose_that_passes(harm):
     result = sweep(FakeEngine(harm=harm), ONE_WINDOW).run()
     dose = result.record["dose"]
-    assert dose <= LIMIT / harm < dose * QUICK.ratio
-    assert sum(result.vector.scales[k] / (k[0] + 1) for k in result.vector.scales) == pytest.approx(dose, rel=1e-5)
+    assert dose <= LIMIT / harm < dose * QUICK.ratio * (1 + 1e-6)
+    assert sum(result.vector.scales[k] / (k[0] + 1) for k in result.vector.scales) == pytest.approx(dose, rel=3e-5)
     assert result.record["effect"] == pytest.approx(2 * dose, abs=3e-4)
 
 
@@ -204,25 +204,25 @@ def test_the_scope_with_the_larger_effect_wins():
 
 def trials_of_the_third_window(gains, harm):
     windows = windows_of(QUICK, list(LAYERS))
-    assert windows == [(4, 5), (5, 6), (3, 4)]
+    assert windows == [(5, 6), (6, 7), (4, 5)]
     found = sweep(FakeEngine(gains=[gains.get(il, 0.0) for il in range(N_LAYER)], harm=harm))
     found.run()
     return sum(row.stage == "search" and row.strength == 1.0 and row.window == windows[2] for row in found.rows)
 
 
 def test_a_window_that_cannot_win_costs_one_trial():
-    assert trials_of_the_third_window({5: 1}, harm=0.5) == 1
-    assert trials_of_the_third_window({5: 1}, harm=3.0) == 1
+    assert trials_of_the_third_window({6: 1}, harm=0.5) == 1
+    assert trials_of_the_third_window({6: 1}, harm=3.0) == 1
     # nor one that is as good as the second, but half as good as the first
-    assert trials_of_the_third_window({4: 1, 5: 1}, harm=0.5) == 1
-    assert trials_of_the_third_window({3: 1, 4: 1}, harm=0.5) > 1
+    assert trials_of_the_third_window({5: 1, 6: 1}, harm=0.5) == 1
+    assert trials_of_the_third_window({4: 1, 5: 1}, harm=0.5) > 1
 
 
 def test_no_perplexity_is_taken_of_what_cannot_win():
-    engine = FakeEngine(gains=[float(il == 5) for il in range(N_LAYER)], harm=0.5)
+    engine = FakeEngine(gains=[float(il == 6) for il in range(N_LAYER)], harm=0.5)
     found = sweep(engine)
     found.run()
-    third = [row for row in found.rows if row.stage == "search" and row.window == (3, 4)]
+    third = [row for row in found.rows if row.stage == "search" and row.window == (4, 5)]
     assert [row.fluency.perplexity for row in third] == [None, None]
     assert [row.passed for row in third] == [None, None]
 

@@ -18,6 +18,8 @@ ARMS = ("plain", "prompt", "strong prompt", "steer", "both", "random", "shuffled
 of the same norms. shuffled: a vector fitted to the same examples with their labels drawn at random."""
 PROMPTED = {"prompt": "prompt", "strong prompt": "strong", "both": "prompt"}
 STEERED = ("steer", "both", "random", "shuffled")
+IDLE = ("random", "shuffled")
+"""Arms whose vector should do nothing."""
 
 RANDOMS = 3
 

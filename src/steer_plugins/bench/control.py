@@ -8,204 +8,104 @@ the other. Everything is drawn from one seed.
 
 from __future__ import annotations
 
+import copy
+import queue
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ..calibrate import perplexity
-from ..engine.base import Engine, GenerateRequest, Generation, Prompt
-from ..metrics import repeated_ngram_share
-from ..steering import Steering
-from .arms import Case, is_steered, message
-from .stats import Estimate, estimate, harmonic_mean, paired, spearman
-from .tasks import Family, Scored, Task, data_lines, read_choices
+from ..engine.base import Engine, GenerateRequest, Prompt
+from .arms import IDLE, Case, message
+from .plan import QUICK, Plan, Results
+from .replies import Ask, Replies, Report
+from .stats import Estimate, estimate, paired, spearman
+from .tasks import Family, Task, data_lines, read_choices
+
+__all__ = ["FLOOR", "QUICK", "SWING", "Control", "Plan", "Results"]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 FLOOR = 0.05
 """A family whose plain replies succeed less often than this is beyond the model: a "floor" and no number."""
-GUARD = 1.5
-"""Replies whose perplexity is at most so many times the plain median count as fluent (the guard of the calibration)."""
-CURVE = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
-
-Report = Callable[[str, int], None]
-"""Called with what is being done and the number of texts that were done."""
+SWING = "-1 to +1"
+"""The key of the effect from full strength at one pole to full strength at the other."""
+TURN_TOKENS = 48
+"""Longest reply of a conversation."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How much to run. ``prompts``: of each family, half of them to choose the strength; ``strengths``: those to choose from.
-
-    ``curve``: strengths of the dose-response curve; ``curve_prompts``: prompts of each point. ``sampled``: seeded sampling
-    beside greedy runs. ``conversations`` of ``turns`` turns; ``choices`` and ``neutral``: questions for side effects.
-    ``pairs``: examples for the vector with shuffled labels, None for all.
-    """
-
-    prompts: int = 60
-    strengths: tuple[float, ...] = (0.5, 0.75, 1.0)
-    curve: tuple[float, ...] = CURVE
-    curve_prompts: int = 20
-    sampled: bool = True
-    temperature: float = 0.7
-    conversations: int = 4
-    turns: int = 6
-    choices: int = 40
-    neutral: int = 16
-    pairs: int | None = None
-    seed: int = 0
-    run_code: bool = False
-
-
-QUICK = Plan(
-    prompts=8,
-    strengths=(0.5, 1.0),
-    curve=(-1.0, -0.66, -0.33, 0.0, 0.33, 0.66, 1.0),
-    curve_prompts=3,
-    conversations=1,
-    turns=3,
-    choices=10,
-    neutral=4,
-    pairs=10,
-)
-"""For a look, and for CI: the numbers mean little."""
-
-
-@dataclass
-class Results:
-    """What a run found: ``rows``, one for each reply and question, and ``summary``; JSON values only."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """One reply that is wanted."""
-
-    family: Family
-    task: Task
-    arm: str
-    strength: float
-    decoding: str
-    half: str
-
-
-class Control:
+class Control(Replies):
     """One run of the benchmark: :meth:`run` returns its results.
 
     Raises what the engine raises; nothing is written.
     """
 
     def __init__(
-        self, engine: Engine, cases: Sequence[Case], families: Sequence[Family], plan: Plan, report: Report | None = None
+        self,
+        engine: Engine,
+        cases: Sequence[Case],
+        families: Sequence[Family],
+        plan: Plan,
+        report: Report | None = None,
+        helpers: Sequence[Engine] = (),
     ) -> None:
-        self.engine, self.cases, self.families, self.plan = engine, list(cases), list(families), plan
-        self._report = report or (lambda stage, n: None)
-        self._replies: dict[Any, tuple[Generation, float | None]] = {}
-        self._scored: dict[tuple[str, str, str], Scored] = {}
-        self._plain_perplexity: dict[tuple[str, str], float] = {}
+        """``helpers``: more engines of the same model, which take a trait each at the same time. They change no result."""
+        super().__init__(engine, plan, report or (lambda stage, n: None))
+        self.cases, self.families, self.helpers = list(cases), list(families), list(helpers)
+        self._plain_turns: dict[str, list[dict[int, str]]] = {}
+        self._plain_choices: list[float] | None = None
         self.results = Results()
 
     def run(self) -> Results:
-        """Everything, trait by trait."""
-        floors = {family.name: self._floor(family) for family in self.families}
-        traits = {}
-        for case in self.cases:
-            traits[case.name] = self._case(case, floors)
+        """Everything: first what the traits share, then trait by trait. Families that fit no trait are left out."""
+        talks = {parts[-1].name: (case, parts[-1]) for case in self.cases if (parts := self._families_of(case))}
+        self.families = [f for f in self.families if any(f.fits(case.name) for case in self.cases)]
+        if self.cases:
+            self._neutral()
+            self._plain_choices = self._choices(self.cases[0], "plain", 0.0)
+        workers: queue.SimpleQueue[Control] = queue.SimpleQueue()
+        for engine in (self.engine, *self.helpers):
+            worker = copy.copy(self)  # the caches are shared
+            worker.engine = engine
+            workers.put(worker)
+        floors = dict(self._on(workers, lambda worker, family: (family.name, worker._floor(family)), self.families))
+        turns = self._on(workers, lambda worker, talk: worker._conversations(*talk, "plain", 0.0), talks.values())
+        self._plain_turns.update(zip(talks, turns, strict=True))
+
+        def work(worker: Control, case: Case) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            worker.results = Results()
+            return worker._case(case, floors), worker.results.rows
+
+        found = self._on(workers, work, self.cases)
+        self.results.rows = [row for _, rows in found for row in rows]
         self.results.summary = {
             "families": {f.name: {"success": f.success, "tasks": len(f.tasks), "plain": floors[f.name]} for f in self.families},
-            "traits": traits,
+            "traits": {case.name: part for case, (part, _) in zip(self.cases, found, strict=True)},
         }
         return self.results
 
-    # ---- prompts ----
+    def _on(self, workers: queue.SimpleQueue[Control], work: Callable[[Control, T], R], items: Iterable[T]) -> list[R]:
+        """``work`` on each item, by whichever worker is free; without helpers one after the other."""
 
-    def halves(self, family: Family) -> tuple[list[Task], list[Task]]:
-        """The tasks to choose the strength on, and those to score: disjoint, drawn with the seed."""
-        order = np.random.default_rng(self.plan.seed).permutation(len(family.tasks))[: max(2, self.plan.prompts)]
-        middle = len(order) // 2
-        first, second = ([family.tasks[i] for i in sorted(part)] for part in (order[:middle], order[middle:]))
-        return first, second
+        def one(item: T) -> R:
+            worker = workers.get()
+            try:
+                return work(worker, item)
+            finally:
+                workers.put(worker)
 
-    # ---- replies ----
-
-    def _answer(self, case: Case | None, asks: Sequence[_Ask], stage: str) -> list[dict[str, Any]]:
-        """A row for each wanted reply. What was generated before is not generated again."""
-        self._generate(case, asks, stage)
-        rows = [self._row(case, ask) for ask in asks]
-        return rows
-
-    def _key(self, case: Case | None, ask: _Ask) -> Any:
-        who = None if case is None or ask.arm == "plain" else (case.name, ask.arm)
-        strength = ask.strength if is_steered(ask.arm) else 0.0
-        return ask.family.name, ask.task.id, who, strength, ask.decoding
-
-    def _prompt(self, case: Case | None, ask: _Ask) -> Prompt:
-        return message(self.engine, ask.task.prompt, None if case is None else case.system(ask.arm))
-
-    def _request(self, case: Case | None, ask: _Ask) -> GenerateRequest:
-        steering = Steering() if case is None else case.steering(ask.arm, ask.strength)
-        sampled = ask.decoding == "sampled"
-        # the same seed for all arms of a task: the runs are paired
-        seed = self.plan.seed * 1_000_003 + ask.family.tasks.index(ask.task)
-        temperature = self.plan.temperature if sampled else 0.0
-        return GenerateRequest(
-            self._prompt(case, ask), steering, max_tokens=ask.family.max_tokens, temperature=temperature, seed=seed
-        )
-
-    def _generate(self, case: Case | None, asks: Sequence[_Ask], stage: str) -> None:
-        missing = {self._key(case, ask): ask for ask in asks if self._key(case, ask) not in self._replies}
-        if not missing:
-            return
-        replies = self.engine.generate_many([self._request(case, ask) for ask in missing.values()])
-        plain = [message(self.engine, ask.task.prompt, None) for ask in missing.values()]
-        there = [i for i, reply in enumerate(replies) if reply.tokens]
-        scored = self.engine.logprobs([(plain[i], replies[i].tokens) for i in there]) if there else []
-        values = dict(zip(there, (perplexity(found) for found in scored), strict=True))
-        for i, (key, reply) in enumerate(zip(missing, replies, strict=True)):
-            self._replies[key] = (reply, values.get(i))
-        self._report(stage, len(missing))
-
-    def _row(self, case: Case | None, ask: _Ask) -> dict[str, Any]:
-        reply, ppl = self._replies[self._key(case, ask)]
-        seen = ask.family.name, ask.task.id, reply.text
-        if seen not in self._scored:  # running code takes its time
-            self._scored[seen] = ask.family.score(ask.task, reply.text, self.plan.run_code)
-        scored = self._scored[seen]
-        repeats = repeated_ngram_share(reply.tokens)
-        fluency = self._fluency(ask, ppl, repeats)
-        row: dict[str, Any] = {
-            "kind": "reply",
-            "trait": None if case is None else case.name,
-            "family": ask.family.name,
-            "task": ask.task.id,
-            "half": ask.half,
-            "arm": ask.arm,
-            "strength": ask.strength if is_steered(ask.arm) else 0.0,
-            "decoding": ask.decoding,
-            "text": reply.text,
-            "finish_reason": reply.finish_reason,
-            "tokens": len(reply.tokens),
-            "prompt_tokens": len(reply.prompt_tokens),
-            "perplexity": ppl,
-            "repeats": repeats,
-            "success": scored.success,
-            "fluency": fluency,
-            "measures": scored.measures,
-        }
-        if case is not None:
-            row["metric"] = case.score(reply.text)
-            row["score"] = harmonic_mean([(1 + row["metric"]) / 2, scored.success, fluency])
-        return row
-
-    def _fluency(self, ask: _Ask, ppl: float | None, repeats: float) -> float:
-        """1 up to :data:`GUARD` times the plain median perplexity, then falling as its inverse; less what is repeated."""
-        usual = self._plain_perplexity.get((ask.family.name, ask.decoding))
-        if ppl is None:
-            return 0.0
-        ratio = 1.0 if usual is None else ppl / usual
-        return min(1.0, GUARD / ratio) * (1.0 - repeats)
+        if not self.helpers:
+            return [one(item) for item in items]
+        with ThreadPoolExecutor(1 + len(self.helpers)) as pool:
+            waiting = [pool.submit(one, item) for item in items]
+            try:
+                return [each.result() for each in waiting]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     # ---- stages ----
 
@@ -214,23 +114,17 @@ class Control:
         return ("greedy", "sampled") if self.plan.sampled else ("greedy",)
 
     def _floor(self, family: Family) -> dict[str, Any]:
-        """The plain arm of all prompts, which says whether the model can do these tasks at all."""
-        choose, score = self.halves(family)
-        for decoding in self._decodings:
-            asks = [_Ask(family, task, "plain", 0.0, decoding, "all") for task in choose + score]
-            self._generate(None, asks, f"plain {family.name}")
-            known = [value for ask in asks if (value := self._replies[self._key(None, ask)][1]) is not None]
-            if known:
-                self._plain_perplexity[family.name, decoding] = statistics.median(known)
-            if decoding == "greedy":
-                successes = [self._row(None, ask)["success"] for ask in asks]
-        found = estimate(successes, self.plan.seed)
+        """The plain arm, which says whether the model can do these tasks at all."""
+        choose, score = self.used(family, "greedy")
+        asks = [Ask(family, task, "plain", 0.0, "greedy", "all", family.max_tokens) for task in choose + score]
+        self._generate(None, asks, f"plain {family.name}")
+        found = estimate([self.row(None, ask)["success"] for ask in asks], self.plan.seed)
         return {"success": found.to_list(), "floor": found.mean is None or found.mean < FLOOR}
 
     def _case(self, case: Case, floors: dict[str, Any]) -> dict[str, Any]:
-        families = [f for f in self.families if not f.traits or case.name in f.traits]
+        families = self._families_of(case)
         found = {family.name: self._family(case, family, floors[family.name]["floor"]) for family in families}
-        chosen = [part["strength"]["steer"] for part in found.values()]
+        chosen = [part["strength"]["steer"] for part in found.values() if not part["floor"]]
         strongest = max(chosen, default=1.0)
         return {
             "pole": case.pole,
@@ -238,34 +132,54 @@ class Control:
             "vector": case.vector.content_hash,
             "families": found,
             "dose": self._dose(case, families),
-            "persistence": self._persistence(case, strongest),
+            "persistence": self._persistence(case, families, strongest),
             "side_effects": {"strength": strongest, **self._side_effects(case, strongest)},
         }
 
+    def _families_of(self, case: Case) -> list[Family]:
+        return [family for family in self.families if family.fits(case.name)]
+
     def _family(self, case: Case, family: Family, floor: bool) -> dict[str, Any]:
-        choose, score = self.halves(family)
+        if floor:  # nothing to compare, so nothing is run
+            plain = self._replied(case, family, ("plain",), {}, "greedy")
+            return {"floor": True, "strength": {}, "arms": {"plain": {"greedy": self._arm(plain, plain)}}, "versus": {}}
+        choose, _ = self.used(family, "greedy")
         strengths = {arm: self._choose(case, family, choose, arm) for arm in ("steer", "both")}
         strengths |= {arm: strengths["steer"] for arm in ("random", "shuffled")}
-        arms: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for decoding in self._decodings:
-            asks = [_Ask(family, t, arm, strengths.get(arm, 0.0), decoding, "score") for arm in case.arms for t in score]
-            for row in self._answer(case, asks, f"{case.name}, {family.name}"):
+            ran = [arm for arm in case.arms if decoding == "greedy" or arm not in IDLE]
+            for row in self._replied(case, family, ran, strengths, decoding):
                 rows.setdefault((row["arm"], decoding), []).append(row)
-                self.results.rows.append(row)
-        for (arm, decoding), found in rows.items():
-            arms.setdefault(arm, {})[decoding] = self._arm(found, rows["plain", decoding])
+        for (arm, decoding), part in rows.items():
+            found.setdefault(arm, {})[decoding] = self._arm(part, rows["plain", decoding][: len(part)])
         return {
-            "floor": floor,
+            "floor": False,
             "strength": {arm: strengths[arm] for arm in ("steer", "both")},
-            "arms": arms,
+            "arms": found,
             "versus": {d: _versus(rows, d, self.plan.seed) for d in self._decodings},
         }
 
+    def _replied(
+        self, case: Case, family: Family, arms: Sequence[str], strengths: dict[str, float], decoding: str
+    ) -> list[dict[str, Any]]:
+        """Rows of the scored half, which go into the results."""
+        longest, tasks = self.longest(case, family), self.used(family, decoding)[1]
+        asks = [
+            Ask(family, task, arm, strengths.get(arm, 0.0), decoding, "score", longest)
+            for arm in arms
+            for task in (tasks[: self.plan.control_prompts] if arm in IDLE else tasks)
+        ]
+        rows = self.answer(case, asks, f"{case.name}, {family.name}")
+        self.results.rows += rows
+        return rows
+
     def _choose(self, case: Case, family: Family, tasks: Sequence[Task], arm: str) -> float:
         """The strength with the best mean score on these prompts; of equal ones the smallest."""
-        asks = [_Ask(family, task, arm, s, "greedy", "choose") for s in self.plan.strengths for task in tasks]
-        rows = self._answer(case, asks, f"{case.name}, {family.name}: strength")
+        longest = self.longest(case, family)
+        asks = [Ask(family, task, arm, s, "greedy", "choose", longest) for s in self.plan.strengths for task in tasks]
+        rows = self.answer(case, asks, f"{case.name}, {family.name}: strength")
         self.results.rows += rows
         means = {s: statistics.fmean(r["score"] for r in rows if r["strength"] == s) for s in sorted(self.plan.strengths)}
         return max(means, key=lambda s: means[s])
@@ -287,124 +201,139 @@ class Control:
         if not families:
             return {"points": [], "spearman": None}
         family = families[-1]
-        tasks = self.halves(family)[1][: self.plan.curve_prompts]
+        longest, tasks = self.longest(case, family), self.halves(family)[1]
         stage = f"{case.name}: dose"
 
+        def asks(arm: str, strength: float) -> list[Ask]:
+            whole = arm == "steer" and abs(strength) in (0.0, 1.0)
+            used = tasks if whole else tasks[: self.plan.curve_prompts if arm == "steer" else self.plan.control_prompts]
+            return [Ask(family, task, arm, case.sign * strength, "greedy", "score", longest) for task in used]
+
+        strengths = sorted({*self.plan.curve, -1.0, 0.0, 1.0})
+        # all at once: the fewer and larger the calls, the better filled the batches
+        everything = [a for s in strengths for a in asks("steer", s)]
+        everything += [a for s in (-1.0, 1.0) for arm in case.random_arms for a in asks(arm, s)]
+        self.results.rows += [{**row, "kind": "dose"} for row in self.answer(case, everything, stage)]
+
         def rows(arm: str, strength: float) -> list[dict[str, Any]]:
-            asks = [_Ask(family, task, arm, case.sign * strength, "greedy", "score") for task in tasks]
-            found = self._answer(case, asks, stage)
-            self.results.rows += [{**row, "kind": "dose"} for row in found]
-            return found
+            return [self.row(case, ask) for ask in asks(arm, strength)]
 
         zero = rows("steer", 0.0)
         points: list[dict[str, Any]] = []
-        for strength in sorted({*self.plan.curve, -1.0, 1.0}):
-            found = zero if strength == 0.0 else rows("steer", strength)
+        for strength in strengths:
+            found = rows("steer", strength)
             known = [row["perplexity"] for row in found if row["perplexity"] is not None]
-            usual = self._plain_perplexity.get((family.name, "greedy"))
+            plain = [row["perplexity"] for row in zero[: len(found)] if row["perplexity"] is not None]
             points.append(
                 {
                     "strength": strength,
                     "metric": estimate([case.sign * row["metric"] for row in found], self.plan.seed).to_list(),
-                    "effect": self._effect(case, found, zero).to_list(),
-                    "perplexity": statistics.median(known) / usual if known and usual else None,
+                    "effect": self._effect(case, found, zero[: len(found)]).to_list(),
+                    "perplexity": statistics.median(known) / statistics.median(plain) if known and plain else None,
                     "repeats": statistics.fmean(row["repeats"] for row in found),
                 }
             )
         effects = {}
-        for strength in (-1.0, 1.0):
-            own = self._effect(case, rows("steer", strength), zero)
-            random = self._effect(case, *self._pooled([rows(arm, strength) for arm in case.random_arms], zero))
-            effects[f"{strength:+g}"] = {
+        for name, up, down in (("-1", -1.0, 0.0), ("+1", 1.0, 0.0), (SWING, 1.0, -1.0)):
+            own = self._effect(case, rows("steer", up), rows("steer", down))
+            ends = [(rows(arm, up), rows(arm, down) if down else zero) for arm in case.random_arms]
+            pooled = self._effect(case, *(_pooled(runs) for runs in zip(*ends, strict=True)))
+            size = statistics.fmean(abs(self._effect(case, *end).mean or 0.0) for end in ends)
+            effects[name] = {
                 "effect": own.to_list(),
-                "random": random.to_list(),
+                "random": pooled.to_list(),
+                "random_size": round(size, 4),
                 "excludes_zero": own.excludes_zero,
-                "times_random": abs(own.mean / random.mean) if own.mean is not None and random.mean else None,
+                "times_random": abs(own.mean / size) if own.mean is not None and size else None,
             }
-        rank = spearman([p["strength"] for p in points], [p["metric"][0] for p in points])
+        # over the prompts that all points share
+        common = {p["strength"]: [r["metric"] for r in rows("steer", p["strength"])[: self.plan.curve_prompts]] for p in points}
+        rank = spearman(list(common), [case.sign * statistics.fmean(values) for values in common.values()])
         return {"family": family.name, "points": points, "spearman": rank, "full": effects}
 
-    @staticmethod
-    def _pooled(runs: Sequence[Sequence[dict[str, Any]]], zero: Sequence[dict[str, Any]]) -> tuple[list[Any], Sequence[Any]]:
-        """One row for each prompt, with the mean metric of several runs."""
-        return [{"metric": statistics.fmean(row["metric"] for row in same)} for same in zip(*runs, strict=True)], zero
-
     def _effect(self, case: Case, rows: Sequence[dict[str, Any]], zero: Sequence[dict[str, Any]]) -> Estimate:
-        return paired([case.sign * r["metric"] for r in rows], [case.sign * r["metric"] for r in zero], self.plan.seed)
+        """Paired; random vectors ran on some of the prompts only."""
+        n = min(len(rows), len(zero))
+        return paired([case.sign * r["metric"] for r in rows[:n]], [case.sign * r["metric"] for r in zero[:n]], self.plan.seed)
 
-    def _persistence(self, case: Case, strength: float) -> dict[str, Any]:
+    def _persistence(self, case: Case, families: Sequence[Family], strength: float) -> dict[str, Any]:
         """The metric at each turn of conversations whose system prompt stands at the beginning alone."""
-        arms = ("plain", "prompt", "steer", "both")
-        questions = [line.partition(" @ ")[0] for line in data_lines("style.txt")]
+        found: dict[str, Any] = {}
+        for arm in ("plain", "prompt", "steer", "both") if families else ():
+            turns = []
+            for turn, replies in enumerate(self._conversations(case, families[-1], arm, strength)):
+                values = [case.score(text) for text in replies.values()]
+                turns.append(estimate(values, self.plan.seed).to_list())
+                for (c, text), value in zip(replies.items(), values, strict=True):
+                    row = {"kind": "turn", "trait": case.name, "arm": arm, "conversation": c, "turn": turn, "text": text}
+                    self.results.rows.append({**row, "metric": value})
+            found[arm] = turns
+        return found
+
+    def _conversations(self, case: Case, family: Family, arm: str, strength: float) -> list[dict[int, str]]:
+        """Replies by conversation, for each turn; conversations end where the context does. Plain ones are had once."""
+        if arm == "plain" and family.name in self._plain_turns:
+            return self._plain_turns[family.name]
+        questions = [task.prompt for task in family.tasks]
         order = np.random.default_rng(self.plan.seed + 1).permutation(len(questions))
-        turns: dict[str, list[list[float]]] = {arm: [] for arm in arms}
-        histories: dict[tuple[str, int], list[dict[str, str]]] = {
-            (arm, c): [] for arm in arms for c in range(self.plan.conversations)
-        }
-        longest = 48
+        histories: dict[int, list[dict[str, str]]] = {c: [] for c in range(self.plan.conversations)}
+        system, steering = case.system(arm), case.steering(arm, strength)
+        found: list[dict[int, str]] = []
         for turn in range(self.plan.turns):
-            asked = [str(questions[order[(c * self.plan.turns + turn) % len(order)]]) for c in range(self.plan.conversations)]
-            keys = [key for key, history in histories.items() if self._fits(case, key[0], asked[key[1]], history, longest)]
-            requests = [
-                GenerateRequest(
-                    message(self.engine, asked[c], case.system(arm), histories[arm, c]),
-                    case.steering(arm, strength),
-                    max_tokens=longest,
-                )
-                for arm, c in keys
-            ]
+            asked = {c: str(questions[order[(c * self.plan.turns + turn) % len(order)]]) for c in histories}
+            prompts = {c: message(self.engine, asked[c], system, history) for c, history in histories.items()}
+            prompts = {c: prompt for c, prompt in prompts.items() if self._fits(prompt)}
+            requests = [GenerateRequest(prompt, steering, max_tokens=TURN_TOKENS) for prompt in prompts.values()]
             if not requests:
                 break
-            replies = self.engine.generate_many(requests)
-            for arm in arms:
-                turns[arm].append([])
-            for (arm, c), reply in zip(keys, replies, strict=True):
-                said = [{"role": "user", "content": asked[c]}, {"role": "assistant", "content": reply.text}]
-                histories[arm, c] += said
-                value = case.score(reply.text)
-                turns[arm][turn].append(value)
-                row = {"kind": "turn", "trait": case.name, "arm": arm, "conversation": c, "turn": turn, "text": reply.text}
-                self.results.rows.append({**row, "metric": value})
+            texts = {c: reply.text for c, reply in zip(prompts, self.engine.generate_many(requests), strict=True)}
+            for c, text in texts.items():
+                histories[c] += [{"role": "user", "content": asked[c]}, {"role": "assistant", "content": text}]
+            found.append(texts)
             self._report(f"{case.name}: conversation", len(requests))
-        return {arm: [estimate(values, self.plan.seed).to_list() for values in found] for arm, found in turns.items()}
+        return found
 
-    def _fits(self, case: Case, arm: str, text: str, history: list[dict[str, str]], longest: int) -> bool:
-        prompt = message(self.engine, text, case.system(arm), history)
-        return len(self.engine.tokenize(prompt)) + longest < self.engine.info.n_ctx
+    def _fits(self, prompt: Prompt) -> bool:
+        return len(self.engine.tokenize(prompt)) + TURN_TOKENS < self.engine.info.n_ctx
 
     def _side_effects(self, case: Case, strength: float) -> dict[str, Any]:
         """Multiple choice by log-probability, and how far neutral replies become less likely, for each arm."""
         questions = read_choices()[: self.plan.choices]
         neutral = self._neutral()
-        right: dict[str, list[float]] = {}
+        plain = self._plain_choices = self._plain_choices or self._choices(case, "plain", strength)
         found: dict[str, Any] = {}
-        for arm in ("plain", "prompt", "strong prompt", "steer", "both", "random"):
-            system, steering = case.system(arm), case.steering(arm, strength)
-            items = [
-                (message(self.engine, f"Complete the sentence: {start} ...", system), f"{start} {ending}.")
-                for start, endings in questions
-                for ending in endings
-            ]
-            # of whole sentences: a chat model says them again, and what they share cancels
-            sums = [float(values.sum()) for values in self.engine.logprobs(items, steering=steering)]
-            right[arm] = []
-            for start, endings in questions:
-                scores, sums = sums[: len(endings)], sums[len(endings) :]
-                right[arm].append(float(int(np.argmax(scores)) == 0))
-                self.results.rows.append(
-                    {"kind": "choice", "trait": case.name, "arm": arm, "question": start, "right": right[arm][-1]}
-                )
-            part = {"accuracy": estimate(right[arm], self.plan.seed).to_list()}
-            part["accuracy_change"] = paired(right[arm], right["plain"], self.plan.seed).to_list()
+        for arm in ("plain", "prompt", "steer", "both", "random"):
+            right = plain if arm == "plain" else self._choices(case, arm, strength)
+            for (start, _), value in zip(questions, right, strict=True):
+                self.results.rows.append({"kind": "choice", "trait": case.name, "arm": arm, "question": start, "right": value})
+            part = {"accuracy": estimate(right, self.plan.seed).to_list()}
+            part["accuracy_change"] = paired(right, plain, self.plan.seed).to_list()
             if neutral and arm != "plain":
                 moved = self.engine.logprobs(
-                    [(message(self.engine, text, system), tokens) for text, tokens, _ in neutral], steering=steering
+                    [(message(self.engine, text, case.system(arm)), tokens) for text, tokens, _ in neutral],
+                    steering=case.steering(arm, strength),
                 )
-                kl = [float(np.mean(plain - other)) for (_, _, plain), other in zip(neutral, moved, strict=True)]
+                kl = [float(np.mean(before - other)) for (_, _, before), other in zip(neutral, moved, strict=True)]
                 part["kl"] = estimate(kl, self.plan.seed).to_list()
             found[arm] = part
-            self._report(f"{case.name}: side effects", len(items))
         return found
+
+    def _choices(self, case: Case, arm: str, strength: float) -> list[float]:
+        """1 for each question whose right ending is the likeliest, else 0."""
+        questions = read_choices()[: self.plan.choices]
+        # whole sentences: a chat model says them again, and what they share cancels
+        items = [
+            (message(self.engine, f"Complete the sentence: {start} ...", case.system(arm)), f"{start} {ending}.")
+            for start, endings in questions
+            for ending in endings
+        ]
+        sums = [float(values.sum()) for values in self.engine.logprobs(items, steering=case.steering(arm, strength))]
+        right = []
+        for _, endings in questions:
+            scores, sums = sums[: len(endings)], sums[len(endings) :]
+            right.append(float(int(np.argmax(scores)) == 0))
+        self._report(f"{case.name}: side effects", len(items))
+        return right
 
     def _neutral(self) -> list[tuple[str, list[int], Any]]:
         """Neutral requests, replies drawn from the plain model as it is, and their log-probabilities there."""
@@ -423,6 +352,11 @@ class Control:
         return self._neutral_found
 
 
+def _pooled(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row for each prompt, with the mean metric of several runs."""
+    return [{"metric": statistics.fmean(row["metric"] for row in same)} for same in zip(*runs, strict=True)]
+
+
 def _versus(rows: dict[tuple[str, str], list[dict[str, Any]]], decoding: str, seed: int) -> dict[str, Any]:
     """Differences of scores on the same prompts. The better of the two prompts is taken after the fact, in its favour."""
 
@@ -431,7 +365,7 @@ def _versus(rows: dict[tuple[str, str], list[dict[str, Any]]], decoding: str, se
 
     best = max(("prompt", "strong prompt"), key=lambda arm: statistics.fmean(scores(arm)))
     found: dict[str, Any] = {"best prompt": best}
-    for arm in ("steer", "both", "random"):
-        found[f"{arm} - prompt"] = paired(scores(arm), scores(best), seed).to_list()
+    for arm in (arm for arm in ("steer", "both", "random") if (arm, decoding) in rows):
+        found[f"{arm} - prompt"] = paired(scores(arm), scores(best)[: len(scores(arm))], seed).to_list()
     found["steer - plain"] = paired(scores("steer"), scores("plain"), seed).to_list()
     return found

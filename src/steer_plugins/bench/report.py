@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 KINDS = ("control", "speed", "server")
 MOST_BYTES = 1 << 30
-STANDARD_FILES = ("manifest.json", "report.html", "results.jsonl", "summary.md")
+STANDARD_FILES = ("manifest.json", "report.html", "results.jsonl", "results.md", "summary.md")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -63,7 +63,15 @@ Reporter = Callable[[BenchReport], dict[str, bytes]]
 
 def builtin_reporters() -> dict[str, Reporter]:
     """The reporters of the package, by name."""
-    return {"html": report_html, "jsonl": report_jsonl, "manifest": report_manifest, "table": report_table}
+    from .results import report_results
+
+    return {
+        "html": report_html,
+        "jsonl": report_jsonl,
+        "manifest": report_manifest,
+        "results": report_results,
+        "table": report_table,
+    }
 
 
 def make_report(

@@ -1,6 +1,7 @@
 """What the benchmark asks for, and how a program sees whether it was done: families of tasks.
 
-A family is registered under a name by ``register_tasks``; the built-in ones (code, docs, style) come from files in ``data``.
+A family is registered under a name by ``register_tasks``; the built-in ones (code, docs, style, advice, faults) come from files
+in ``data``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Family:
         score: ``(task, reply, run_code) -> Scored``; nothing of a reply is run unless ``run_code``.
         success: what success means, in words for the report.
         max_tokens: longest reply.
-        traits: names of traits that make sense for it; empty: all.
+        stretch: whether replies may become longer for a trait whose metric says that it needs that (``Metric.tokens``).
+        traits: names of traits that make sense for it; empty: all but those in ``left_out``, which have one of their own.
     """
 
     name: str
@@ -53,6 +55,12 @@ class Family:
     success: str
     max_tokens: int
     traits: tuple[str, ...] = ()
+    stretch: bool = False
+    left_out: tuple[str, ...] = ()
+
+    def fits(self, trait: str) -> bool:
+        """Whether the trait of that name is measured on these tasks."""
+        return trait in self.traits if self.traits else trait not in self.left_out
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -161,7 +169,8 @@ def score_style(task: Task, reply: str, run_code: bool) -> Scored:
 
 
 def builtin_families() -> list[Family]:
-    """Code completion, documentation and conversation, 60 tasks or more each."""
+    """Code completion, documentation and conversation, 60 tasks or more each. Traits that show in some conversations only have
+    tasks of their own: ``advice`` for caution, ``faults`` for debugging."""
     functions = list(read_functions())
     return [
         Family(
@@ -169,18 +178,25 @@ def builtin_families() -> list[Family]:
             tuple(Task(f["name"], _code_prompt(f), f) for f in functions),
             score_code,
             "the function passes its checks (without --run-code: it is valid Python that defines the function)",
-            max_tokens=128,
-            traits=("debugging", "succinctness"),
+            max_tokens=96,
+            traits=("debugging",),
         ),
         Family(
             "docs",
             tuple(Task(f["name"], _docs_prompt(f), f) for f in functions),
             score_docs,
             "share of required facts kept",
-            max_tokens=96,
+            max_tokens=64,
             traits=("formality", "succinctness"),
         ),
-        Family("style", tuple(_style_tasks()), score_style, "the reply is about the question", max_tokens=64),
+        *(
+            Family(name, tuple(_talk(name)), score_style, "the reply is about the question", 40, traits, True, left_out)
+            for name, traits, left_out in (
+                ("style", (), ("caution", "debugging")),
+                ("advice", ("caution",), ()),
+                ("faults", ("debugging",), ()),
+            )
+        ),
     ]
 
 
@@ -221,10 +237,10 @@ def _docs_prompt(f: dict[str, Any]) -> str:
     return f"{asked}\n\n```python\n{reference(f)}```"
 
 
-def _style_tasks() -> Iterator[Task]:
-    for number, line in enumerate(data_lines("style.txt"), start=1):
+def _talk(name: str) -> Iterator[Task]:
+    for number, line in enumerate(data_lines(f"{name}.txt"), start=1):
         question, _, topic = line.partition(" @ ")
-        yield Task(f"style-{number:02d}", question, {"topic": topic.split("|")})
+        yield Task(f"{name}-{number:02d}", question, {"topic": topic.split("|")})
 
 
 def read_choices() -> list[tuple[str, list[str]]]:

@@ -18,12 +18,13 @@ from ..metrics import early_end_share, repeated_ngram_share, word_count
 class Guard:
     """How much worse than plain texts steered ones may be.
 
-    ``perplexity_ratio``: of the medians. ``repeats``, ``early_ends``: what is added to the plain share of repeated
+    ``perplexity_ratio``: of the medians. Below the 1.5 that strength 1 is meant to stay under: a dose that is the largest to
+    pass on some prompts passes more narrowly on others. ``repeats``, ``early_ends``: what is added to the plain share of repeated
     4-grams and of replies that break off.
     """
 
-    perplexity_ratio: float = 1.5
-    repeats: float = 0.1
+    perplexity_ratio: float = 1.45
+    repeats: float = 0.15
     early_ends: float = 0.1
 
 

@@ -10,6 +10,7 @@ from ..engine.base import Engine, GenerateRequest, Generation
 from ..engine.base import Prompt as EnginePrompt
 from ..errors import DataError
 from ..extract.base import Pair, Side
+from ..metrics import reply_tokens
 
 ANSWER_TOKENS = 24
 """Length of held-out answers that have to be generated."""
@@ -29,6 +30,8 @@ class Objective(ABC):
     unit: str
     of: str
     prompts: list[EnginePrompt]
+    reply_tokens: int = 0
+    """How long the sweep's texts have to be at least; 0 if nobody knows."""
 
     @abstractmethod
     def scores(self, engine: Engine, steering: Any, replies: Sequence[Generation], n: int) -> list[float]:
@@ -50,6 +53,7 @@ class TextObjective(Objective):
         self.name = name
         self.prompts = list(prompts)
         self._metric = metric
+        self.reply_tokens = reply_tokens(metric, 0)
 
     def scores(self, engine: Engine, steering: Any, replies: Sequence[Generation], n: int) -> list[float]:
         """The metric of each reply."""

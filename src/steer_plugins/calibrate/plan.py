@@ -19,7 +19,7 @@ class Level:
         windows: candidate layer windows as (centre, width), parts of the model's depth.
         ratio: from one dose of the ladder to the next.
         n_search: prompts of a trial; ``n_confirm``: prompts on which the winner has to pass.
-        tokens: (short, long) lengths of the sweep's texts; see :func:`text_length`.
+        tokens: shortest and longest texts of the sweep; between them what the objective says that it needs.
         curve: strengths at which the winner is measured.
         scopes: scopes that are tried.
         n_random: random vectors of the same layers and doses to compare with.
@@ -50,7 +50,7 @@ class Level:
 
 QUICK = Level(
     name="quick",
-    windows=((0.5, 0.2), (0.57, 0.2), (0.42, 0.2)),
+    windows=((0.57, 0.2), (0.68, 0.2), (0.5, 0.2)),
     ratio=1.35,
     n_search=6,
     n_confirm=10,

@@ -138,18 +138,20 @@ class Sweep:
         self._replies: dict[tuple[str, str, float], list[Generation]] = {}
         self._logprobs: dict[tuple[str, str, float], list[Array]] = {}
         self._tokenized = [engine.tokenize(p, thinking=thinking) for p in objective.prompts[: level.n_confirm]]
-        self.max_tokens = level.tokens[1]
+        shortest, longest = level.tokens
+        # replies that are much longer than the guard needs repeat themselves, with or without steering
+        self.max_tokens = min(longest, max(shortest, objective.reply_tokens)) if objective.reply_tokens else longest
         self._measure_plain()
 
     # ---- texts ----
 
     def _measure_plain(self) -> None:
-        """Plain texts; they also say how long the texts have to be: short ones do, unless replies come to their own end
-        within the longer length, for then their length may be what differs."""
+        """Plain texts; they also say how long the texts have to be: as the objective says, or else short ones do, unless
+        replies come to their own end within the longer length, for then their length may be what differs."""
         n, key = len(self._tokenized), _PLAIN
         tested = min(n, self.level.n_search)
         replies = self._generate([None] * tested, range(tested))
-        if 4 * sum(reply.finish_reason == "stop" for reply in replies) < tested:
+        if not self.objective.reply_tokens and 4 * sum(reply.finish_reason == "stop" for reply in replies) < tested:
             self.max_tokens = self.level.tokens[0]
             replies = [self._cut(reply, self.max_tokens) for reply in replies]
         replies += self._generate([None] * (n - tested), range(tested, n))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +24,28 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--trait", "traits", multiple=True, metavar="NAME", help="Bundled trait or trait file; may be repeated.")
 @click.option("--pole", type=click.Choice(["positive", "negative"]), default="positive", show_default=True)
-@click.option("--family", "families", multiple=True, metavar="NAME", help="code, docs, style, or a plugin's (default: all).")
+@click.option(
+    "--family",
+    "families",
+    multiple=True,
+    metavar="NAME",
+    help="code, docs, style, advice, faults, or a plugin's (default: all).",
+)
 @engine_options
 @click.option("--quick", is_flag=True, help="A few prompts of each family: for a look, the numbers mean little.")
 @click.option("--prompts", type=click.IntRange(min=2), metavar="N", help="Prompts of each family, half of them to be scored.")
 @click.option("--sampled/--no-sampled", default=True, show_default=True, help="Seeded sampling beside greedy replies.")
 @click.option("--run-code", is_flag=True, help="Run the code the model writes, in a child process. This is no sandbox.")
+@click.option(
+    "--fit", is_flag=True, help="First fit the traits that the library lacks, all bundled ones unless --trait names some."
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Traits side by side, each with an engine of its own on its part of the threads. Changes no result.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @report_options
 @json_option
@@ -40,6 +58,8 @@ def control(
     prompts: int | None,
     sampled: bool,
     run_code: bool,
+    fit: bool,
+    jobs: int,
     seed: int,
     out: Out,
     as_json: bool,
@@ -53,6 +73,7 @@ def control(
     Examples:
       steer bench control --quick --trait mood
       steer bench control --trait mood --trait succinctness --run-code --out report
+      steer bench control --fit --jobs 2 --run-code --out report
     """
     from ..bench.control import QUICK, Control, Plan
     from ..bench.report import SUMMARY, make_report, summary_rows
@@ -65,7 +86,13 @@ def control(
     if prompts is not None:
         plan = replace(plan, prompts=prompts)
     err = console(stderr=True)
-    with engine.open(n_parallel=N_PARALLEL) as opened:
+    if engine.server is None and engine.threads is None and jobs > 1:
+        engine = replace(engine, threads=max(1, (os.cpu_count() or 1) // jobs))
+    with ExitStack() as stack:
+        opened = stack.enter_context(engine.open(n_parallel=N_PARALLEL))
+        if fit:
+            _fit(opened, traits)
+        helpers = [stack.enter_context(engine.open(n_parallel=N_PARALLEL)) for _ in range(1, jobs)]
         with err.status("reading") as status:
             done = 0
 
@@ -75,7 +102,7 @@ def control(
                 status.update(f"{done} texts; {stage}")
 
             cases = _cases(opened, traits, 1 if pole == "positive" else -1, plan)
-            results = Control(opened, cases, chosen, plan, report).run()
+            results = Control(opened, cases, chosen, plan, report, helpers).run()
         found = make_report(opened, cases, chosen, plan, results, ["steer", *sys.argv[1:]])
 
     def show(files: list[Path]) -> None:
@@ -85,6 +112,21 @@ def control(
             print_table(SUMMARY, summary_rows(found.summary))
 
     out.deliver(found, show, as_json=as_json)
+
+
+def _fit(engine: Engine, names: tuple[str, ...]) -> None:
+    """Fit what is missing in the library, as `steer train NAME` does."""
+    from ..library import Library
+    from ..training import Training
+    from ..traits import bundled_traits, load_trait
+    from .train import run_training
+
+    library, identity = Library(), engine.info.identity
+    traits = [load_trait(name) for name in names or bundled_traits()]
+    for trait in traits:
+        if not library.path(trait.name, identity).is_file():
+            # another process may have been quicker; both made the same
+            library.put(run_training(Training(engine, trait.name, trait)), identity, overwrite=True)
 
 
 def _cases(engine: Engine, names: tuple[str, ...], sign: int, plan: Plan) -> list[Case]:

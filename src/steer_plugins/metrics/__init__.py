@@ -6,7 +6,7 @@ and are registered through the same plugin hook as anyone's.
 
 from __future__ import annotations
 
-from .base import Metric
+from .base import Metric, reply_tokens
 from .caution import score_caution
 from .creativity import score_creativity
 from .debugging import score_debugging
@@ -22,6 +22,7 @@ __all__ = [
     "early_end_share",
     "ended_early",
     "repeated_ngram_share",
+    "reply_tokens",
     "score_caution",
     "score_creativity",
     "score_debugging",
@@ -49,6 +50,7 @@ def builtin_metrics() -> dict[str, Metric]:
             score=score_succinctness,
             positive="terse",
             negative="expansive",
+            tokens=128,
         ),
         Metric(
             name="creativity",

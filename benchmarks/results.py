@@ -1,0 +1,118 @@
+"""Write docs/results.md: fit the bundled traits to the default model, run `steer bench control` on all, say how long it took.
+
+    python benchmarks/results.py --jobs 2
+
+Vectors, report (HTML, every reply, manifest) and times go to build/results: what a user has fitted is not touched. Vectors that
+are there already are used again. POSIX only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from steer_plugins.bench.report import read_report
+from steer_plugins.bench.results import results_page, table
+from steer_plugins.traits import bundled_traits
+
+STEER = [sys.executable, "-m", "steer_plugins"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, default=Path("build/results"), help="where library, report and times go")
+    parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
+    parser.add_argument("--jobs", type=int, default=2, help="traits side by side, one thread each")
+    parser.add_argument("--fit-only", action="store_true", help="stop before the benchmark")
+    parser.add_argument("--page-only", action="store_true", help="write the page of the report that is there")
+    options = parser.parse_args()
+    file = options.build / "times.json"
+    times: dict[str, list[float]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if not options.page_only:
+        options.build.mkdir(parents=True, exist_ok=True)
+        os.environ["STEER_LIBRARY"] = str((options.build / "library").absolute())
+        times |= fit_all(options.jobs)
+        file.write_text(json.dumps(times, indent=1), "utf-8")
+    if not (options.page_only or options.fit_only):
+        times["steer bench control"] = run(options)
+        file.write_text(json.dumps(times, indent=1), "utf-8")
+    if not options.fit_only:
+        rows = [(f"`{step}`", f"{clock:.0f}", f"{cpu:.0f}") for step, (clock, cpu) in times.items()]
+        where = f"{processor()}, {os.cpu_count()} cores, {options.jobs} traits side by side with one thread each"
+        heading = f"## Time\n\nOn {where}. The clock's time depends on what else the machine does.\n\n"
+        report = read_report(options.build / "report")
+        page = f"{results_page(report)}\n{notes(report.manifest)}".rstrip() + "\n"
+        table_ = table(("step", "seconds on the clock", "processor seconds"), rows)
+        options.page.write_text(f"{page}\n{heading}{table_}\n", "utf-8")
+        print(f"wrote {options.page}")
+
+
+def notes(manifest: dict[str, Any]) -> str:
+    """What a person has to say, from benchmarks/results_notes.md. Its first line names the run it was written for by the hash
+    of its vectors; on the page of another run the notes say that they are old."""
+    file = Path(__file__).with_name("results_notes.md")
+    if not file.is_file():
+        return ""
+    first, _, text = file.read_text("utf-8").partition("\n")
+    joined = " ".join(vector["content_sha256"] for vector in manifest["vectors"].values())
+    run = hashlib.sha256(joined.encode()).hexdigest()[:16]
+    if first.strip() == f"run: {run}":
+        return f"## Why\n\nWritten by hand, about this run.\n\n{text.strip()}\n"
+    return f"## Why\n\nWritten by hand about an earlier run ({first.strip()}; this is {run}).\n\n{text.strip()}\n"
+
+
+def fit_all(jobs: int) -> dict[str, list[float]]:
+    """Fit what the library lacks; what it took, in seconds on the clock and of the processor."""
+
+    def fit(name: str) -> tuple[str, list[float]] | None:
+        started = time.monotonic()
+        child = subprocess.Popen([*STEER, "train", name, "--threads", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert child.stderr is not None
+        said = child.stderr.read().decode()
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode and "already has" not in said:
+            raise SystemExit(said)
+        if child.returncode:
+            return None
+        return f"steer train {name}", [time.monotonic() - started, used.ru_utime + used.ru_stime]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(found for found in pool.map(fit, bundled_traits()) if found is not None)
+
+
+def run(options: argparse.Namespace) -> list[float]:
+    """The benchmark; what it took."""
+    started = time.monotonic()
+    report = str(options.build / "report")
+    arguments = f"--jobs {options.jobs} --threads 1 --run-code --overwrite --out".split()
+    child = subprocess.Popen([*STEER, "bench", "control", *arguments, report])
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(child.returncode)
+    return [time.monotonic() - started, used.ru_utime + used.ru_stime]
+
+
+def processor() -> str:
+    """What the processor calls itself."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

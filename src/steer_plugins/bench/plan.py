@@ -1,0 +1,66 @@
+"""How much ``steer bench control`` runs, and what it finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+CURVE = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to run.
+
+    Attributes:
+        prompts: of each family, half of them to choose the strength and half of them to be scored.
+        strengths: those to choose from, on at most ``choose_prompts`` of their half.
+        curve: strengths of the dose-response curve, each on ``curve_prompts`` of the scored half, but full strength on all.
+        control_prompts: prompts of the arms that should do nothing.
+        sampled: seeded sampling at ``temperature`` beside greedy runs, on at most ``sampled_prompts``.
+        conversations: of ``turns`` turns each.
+        choices: multiple-choice questions; ``neutral``: requests for the divergence from the plain model.
+        pairs: examples for the vector with shuffled labels, None for all.
+    """
+
+    prompts: int = 60
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    choose_prompts: int = 6
+    curve: tuple[float, ...] = CURVE
+    curve_prompts: int = 9
+    control_prompts: int = 9
+    sampled: bool = True
+    sampled_prompts: int = 6
+    temperature: float = 0.7
+    conversations: int = 2
+    turns: int = 4
+    choices: int = 16
+    neutral: int = 12
+    pairs: int | None = None
+    seed: int = 0
+    run_code: bool = False
+
+
+QUICK = Plan(
+    prompts=4,
+    strengths=(0.5, 1.0),
+    choose_prompts=1,
+    curve=(-1.0, -0.66, -0.33, 0.0, 0.33, 0.66, 1.0),
+    curve_prompts=1,
+    control_prompts=1,
+    sampled_prompts=1,
+    conversations=1,
+    turns=2,
+    choices=6,
+    neutral=2,
+    pairs=8,
+)
+"""For a look, and for CI: the numbers mean little."""
+
+
+@dataclass
+class Results:
+    """What a run found: ``rows``, one for each reply and question, and ``summary``; JSON values only."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
