@@ -54,7 +54,7 @@ def program(command: list[str], env: dict[str, str], log: Path, url: str) -> Ite
     with open(log, "wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 httpx.get(url, trust_env=False)
