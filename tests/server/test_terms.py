@@ -336,3 +336,25 @@ def test_every_route_takes_terms(exact: Any, tmp_path: Path) -> None:
         assert text(server.ok(path, {**fields, "steering": []})) == plain, path
         assert text(server.ok(path, {**fields, "steering": [{"vector": "v"}]})) != plain, path
         assert "no vector 'w'" in server.error(path, {**fields, "steering": [{"vector": "w"}]})
+
+
+def test_tags_part_generated_text(exact: Any, tmp_path: Path) -> None:
+    """What is sampled is followed as given text is: the numbers of a probe are those of the same text read."""
+    server = exact()
+    server.put("one", make_vector(server, 1, dose=3.0), tmp_path)
+    terms = [{"vector": "one", "scope": "thinking"}]
+    tags = {"open": "<A>", "close": "</A>"}
+    more = {"grammar": 'root ::= " one<A> two</A> three"', "ignore_eos": False, "steering_tags": tags, "steering_probe": ["one"]}
+    reply = server.complete("Say:", terms, 40, **more)
+    assert reply["content"] == " one<A> two</A> three"
+    prompt = server.tokens("Say:")
+    given = reply["tokens"][: len(reply["steering_probe"]["one"])]
+    where = list(range(len(prompt) - 1, len(prompt) + len(given) - 1))
+    fields: dict[str, Any] = {"prompts": [{"prompt": prompt, "response": given}], "layers": [1], "positions": where}
+    v = direction(server, 1).astype(np.float64)
+    read, plain = (
+        server.read(**fields, steering=t, steering_tags=tags)[1]["0.values"][0].astype(np.float64) @ v / 3.0 for t in (terms, [])
+    )
+    steered = np.abs(read - plain - 1.0) < 2e-3
+    assert steered.any() and not steered.all()
+    assert np.allclose(reply["steering_probe"]["one"][: len(where)], read, atol=2e-3)
