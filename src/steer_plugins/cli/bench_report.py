@@ -64,7 +64,9 @@ def report_options(command: F) -> F:
 
     @click.option("-o", "--out", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Write the report there.")
     @click.option("--overwrite", is_flag=True, help="Replace a report that is there.")
-    @click.option("--reporter", "reporters", multiple=True, metavar="NAME", help="html, jsonl, manifest, table, results (default: all).")
+    @click.option(
+        "--reporter", "reporters", multiple=True, metavar="NAME", help="html, jsonl, manifest, table, results (default: all)."
+    )
     @functools.wraps(command)
     def wrapped(*args: Any, folder: Path | None, overwrite: bool, reporters: tuple[str, ...], **rest: Any) -> Any:
         return command(*args, out=Out(folder, overwrite, reporters), **rest)

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from steer_plugins import native
 from steer_plugins.engine.base import (
     Activations,
-    Engine,
     GenerateRequest,
     Generation,
     GenerationStream,
@@ -30,6 +29,7 @@ from steer_plugins.engine.model import LoadedModel, shared_log
 from steer_plugins.engine.sampler import Sampler
 from steer_plugins.engine.session import Entry, Limits, SequenceSteering, Session
 from steer_plugins.engine.tables import check_fits
+from steer_plugins.engine.tokens import TokenEngine
 from steer_plugins.errors import DataError, EngineError, SpecError
 from steer_plugins.gate import Gate
 from steer_plugins.runtime import activate, ensure_runtime
@@ -40,7 +40,7 @@ DEFAULT_CTX = 4096
 """Context of one request unless asked otherwise: a model that advertises a million tokens does not take them."""
 
 
-class LocalEngine(Engine):
+class LocalEngine(TokenEngine):
     """A GGUF model in this process.
 
     Args:
@@ -142,12 +142,6 @@ class LocalEngine(Engine):
         self._sessions[kind] = session = Session(model, limits)
         return session
 
-    def _check_site(self, site: str) -> None:
-        if site not in self.info.sites:
-            raise SpecError(
-                f"Site '{site}' is not available in {self.info.architecture}: use {', '.join(self.info.sites)}."
-            )
-
     # ---- text ----
 
     def tokenize(self, prompt: Prompt, *, thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:
@@ -173,41 +167,6 @@ class LocalEngine(Engine):
 
     # ---- reading ----
 
-    def read(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        layers: Sequence[int] | None = None,
-        site: str = "resid_post",
-        positions: str | Sequence[int] = "last",
-        stream: str = "mean",
-        steering: Any = None,
-        max_tokens: int = 0,
-        thinking: bool | None = None,
-        progress: Progress | None = None,
-    ) -> list[Activations]:
-        texts = [self._fitting(self.tokenize(p, thinking=thinking)) for p in prompts]
-        lengths = [len(t) for t in texts]
-        if max_tokens > 0:
-            requests = [GenerateRequest(prompt=t, steering=steering, max_tokens=max_tokens) for t in texts]
-            texts = [t + g.tokens for t, g in zip(texts, self.generate_many(requests), strict=True)]
-        return self._read(list(zip(texts, lengths, strict=True)), layers, site, positions, stream, steering, progress)
-
-    def read_pairs(
-        self,
-        items: Sequence[tuple[Prompt, str | list[int]]],
-        *,
-        layers: Sequence[int] | None = None,
-        site: str = "resid_post",
-        positions: str | Sequence[int] = "response_mean",
-        stream: str = "mean",
-        steering: Any = None,
-        thinking: bool | None = None,
-        progress: Progress | None = None,
-    ) -> list[Activations]:
-        pairs = [self._pair(item, thinking) for item in items]
-        return self._read(pairs, layers, site, positions, stream, steering, progress)
-
     def _read(
         self,
         pairs: list[tuple[list[int], int]],
@@ -218,14 +177,8 @@ class LocalEngine(Engine):
         steering: Any,
         progress: Progress | None,
     ) -> list[Activations]:
-        chosen = list(range(self.info.n_layer)) if layers is None else sorted({int(il) for il in layers})
-        bad = [il for il in chosen if not 0 <= il < self.info.n_layer]
-        if bad or not chosen:
-            what = f"Layer {bad[0]} does not exist" if bad else "No layer was named"
-            raise SpecError(f"{what}: this model has layers 0 to {self.info.n_layer - 1}.")
-        self._check_site(site)
-        if stream not in ("mean", "all"):
-            raise SpecError(f"Unknown stream '{stream}': read the mean, or all.")
+        named = self._named_layers(layers, site, stream)
+        chosen = list(range(self.info.n_layer)) if named is None else named
         each = positions if isinstance(positions, list) and positions and isinstance(positions[0], str) else None
         texts = []
         for (tokens, n_prompt), spot in zip(pairs, each or [positions] * len(pairs), strict=True):

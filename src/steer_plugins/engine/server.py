@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from steer_plugins.engine.base import (
     Activations,
-    Engine,
     GenerateRequest,
     Generation,
     GenerationStream,
@@ -29,6 +28,7 @@ from steer_plugins.engine.chat import ChatTemplate, check_messages
 from steer_plugins.engine.remote.activations import decode_read
 from steer_plugins.engine.remote.http import Connection, EventStream, ServerBusy, ServerRefusal
 from steer_plugins.engine.remote.vectors import ServerVectors, content_name
+from steer_plugins.engine.tokens import TokenEngine
 from steer_plugins.errors import DataError, EngineError, ModelError, SpecError, SteerError, VectorError
 from steer_plugins.vector import ModelIdentity
 
@@ -50,7 +50,7 @@ MAX_READ = 128 << 20
 _FINISH = {"eos": "stop", "word": "stop", "limit": "length"}
 
 
-class ServerEngine(Engine):
+class ServerEngine(TokenEngine):
     """A model in a running llama-server with steering (``steer serve``), here or on another machine.
 
     Args:
@@ -240,41 +240,6 @@ class ServerEngine(Engine):
 
     # ---- reading ----
 
-    def read(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        layers: Sequence[int] | None = None,
-        site: str = "resid_post",
-        positions: str | Sequence[int] = "last",
-        stream: str = "mean",
-        steering: Any = None,
-        max_tokens: int = 0,
-        thinking: bool | None = None,
-        progress: Progress | None = None,
-    ) -> list[Activations]:
-        texts = [self._fitting(self.tokenize(p, thinking=thinking)) for p in prompts]
-        lengths = [len(t) for t in texts]
-        if max_tokens > 0:
-            requests = [GenerateRequest(prompt=t, steering=steering, max_tokens=max_tokens) for t in texts]
-            texts = [t + g.tokens for t, g in zip(texts, self.generate_many(requests), strict=True)]
-        return self._read(list(zip(texts, lengths, strict=True)), layers, site, positions, stream, steering, progress)
-
-    def read_pairs(
-        self,
-        items: Sequence[tuple[Prompt, str | list[int]]],
-        *,
-        layers: Sequence[int] | None = None,
-        site: str = "resid_post",
-        positions: str | Sequence[int] = "response_mean",
-        stream: str = "mean",
-        steering: Any = None,
-        thinking: bool | None = None,
-        progress: Progress | None = None,
-    ) -> list[Activations]:
-        pairs = [self._pair(item, thinking) for item in items]
-        return self._read(pairs, layers, site, positions, stream, steering, progress)
-
     def _read(
         self,
         pairs: list[tuple[list[int], int]],
@@ -285,16 +250,7 @@ class ServerEngine(Engine):
         steering: Any,
         progress: Progress | None,
     ) -> list[Activations]:
-        n_layer = self.info.n_layer
-        chosen = None if layers is None else sorted({int(il) for il in layers})
-        bad = [il for il in chosen or () if not 0 <= il < n_layer]
-        if bad or chosen == []:
-            what = f"Layer {bad[0]} does not exist" if bad else "No layer was named"
-            raise SpecError(f"{what}: this model has layers 0 to {n_layer - 1}.")
-        if site not in self.info.sites:
-            raise SpecError(f"Site '{site}' is not available in {self.info.architecture}: use {', '.join(self.info.sites)}.")
-        if stream not in ("mean", "all"):
-            raise SpecError(f"Unknown stream '{stream}': read the mean, or all.")
+        chosen = self._named_layers(layers, site, stream)
         rows, average = [], False
         for tokens, n_prompt in pairs:
             wanted, average = wanted_positions(positions, n_prompt, len(tokens))
@@ -303,7 +259,7 @@ class ServerEngine(Engine):
         body["positions"] = positions if isinstance(positions, str) else [int(p) for p in positions]
         if chosen is not None:
             body["layers"] = chosen
-        per_row = (n_layer if chosen is None else len(chosen)) * self.info.n_embd * 4
+        per_row = (self.info.n_layer if chosen is None else len(chosen)) * self.info.n_embd * 4
         per_row *= self.info.n_streams if stream == "all" else 1
         results: list[Activations] = []
         for first, last in _portions([n * per_row for n in rows], MAX_READ):
