@@ -12,8 +12,7 @@ import pytest
 from steer_plugins.calibrate import QUICK
 from steer_plugins.engine.base import GenerateRequest, Generation
 from steer_plugins.engine.local import LocalEngine
-from steer_plugins.extract import ContrastData, FitOptions, MeanDifference, chat, read_contrast, trait_data
-from steer_plugins.fileformats.numbering import probe_numbering
+from steer_plugins.extract import chat
 from steer_plugins.metrics import builtin_metrics
 from steer_plugins.steering import Steering, Term
 from steer_plugins.traits import load_trait
@@ -120,15 +119,3 @@ def test_replies_in_a_batch_are_those_alone(engine: LocalEngine, vector: Get) ->
     steerings: list[Any] = [None, vector("mood"), Term(vector("mood"), -0.5), Term(vector("succinctness"), 0.8)]
     requests = [GenerateRequest(PROMPT, steering=s, max_tokens=24) for s in steerings]
     assert [r.tokens for r in engine.generate_many(requests)] == [reply(engine, s).tokens for s in steerings]
-
-
-def test_the_blocks_tell_how_a_control_vector_is_numbered(engine: LocalEngine) -> None:
-    """A vector that was fitted at each block's output, under the numbers of either kind of writer (docs/formats.md)."""
-    data = trait_data(load_trait("mood"))
-    few = ContrastData(data.kind, data.pairs[:8], data.sha256)
-    options = FitOptions(layers=tuple(range(engine.info.n_layer - 1)), folds=0)
-    made = MeanDifference().fit(read_contrast(engine, few, options), options).directions
-    for shift, answer in ((0, "block"), (1, "plus-one")):
-        file = {il + shift: direction for il, direction in made.items() if il + shift >= 1}
-        found = probe_numbering(engine, engine.info.n_layer, file)
-        assert found.answer == answer, found
