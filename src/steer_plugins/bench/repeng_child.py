@@ -25,7 +25,7 @@ class Child:
     def __init__(self, model: Path, threads: int) -> None:
         import numpy as np
         import repeng  # type: ignore[import-not-found]
-        import torch  # type: ignore[import-not-found]
+        import torch
         import transformers  # type: ignore[import-not-found]
 
         torch.set_num_threads(threads)
