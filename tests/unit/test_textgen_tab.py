@@ -72,6 +72,15 @@ def test_bundled_traits_have_sliders_from_the_start(server: FakeServer) -> None:
     assert page.value(tab.text) == "mood:0 + zeal:0" and "eager" in page.value(tab.rows[1][1], "info")
 
 
+def test_watching_nothing_changes_nothing(server: FakeServer) -> None:
+    put("mood")
+    page = opened()
+    before = {key: dict(values) for key, values in page.shown.items()}
+    for button in (page.tab.fit, page.tab.train):
+        page.do(button, "then")
+    assert page.shown == before
+
+
 def test_sliders_and_expression_keep_in_step(server: FakeServer) -> None:
     put("mood")
     put("succinctness")

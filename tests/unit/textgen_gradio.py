@@ -65,6 +65,7 @@ class Page:
         assert len(values) == len(inputs)
         found = handler(*values)
         results = list(found) if hasattr(found, "__next__") else [found]
+        assert results  # gradio sets every output to null when a generator yields nothing
         for result in results:
             answers = result if len(outputs) != 1 else [result]
             assert len(answers) == len(outputs)

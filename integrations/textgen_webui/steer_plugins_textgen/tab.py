@@ -377,11 +377,13 @@ class Tab:
 
     def watch(self) -> Iterator[list[Any]]:
         """The progress of what is being fitted, until nothing is any more. Another page may watch the same."""
+        nothing = [gr.update() for _ in self.all]
         if not jobs.trainer.active:
+            yield nothing  # a generator that yields nothing would set every component to null
             return
         at = [i for i, component in enumerate(self.all) if component in (self.progress, self.train_progress)]
         while jobs.trainer.active:
-            values = [gr.skip() for _ in self.all] if hasattr(gr, "skip") else [gr.update() for _ in self.all]
+            values = list(nothing)
             for i in at:
                 values[i] = gr.update(value=wording.progress())
             yield values
