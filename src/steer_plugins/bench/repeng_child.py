@@ -24,9 +24,9 @@ class Child:
 
     def __init__(self, model: Path, threads: int) -> None:
         import numpy as np
-        import repeng  # type: ignore[import-not-found]
+        import repeng
         import torch
-        import transformers  # type: ignore[import-not-found]
+        import transformers
 
         torch.set_num_threads(threads)
         self.torch, self.repeng = torch, repeng
