@@ -87,7 +87,7 @@ def test_sliders_and_expression_keep_in_step(server: FakeServer) -> None:
     page = opened()
     tab = page.tab
     page.do(tab.rows[1][1], "input", -0.35)
-    assert page.value(tab.text) == "mood:0 + succinctness:-0.35"
+    assert page.value(tab.text) == "mood:0 + succinctness:-0.35" and "1 active" in page.value(tab.status)
     page.do(tab.text, "submit", "mood:0.4@1 + succinctness:2")
     assert [page.value(tab.rows[i][1], "value") for i in (0, 1)] == [0.4, 2.0]
     assert page.value(tab.rows[1][1], "maximum") == 2.0  # wide enough for what was typed

@@ -4,11 +4,14 @@ CSS = """
 #steering-tab { max-width: 1100px; margin: 0 auto; gap: 18px; }
 #steering-tab h3 { margin: 0; font-size: 1.05rem; }
 #steering-tab code { overflow-wrap: anywhere; }
-.steer-head { align-items: center; flex-wrap: nowrap !important; }
-.steer-head > :first-child { flex: 1 1 auto; }
+.steer-head { align-items: center; gap: 8px 16px; }
+.steer-head > :first-child { flex: 1 1 auto !important; min-width: max-content !important; }
+.steer-head > button { flex: 0 0 auto !important; }
 .steer-head > :last-child { flex: 0 0 auto !important; width: auto; }
 .steer-row { align-items: center; flex-wrap: nowrap !important; gap: 8px; }
-.steer-row button { align-self: center !important; }
+.steer-row > :first-child { min-width: 0 !important; flex: 1 1 0 !important; }
+.steer-row button { align-self: center !important; flex: none !important; }
+.steer-row input[type=number] { max-width: 72px; }
 .steer-status { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 12px; padding: 8px 12px; border-radius: 8px;
   background: var(--bg-input, var(--background-fill-secondary)); color: var(--body-text-color); overflow-wrap: anywhere; }
 .steer-status i { width: 10px; height: 10px; border-radius: 50%; background: #2ea043; align-self: center; flex: none; }
@@ -40,6 +43,7 @@ CSS = """
 #steering-tab .form { gap: 12px; }
 #steering-tab .label-wrap { text-align: left; gap: 12px; }
 #steering-tab .label-wrap > span:first-child { flex: 1 1 auto; min-width: 0; }
+#steering-tab .label-wrap > .icon { flex: none; }
 #steering-picture { overflow-x: auto; }
 #steering-picture table { margin: 0; }
 #steering-picture td, #steering-picture th { border: 0; }

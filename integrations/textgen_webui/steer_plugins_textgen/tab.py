@@ -229,7 +229,8 @@ class Tab:
         self.on.input(self.switch, [self.on], self.all, **quick)
         for i, (_, slider, zero, remove) in enumerate(self.rows):
             # always_last: a slider that is dragged on while a change is under way ends where it was let go
-            slider.input(functools.partial(self.slide, i), [slider], [self.text, self.note], trigger_mode="always_last", **quick)
+            in_step = [self.text, self.note, self.status]
+            slider.input(functools.partial(self.slide, i), [slider], in_step, trigger_mode="always_last", **quick)
             zero.click(functools.partial(self.zero, i), None, self.all, **quick)
             remove.click(functools.partial(self.drop, i), None, self.all, **quick)
         self.zero_all.click(self.zeros, None, self.all, **quick)
@@ -279,10 +280,10 @@ class Tab:
         settings().set_flag("on", on)
         follow()
 
-    def slide(self, i: int, value: float) -> tuple[Any, Any]:
+    def slide(self, i: int, value: float) -> tuple[Any, Any, Any]:
         settings().change_term(i, strength=float(value))
         follow()
-        return settings().expression, wording.note()
+        return settings().expression, wording.note(), wording.status(current_or_none())
 
     def zero(self, i: int) -> list[Any]:
         return self._with(lambda: settings().change_term(i, strength=0.0))
