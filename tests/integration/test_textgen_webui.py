@@ -169,7 +169,7 @@ def test_the_running_reply_follows_a_slider(page: Page, webui: Webui) -> None:
     page.slide(0, 0.5)
     page.expect(lambda: any([term["strength"] for term in one["steering"]] == [0.5] for one in running()))
     page.tab("Chat")
-    page.page.locator("#stop").evaluate("button => button.click()")
+    page.page.locator("#stop").first.evaluate("button => button.click()")
 
 
 def test_training_in_the_tab(page: Page, webui: Webui) -> None:

@@ -38,7 +38,7 @@ from steer_plugins.vector import SteeringVector
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "Describe a walk in the forest."
-SETTINGS = "mode: instruct\nseed: 7\ntemperature: 0.7\nmax_new_tokens: 48\n"
+SETTINGS = "mode: instruct\nseed: 7\ntemperature: 0.7\nauto_max_new_tokens: false\nmax_new_tokens: 48\n"
 
 
 def needed() -> tuple[Path, Path, Runtime]:
@@ -223,7 +223,7 @@ class Page:
         button = self.page.locator("button[role=tab]", has_text=name).first
 
         def chosen() -> bool:
-            button.click()
+            button.evaluate("button => button.click()")  # it may be scrolled out of the webui's own bar
             return bool(button.get_attribute("aria-selected") == "true")
 
         self.expect(chosen)
@@ -241,10 +241,17 @@ class Page:
         self.page.locator(f"#steering-{name}").click()
 
     def write(self, expression: str) -> None:
-        """Type an expression, and wait until it is in force."""
-        self.fill("expression", expression)
-        self.page.locator("#steering-expression textarea").press("Enter")
-        self.expect(lambda: self.webui.get("/v1/internal/steering")["page"]["steering"] == expression)
+        """Type an expression, and wait until it is in force. A page that is still being told what to show may overwrite it."""
+
+        def in_force() -> bool:
+            if self.webui.get("/v1/internal/steering")["page"]["steering"] == expression:
+                return True
+            self.fill("expression", expression)
+            self.page.locator("#steering-expression textarea").press("Enter")
+            self.page.wait_for_timeout(500)
+            return False
+
+        self.expect(in_force)
 
     def unfold(self, name: str) -> None:
         self.page.locator(f"#steering-{name} button").first.click()

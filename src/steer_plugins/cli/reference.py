@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Iterator
@@ -58,8 +59,12 @@ def _help(path: str, command: click.Command) -> str:
     settings: dict[str, Any] = {"terminal_width": 100, "max_content_width": 100, **cli.context_settings}
     for word in path.split()[:-1]:
         parent = click.Context(click.Group(word), info_name=word, parent=parent, **settings)
-    # the command's own settings win, as when it is called: click keeps the help option of the first context a command sees
+    # the command's own settings win, as when it is called
     settings |= command.context_settings
+    # click keeps the help option of the first context a command sees, and that may have had other settings
+    command = copy.copy(command)
+    if hasattr(command, "_help_option"):
+        command._help_option = None
     context = click.Context(command, info_name=path.split()[-1], parent=parent, **settings)
     lines = command.get_help(context).splitlines()
     return "\n".join(line.rstrip() for line in lines)
