@@ -11,7 +11,7 @@ import pytest
 from steer_plugins.bench.arms import case_of
 from steer_plugins.bench.control import Control, Plan
 from steer_plugins.bench.report import builtin_reporters, make_report
-from steer_plugins.bench.tasks import builtin_families
+from steer_plugins.bench.tasks import Scored, builtin_families
 from steer_plugins.traits import load_trait
 from tests.engine.engines import open_engine, vector
 
@@ -33,7 +33,8 @@ PLAN = Plan(
 
 def test_the_same_seed_gives_the_same_report(tiny: Callable[..., Path]) -> None:
     style = next(f for f in builtin_families() if f.name == "style")
-    families = [replace(style, max_tokens=8)]
+    # a random model says nothing to the point, and below the floor no arm would be run
+    families = [replace(style, max_tokens=8, score=lambda task, reply, run_code: Scored(1.0))]
     made = []
     for _ in range(2):
         with open_engine(tiny("llama"), n_ctx=1024) as engine:

@@ -44,7 +44,7 @@ def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webui]:
         assert done.returncode == 0, done.stderr[-2000:]
     found.install()
     try:
-        found.start("--portable")
+        found.start()  # a portable webui has the llama.cpp loader only
         fit(found, "mood")
         yield found
     finally:
