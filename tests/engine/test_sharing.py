@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from steer_plugins.engine import batching, trie
+from steer_plugins.engine.base import GenerateRequest
 from steer_plugins.engine.batching import Group, Text, common_prefix, find_hosts, plan_groups
 from steer_plugins.engine.local import LocalEngine
 from steer_plugins.engine.session import Session
+from steer_plugins.steering import Term
+
+from .engines import vector
 
 SYSTEMS = ("be as kind as you can be to everyone here", "be as rude as you can be to everyone here")
 PROMPTS = [
@@ -117,8 +123,7 @@ def test_a_trie_has_each_prefix_once(seed):
     texts = [texts[i] for i in find_hosts(texts)]
     groups = trie.groups_of(texts, 4)
     held, seen = [], []
-    for number, group in enumerate(groups):
-        after = texts[groups[number + 1][0]].tokens if number + 1 < len(groups) else None
+    for group, after in zip(groups, [*groups[1:], []], strict=True):
         batch = trie.plan_batch(texts, group, held, after)
         for k, i in enumerate(group):
             tokens, path = texts[i].tokens, batch.paths[k]
@@ -183,3 +188,118 @@ def test_hosts_carry_their_beginnings():
     texts = [text(1, 2), text(1, 2, 3), text(1, 3), text(1, 2), text(1)]
     hosts = find_hosts(texts)
     assert {host: sorted(members) for host, members in hosts.items()} == {2: [2], 1: [0, 1, 3, 4]}
+
+
+# ---- steered and scored texts, prompts of replies ----
+
+STEERINGS = ("none", "all", "response", "prompt", "3-9")
+
+
+def steered(engine, scope):
+    return None if scope == "none" else Term(vector(engine, scope=scope), 1.0)
+
+
+def nested(engine):
+    """Prompts that part at many places, that begin others, and that are equal; answers that begin alike."""
+    whole = engine.tokenize(PROMPTS[0])
+    prompts = [*map(engine.tokenize, PROMPTS), whole[:-4], whole, [*whole, 61, 62], whole[:12]]
+    return [(prompt, [*answer, 70 + i % 2]) for prompt in prompts for i, answer in enumerate(([60, 61], [60, 63], [64]))]
+
+
+@pytest.mark.parametrize("scope", STEERINGS)
+def test_scores_are_those_of_each_text_alone(engine, scope):
+    items, steering = nested(engine), steered(engine, scope)
+    plain = engine.logprobs(items)
+    found = engine.logprobs(items, steering=steering)
+    for item, one in zip(items, found, strict=True):
+        assert np.abs(one - engine.logprobs([item], steering=steering)[0]).max() < 5e-2
+    if steering is not None:
+        assert max(np.abs(a - b).max() for a, b in zip(plain, found, strict=True)) > 0.5
+
+
+@pytest.mark.parametrize("scope", STEERINGS)
+def test_reads_of_steered_texts_are_those_of_each_alone(engine, scope):
+    items, steering = nested(engine), steered(engine, scope)
+    words = [("last", "all", "response_mean")[i % 3] for i in range(len(items))]
+    found = engine.read_pairs(items, layers=LAYERS, positions=words, steering=steering)
+    for item, word, one in zip(items, words, found, strict=True):
+        near(one, engine.read_pairs([item], layers=LAYERS, positions=word, steering=steering)[0])
+
+
+def acts(scope, position, n_prompt):
+    response = position >= n_prompt - 1
+    places = {"none": False, "all": position > 0, "response": response, "prompt": position > 0 and not response}
+    return places.get(scope, 3 <= position <= 9)
+
+
+@pytest.mark.parametrize("scope", STEERINGS)
+def test_scoring_computes_each_steered_prefix_once(llama_cpp, tiny, computed, scope):
+    with LocalEngine(tiny("llama"), n_ctx=512, n_threads=1, n_parallel=4) as engine:
+        items = [(engine.tokenize(p), [*answer, 70]) for p in PROMPTS for answer in ([60, 61], [60, 63], [64])]
+        engine.logprobs(items, steering=steered(engine, scope))
+
+        texts = [[(t, acts(scope, p, len(a))) for p, t in enumerate([*a, *b])] for a, b in items]
+        least = len({tuple(keys[: i + 1]) for keys in texts for i in range(len(keys))})
+        used = sum(n for n, _ in computed)
+        # a batch begins with what the last one held, but for positions whose logits it needs itself
+        assert least <= used < 1.2 * least < 0.6 * sum(map(len, texts))
+        assert sum(outputs for _, outputs in computed) <= sum(len(b) + 1 for _, b in items)
+
+
+def requests(engine, scope, n_tokens=6):
+    term = steered(engine, scope)
+    steerings = [None] if term is None else [None, term, Term(term.vector, -0.5), Term(term.vector, 1.0)]
+    prompts = PROMPTS[:5] + PROMPTS[6:8]
+    return [GenerateRequest(p, s, max_tokens=n_tokens + i % 3) for i, p in enumerate(prompts) for s in steerings]
+
+
+def alone_reply(engine, request):
+    return engine.generate(request.prompt, steering=request.steering, max_tokens=request.max_tokens)
+
+
+@pytest.mark.parametrize("scope", STEERINGS)
+def test_replies_to_prompts_that_begin_alike_are_those_of_each_alone(engine, scope):
+    asked = requests(engine, scope)
+    for request, one in zip(asked, engine.generate_many(asked), strict=True):
+        alone = alone_reply(engine, request)
+        if one.tokens == alone.tokens:
+            assert (one.text, one.finish_reason, one.prompt_tokens) == (alone.text, alone.finish_reason, alone.prompt_tokens)
+            continue
+        # a random model has ties, which the shape of a batch may decide
+        at = next(i for i, (a, b) in enumerate(zip(one.tokens, alone.tokens, strict=False)) if a != b)
+        ends = [(request.prompt, reply.tokens[: at + 1]) for reply in (one, alone)]
+        scores = [found[-1] for found in engine.logprobs(ends, steering=request.steering)]
+        assert abs(scores[0] - scores[1]) < 0.02
+    # nothing is left that the next call could depend on
+    session = engine._sessions["many"]
+    assert not any(session.kv.values()) and all(
+        session.c.llama_memory_seq_pos_max(session.memory, s) == -1 for s in range(session.limits.n_seq)
+    )
+
+
+@pytest.mark.parametrize("scope", STEERINGS)
+def test_the_beginnings_of_prompts_are_copied(llama_cpp, tiny, computed, scope):
+    """As far as they are steered alike."""
+    with LocalEngine(tiny("llama"), n_ctx=512, n_threads=1, n_parallel=4) as engine:
+        asked = [replace(request, max_tokens=1) for request in requests(engine, scope)]
+        engine.generate_many(asked)
+        texts = []
+        for request in asked:
+            tokens, strength = engine.tokenize(request.prompt), request.steering.strength if request.steering else 0.0
+            texts.append([(t, strength * acts(scope, p, len(tokens))) for p, t in enumerate(tokens)])
+        # the last token of each is computed for its logits
+        least = len({tuple(keys[: i + 1]) for keys in texts for i in range(len(keys) - 1)}) + len(asked)
+        used, total = sum(n for n, _ in computed), sum(map(len, texts))
+        # a reply waits for no less than MIN_SHARED tokens, and there are no more sources than sequences
+        assert least <= used <= least + batching.MIN_SHARED * len(asked)
+        assert used < (0.75 if scope == "all" else 0.6) * total, (used, least, total)
+
+
+def test_a_window_that_is_shorter_than_what_is_copied(llama_cpp, tiny):
+    """gemma3 looks back less far than these prompts are long."""
+    with LocalEngine(tiny("gemma3"), n_ctx=512, n_threads=1, n_parallel=4, n_batch=64) as engine:
+        stem = [int(t) for t in np.random.default_rng(0).integers(10, 40, 420)]
+        asked = [GenerateRequest([*stem, 50 + i], max_tokens=12) for i in range(9)]
+        found = engine.generate_many(asked)
+        assert [one.tokens for one in found] == [alone_reply(engine, request).tokens for request in asked]
+        assert len({tuple(one.tokens) for one in found}) > 1

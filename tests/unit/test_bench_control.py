@@ -664,8 +664,10 @@ def test_a_floor_costs_nothing() -> None:
 
 
 def test_caps() -> None:
-    plan = replace(PLAN, choose_prompts=3, sampled_prompts=2, curve_prompts=2, control_prompts=1)
-    rows = [row for row in run(World(cliff=5.0), plan).rows if row["kind"] in ("reply", "dose")]
+    plan = replace(PLAN, choose_prompts=3, sampled_prompts=2, curve_prompts=2, control_prompts=1, random_prompts=4, max_tokens=7)
+    engine = World(cliff=5.0)
+    rows = [row for row in run(engine, plan).rows if row["kind"] in ("reply", "dose")]
+    assert {r.max_tokens for r in engine.generated} - {TURN_TOKENS, 32} == {7}
 
     def tasks(**wanted: Any) -> int:
         return len({row["task"] for row in rows if all(row[key] == value for key, value in wanted.items())})
@@ -674,7 +676,7 @@ def test_caps() -> None:
     assert tasks(kind="reply", half="score", decoding="greedy", arm="steer") == 5
     assert not tasks(kind="reply", decoding="sampled", arm="random")
     assert tasks(kind="dose", strength=0.3) == 2 and tasks(kind="dose", strength=1.0, arm="steer") == 5
-    assert tasks(kind="dose", arm="random") == tasks(kind="reply", arm="random") == 1
+    assert tasks(kind="dose", arm="random") == 4 and tasks(kind="reply", arm="random") == 1
 
 
 def test_plain_replies_are_shared() -> None:

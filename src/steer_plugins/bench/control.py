@@ -9,11 +9,9 @@ the other. Everything is drawn from one seed.
 from __future__ import annotations
 
 import copy
-import queue
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +21,9 @@ from .plan import QUICK, Plan, Results
 from .replies import Ask, Replies, Report
 from .stats import Estimate, estimate, paired, spearman
 from .tasks import Family, Task, data_lines, read_choices
+from .workers import side_by_side
 
 __all__ = ["FLOOR", "QUICK", "SWING", "Control", "Plan", "Results"]
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 FLOOR = 0.05
 """A family whose plain replies succeed less often than this is beyond the model: a "floor" and no number."""
@@ -56,30 +52,36 @@ class Control(Replies):
         super().__init__(engine, plan, report or (lambda stage, n: None))
         self.cases, self.families, self.helpers = list(cases), list(families), list(helpers)
         self._plain_turns: dict[str, list[dict[int, str]]] = {}
-        self._plain_choices: list[float] | None = None
+        self._plain: dict[str, Any] = {}
         self.results = Results()
 
     def run(self) -> Results:
         """Everything: first what the traits share, then trait by trait. Families that fit no trait are left out."""
         talks = {parts[-1].name: (case, parts[-1]) for case in self.cases if (parts := self._families_of(case))}
         self.families = [f for f in self.families if any(f.fits(case.name) for case in self.cases)]
-        if self.cases:
-            self._neutral()
-            self._plain_choices = self._choices(self.cases[0], "plain", 0.0)
-        workers: queue.SimpleQueue[Control] = queue.SimpleQueue()
+        workers: list[Control] = []
         for engine in (self.engine, *self.helpers):
             worker = copy.copy(self)  # the caches are shared
             worker.engine = engine
-            workers.put(worker)
-        floors = dict(self._on(workers, lambda worker, family: (family.name, worker._floor(family)), self.families))
-        turns = self._on(workers, lambda worker, talk: worker._conversations(*talk, "plain", 0.0), talks.values())
+            workers.append(worker)
+        plain: list[Callable[[Control], Any]] = [
+            lambda worker: worker._neutral(),
+            lambda worker: worker._choices(worker.cases[0], "plain", 0.0),
+        ]
+        if self.cases:
+            found = side_by_side(workers, lambda worker, job: job(worker), plain)
+            self._plain.update(zip(("neutral", "choices"), found, strict=True))
+        floors = dict(side_by_side(workers, lambda worker, family: (family.name, worker._floor(family)), self.families))
+        turns = side_by_side(
+            workers, lambda worker, talk: worker._conversations(*talk, ("plain",), 0.0)["plain"], talks.values()
+        )
         self._plain_turns.update(zip(talks, turns, strict=True))
 
         def work(worker: Control, case: Case) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             worker.results = Results()
             return worker._case(case, floors), worker.results.rows
 
-        found = self._on(workers, work, self.cases)
+        found = side_by_side(workers, work, self.cases, self._length)
         self.results.rows = [row for _, rows in found for row in rows]
         self.results.summary = {
             "families": {f.name: {"success": f.success, "tasks": len(f.tasks), "plain": floors[f.name]} for f in self.families},
@@ -87,25 +89,9 @@ class Control(Replies):
         }
         return self.results
 
-    def _on(self, workers: queue.SimpleQueue[Control], work: Callable[[Control, T], R], items: Iterable[T]) -> list[R]:
-        """``work`` on each item, by whichever worker is free; without helpers one after the other."""
-
-        def one(item: T) -> R:
-            worker = workers.get()
-            try:
-                return work(worker, item)
-            finally:
-                workers.put(worker)
-
-        if not self.helpers:
-            return [one(item) for item in items]
-        with ThreadPoolExecutor(1 + len(self.helpers)) as pool:
-            waiting = [pool.submit(one, item) for item in items]
-            try:
-                return [each.result() for each in waiting]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def _length(self, case: Case) -> int:
+        """About how long a case takes, compared with others: tokens of a reply in each of its families."""
+        return sum(self.longest(case, family) for family in self._families_of(case))
 
     # ---- stages ----
 
@@ -116,7 +102,7 @@ class Control(Replies):
     def _floor(self, family: Family) -> dict[str, Any]:
         """The plain arm, which says whether the model can do these tasks at all."""
         choose, score = self.used(family, "greedy")
-        asks = [Ask(family, task, "plain", 0.0, "greedy", "all", family.max_tokens) for task in choose + score]
+        asks = [Ask(family, task, "plain", 0.0, "greedy", "all", self.longest(None, family)) for task in choose + score]
         self._generate(None, asks, f"plain {family.name}")
         found = estimate([self.row(None, ask)["success"] for ask in asks], self.plan.seed)
         return {"success": found.to_list(), "floor": found.mean is None or found.mean < FLOOR}
@@ -206,8 +192,9 @@ class Control(Replies):
 
         def asks(arm: str, strength: float) -> list[Ask]:
             whole = arm == "steer" and abs(strength) in (0.0, 1.0)
-            used = tasks if whole else tasks[: self.plan.curve_prompts if arm == "steer" else self.plan.control_prompts]
-            return [Ask(family, task, arm, case.sign * strength, "greedy", "score", longest) for task in used]
+            used = tasks if whole else tasks[: self.plan.curve_prompts if arm == "steer" else self.plan.random_prompts]
+            fluent = arm == "steer"  # of random vectors only the effect is wanted
+            return [Ask(family, task, arm, case.sign * strength, "greedy", "score", longest, fluent) for task in used]
 
         strengths = sorted({*self.plan.curve, -1.0, 0.0, 1.0})
         # all at once: the fewer and larger the calls, the better filled the batches
@@ -259,9 +246,14 @@ class Control(Replies):
     def _persistence(self, case: Case, families: Sequence[Family], strength: float) -> dict[str, Any]:
         """The metric at each turn of conversations whose system prompt stands at the beginning alone."""
         found: dict[str, Any] = {}
-        for arm in ("plain", "prompt", "steer", "both") if families else ():
+        if not families:
+            return found
+        family = families[-1]
+        spoken = {"plain": self._plain_turns[family.name]}
+        spoken |= self._conversations(case, family, ("prompt", "steer", "both"), strength)
+        for arm, talks in spoken.items():
             turns = []
-            for turn, replies in enumerate(self._conversations(case, families[-1], arm, strength)):
+            for turn, replies in enumerate(talks):
                 values = [case.score(text) for text in replies.values()]
                 turns.append(estimate(values, self.plan.seed).to_list())
                 for (c, text), value in zip(replies.items(), values, strict=True):
@@ -270,26 +262,33 @@ class Control(Replies):
             found[arm] = turns
         return found
 
-    def _conversations(self, case: Case, family: Family, arm: str, strength: float) -> list[dict[int, str]]:
-        """Replies by conversation, for each turn; conversations end where the context does. Plain ones are had once."""
-        if arm == "plain" and family.name in self._plain_turns:
-            return self._plain_turns[family.name]
+    def _conversations(
+        self, case: Case, family: Family, arms: Sequence[str], strength: float
+    ) -> dict[str, list[dict[int, str]]]:
+        """For each arm the replies by conversation, for each turn; conversations end where the context does."""
         questions = [task.prompt for task in family.tasks]
         order = np.random.default_rng(self.plan.seed + 1).permutation(len(questions))
-        histories: dict[int, list[dict[str, str]]] = {c: [] for c in range(self.plan.conversations)}
-        system, steering = case.system(arm), case.steering(arm, strength)
-        found: list[dict[int, str]] = []
+        histories: dict[tuple[str, int], list[dict[str, str]]] = {
+            (arm, c): [] for arm in arms for c in range(self.plan.conversations)
+        }
+        found: dict[str, list[dict[int, str]]] = {arm: [] for arm in arms}
         for turn in range(self.plan.turns):
-            asked = {c: str(questions[order[(c * self.plan.turns + turn) % len(order)]]) for c in histories}
-            prompts = {c: message(self.engine, asked[c], system, history) for c, history in histories.items()}
-            prompts = {c: prompt for c, prompt in prompts.items() if self._fits(prompt)}
-            requests = [GenerateRequest(prompt, steering, max_tokens=TURN_TOKENS) for prompt in prompts.values()]
-            if not requests:
-                break
-            texts = {c: reply.text for c, reply in zip(prompts, self.engine.generate_many(requests), strict=True)}
-            for c, text in texts.items():
-                histories[c] += [{"role": "user", "content": asked[c]}, {"role": "assistant", "content": text}]
-            found.append(texts)
+            asked = [
+                str(questions[order[(c * self.plan.turns + turn) % len(order)]]) for c in range(self.plan.conversations)
+            ]
+            prompts = {
+                (arm, c): message(self.engine, asked[c], case.system(arm), history) for (arm, c), history in histories.items()
+            }
+            prompts = {key: prompt for key, prompt in prompts.items() if self._fits(prompt)}
+            requests = [
+                GenerateRequest(prompt, case.steering(arm, strength), max_tokens=TURN_TOKENS)
+                for (arm, _), prompt in prompts.items()
+            ]
+            for arm in {arm: None for arm, _ in prompts}:
+                found[arm].append({})
+            for (arm, c), reply in zip(prompts, self.engine.generate_many(requests), strict=True):
+                histories[arm, c] += [{"role": "user", "content": asked[c]}, {"role": "assistant", "content": reply.text}]
+                found[arm][-1][c] = reply.text
             self._report(f"{case.name}: conversation", len(requests))
         return found
 
@@ -299,8 +298,7 @@ class Control(Replies):
     def _side_effects(self, case: Case, strength: float) -> dict[str, Any]:
         """Multiple choice by log-probability, and how far neutral replies become less likely, for each arm."""
         questions = read_choices()[: self.plan.choices]
-        neutral = self._neutral()
-        plain = self._plain_choices = self._plain_choices or self._choices(case, "plain", strength)
+        neutral, plain = self._plain["neutral"], self._plain["choices"]
         found: dict[str, Any] = {}
         for arm in ("plain", "prompt", "steer", "both", "random"):
             right = plain if arm == "plain" else self._choices(case, arm, strength)
@@ -337,19 +335,17 @@ class Control(Replies):
 
     def _neutral(self) -> list[tuple[str, list[int], Any]]:
         """Neutral requests, replies drawn from the plain model as it is, and their log-probabilities there."""
-        if not hasattr(self, "_neutral_found"):
-            texts = data_lines("neutral.txt")[: self.plan.neutral]
-            prompts = [message(self.engine, text, None) for text in texts]
-            replies = self.engine.generate_many(
-                [
-                    GenerateRequest(p, max_tokens=32, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=self.plan.seed + i)
-                    for i, p in enumerate(prompts)
-                ]
-            )
-            there = [(t, p, r.tokens) for t, p, r in zip(texts, prompts, replies, strict=True) if r.tokens]
-            plain = self.engine.logprobs([(p, tokens) for _, p, tokens in there]) if there else []
-            self._neutral_found = [(t, tokens, values) for (t, _, tokens), values in zip(there, plain, strict=True)]
-        return self._neutral_found
+        texts = data_lines("neutral.txt")[: self.plan.neutral]
+        prompts = [message(self.engine, text, None) for text in texts]
+        replies = self.engine.generate_many(
+            [
+                GenerateRequest(p, max_tokens=32, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=self.plan.seed + i)
+                for i, p in enumerate(prompts)
+            ]
+        )
+        there = [(t, p, r.tokens) for t, p, r in zip(texts, prompts, replies, strict=True) if r.tokens]
+        plain = self.engine.logprobs([(p, tokens) for _, p, tokens in there]) if there else []
+        return [(t, tokens, values) for (t, _, tokens), values in zip(there, plain, strict=True)]
 
 
 def _pooled(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -17,10 +17,12 @@ class Plan:
         strengths: those to choose from, on at most ``choose_prompts`` of their half.
         curve: strengths of the dose-response curve, each on ``curve_prompts`` of the scored half, but full strength on all.
         control_prompts: prompts of the arms that should do nothing.
+        random_prompts: prompts on which random vectors are compared with full strength.
         sampled: seeded sampling at ``temperature`` beside greedy runs, on at most ``sampled_prompts``.
         conversations: of ``turns`` turns each.
         choices: multiple-choice questions; ``neutral``: requests for the divergence from the plain model.
         pairs: examples for the vector with shuffled labels, None for all.
+        max_tokens: cuts replies that families and metrics allow to become longer.
     """
 
     prompts: int = 60
@@ -29,6 +31,7 @@ class Plan:
     curve: tuple[float, ...] = CURVE
     curve_prompts: int = 9
     control_prompts: int = 9
+    random_prompts: int = 30
     sampled: bool = True
     sampled_prompts: int = 6
     temperature: float = 0.7
@@ -37,6 +40,7 @@ class Plan:
     choices: int = 16
     neutral: int = 12
     pairs: int | None = None
+    max_tokens: int | None = None
     seed: int = 0
     run_code: bool = False
 
@@ -48,12 +52,14 @@ QUICK = Plan(
     curve=(-1.0, -0.66, -0.33, 0.0, 0.33, 0.66, 1.0),
     curve_prompts=1,
     control_prompts=1,
+    random_prompts=1,
     sampled_prompts=1,
     conversations=1,
     turns=2,
-    choices=6,
+    choices=4,
     neutral=2,
     pairs=8,
+    max_tokens=64,
 )
 """For a look, and for CI: the numbers mean little."""
 

@@ -28,7 +28,7 @@ Report = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Ask:
-    """One reply that is wanted."""
+    """One reply that is wanted. ``fluent``: whether its fluency is, which costs another pass."""
 
     family: Family
     task: Task
@@ -37,6 +37,7 @@ class Ask:
     decoding: str
     half: str
     max_tokens: int
+    fluent: bool = True
 
 
 class Replies:
@@ -70,7 +71,7 @@ class Replies:
         strength = ask.strength if is_steered(ask.arm) else 0.0
         plain = case is None or ask.arm not in PROMPTED and strength == 0.0
         who = None if plain or case is None else (case.name, ask.arm)
-        return ask.family.name, ask.task.id, who, strength, ask.decoding, ask.max_tokens
+        return ask.family.name, ask.task.id, who, strength, ask.decoding, ask.max_tokens, ask.fluent
 
     def _prompt(self, case: Case | None, ask: Ask) -> Prompt:
         return message(self.engine, ask.task.prompt, None if case is None else case.system(ask.arm))
@@ -89,7 +90,7 @@ class Replies:
             return
         replies = self.engine.generate_many([self._request(case, ask) for ask in missing.values()])
         plain = [message(self.engine, ask.task.prompt, None) for ask in missing.values()]
-        there = [i for i, reply in enumerate(replies) if reply.tokens]
+        there = [i for i, (ask, reply) in enumerate(zip(missing.values(), replies, strict=True)) if reply.tokens and ask.fluent]
         scored = self.engine.logprobs([(plain[i], replies[i].tokens) for i in there]) if there else []
         values = dict(zip(there, (perplexity(found) for found in scored), strict=True))
         for i, (key, reply) in enumerate(zip(missing, replies, strict=True)):
@@ -103,7 +104,7 @@ class Replies:
             self._scored[seen] = ask.family.score(ask.task, reply.text, self.plan.run_code)
         scored = self._scored[seen]
         repeats = repeated_ngram_share(reply.tokens)
-        fluency = self._fluency(ask, ppl, repeats)
+        fluency = self._fluency(ask, ppl, repeats) if ask.fluent else None
         row: dict[str, Any] = {
             "kind": "reply",
             "trait": None if case is None else case.name,
@@ -125,7 +126,7 @@ class Replies:
         }
         if case is not None:
             row["metric"] = case.score(reply.text)
-            row["score"] = harmonic_mean([(1 + row["metric"]) / 2, scored.success, fluency])
+            row["score"] = None if fluency is None else harmonic_mean([(1 + row["metric"]) / 2, scored.success, fluency])
         return row
 
     def _fluency(self, ask: Ask, ppl: float | None, repeats: float) -> float:
@@ -155,6 +156,9 @@ class Replies:
             return [], score[: self.plan.sampled_prompts]
         return choose[: self.plan.choose_prompts], score
 
-    @staticmethod
-    def longest(case: Case, family: Family) -> int:
-        return reply_tokens(case.metric, family.max_tokens) if family.stretch else family.max_tokens
+    def longest(self, case: Case | None, family: Family) -> int:
+        """Tokens of the longest reply; of plain ones where there is no case."""
+        longest = family.max_tokens
+        if case is not None and family.stretch:
+            longest = reply_tokens(case.metric, longest)
+        return longest if self.plan.max_tokens is None else min(longest, self.plan.max_tokens)

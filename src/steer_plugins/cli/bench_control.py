@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def control(
                 done += n
                 status.update(f"{done} texts; {stage}")
 
-            cases = _cases(opened, traits, 1 if pole == "positive" else -1, plan)
+            cases = _cases([opened, *helpers], traits, 1 if pole == "positive" else -1, plan)
             results = Control(opened, cases, chosen, plan, report, helpers).run()
         found = make_report(opened, cases, chosen, plan, results, ["steer", *sys.argv[1:]])
 
@@ -129,22 +130,24 @@ def _fit(engine: Engine, names: tuple[str, ...]) -> None:
             library.put(run_training(Training(engine, trait.name, trait)), identity, overwrite=True)
 
 
-def _cases(engine: Engine, names: tuple[str, ...], sign: int, plan: Plan) -> list[Case]:
+def _cases(engines: Sequence[Engine], names: tuple[str, ...], sign: int, plan: Plan) -> list[Case]:
     """The traits that were named, else the bundled ones that are fitted to this model. Raises as the library does."""
     from ..bench.arms import case_of
+    from ..bench.workers import side_by_side
     from ..library import Library, missing_sentence
     from ..traits import bundled_traits, load_trait
 
-    library, identity = Library(), engine.info.identity
+    library, identity = Library(), engines[0].info.identity
     wanted = names or tuple(name for name in bundled_traits() if library.path(name, identity).is_file())
     if not wanted:
         raise DataError(missing_sentence("mood", identity))
     traits = [load_trait(name) for name in wanted]
     vectors = [library.get(trait.name, identity) for trait in traits]
-    return [
-        case_of(engine, trait, vector, sign=sign, seed=plan.seed, n_pairs=plan.pairs)
-        for trait, vector in zip(traits, vectors, strict=True)
-    ]
+    return side_by_side(
+        engines,
+        lambda engine, fitted: case_of(engine, *fitted, sign=sign, seed=plan.seed, n_pairs=plan.pairs),
+        zip(traits, vectors, strict=True),
+    )
 
 
 @click.command()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +14,7 @@ import numpy.typing as npt
 from steer_plugins import native
 from steer_plugins.engine.base import Activations, Progress
 from steer_plugins.engine.session import Entry, SequenceSteering, Session, chunks
-from steer_plugins.engine.trie import groups_of, read_trie, rows_needed
+from steer_plugins.engine.trie import MAX_OUTPUTS, OnLogits, groups_of, read_trie, rows_needed, run_trie
 from steer_plugins.errors import DataError, EngineError
 from steer_plugins.steering import Steering
 
@@ -24,15 +27,12 @@ MIN_SHARED = 8
 GROUP_COST = 8
 """What one more group costs, in tokens: its batches are shorter, and it takes two of them."""
 
-MAX_OUTPUTS = 128
-"""Rows of logits held at once: each weighs n_vocab floats."""
-
 
 @dataclass
 class Text:
     """Tokens to push through the model. ``wanted``: positions to read; ``scored``: positions whose logits are needed.
 
-    ``average``: the mean of the rows is wanted, not the rows.
+    ``average``: the mean of the rows is wanted, not the rows. ``configs``: the steering of each token; nothing if unsteered.
     """
 
     tokens: list[int]
@@ -40,6 +40,12 @@ class Text:
     wanted: list[int]
     scored: list[int]
     average: bool = False
+    configs: list[int] = field(default_factory=list)
+
+    @cached_property
+    def keys(self) -> list[Any]:
+        """What a token's hidden state depends on, besides what is before it: the token, and how it is steered."""
+        return list(zip(self.tokens, self.configs, strict=True)) if self.configs else self.tokens
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,6 @@ class Done:
     kept: int
 
 
-OnLogits = Callable[[int, int, npt.NDArray[np.float32]], None]
-"""Called with (index of the text, position, logits [n_vocab])."""
-
 
 def run_texts(
     session: Session,
@@ -71,14 +74,33 @@ def run_texts(
     steering: Steering,
     *,
     on_logits: OnLogits | None = None,
-    outputs_for_reading: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Compute all texts for their logits; see :func:`run_groups`."""
-    for _ in run_groups(
-        session, texts, steering, on_logits=on_logits, outputs_for_reading=outputs_for_reading, progress=progress
-    ):
-        pass
+    """Compute all texts for their logits, with as few tokens as the model's memory allows."""
+    if not session.model.shares_tokens:
+        for _ in run_groups(session, texts, steering, on_logits=on_logits, progress=progress):
+            pass
+        return
+    done = 0
+    with _planned(session, texts, steering) as planned:
+        for batch in run_trie(session, planned, on_logits=on_logits):
+            done += len(batch.texts)
+            if progress is not None:
+                progress(done, len(texts))
+
+
+@contextmanager
+def _planned(session: Session, texts: Sequence[Text], steering: Steering) -> Iterator[list[Text]]:
+    """The texts with the configs of their tokens, which live as long as the context does."""
+    if not steering:
+        yield list(texts)
+        return
+    plans = [SequenceSteering(session, steering, text.tokens[: text.n_prompt]) for text in texts]
+    try:
+        yield [replace(text, configs=plan.configs(text.tokens)) for text, plan in zip(texts, plans, strict=True)]
+    finally:
+        for plan in plans:
+            plan.release()
 
 
 def run_groups(
@@ -238,30 +260,30 @@ def read_texts(
     hosts = {i: [i] for i in range(len(texts))} if steering else find_hosts(texts)
     owners = list(hosts)
     runs = [Text(texts[i].tokens, texts[i].n_prompt, _union(texts, hosts[i]), []) for i in owners]
-    trie = not steering and session.model.shares_tokens
-    # room for what one ubatch can want: 8 rows for the last tokens of 8 texts, not the 512 of a whole ubatch
-    if trie:
-        wanted = rows_needed(runs, groups_of(runs, session.limits.n_seq - 1))
-    else:
-        groups = plan_groups(runs, session.limits.n_seq - 1, share=not steering)
-        wanted = sum(sorted((len(t.wanted) for t in runs), reverse=True)[: session.limits.n_seq])
-        if reads_prefixes(runs, groups):
-            wanted = max([wanted, *(group.shared for group in groups)])
-    n_rows = 1 << (min(wanted, session.limits.n_batch) - 1).bit_length()
-    session.steer.set_taps(list(layers), [s] * len(layers), stream=mode, n_rows=n_rows)
     outputs = info.last_layer_outputs_only and info.n_layer - 1 in layers
     results: list[Activations | None] = [None] * len(texts)
-    if trie:
+
+    def set_taps(wanted: int) -> None:
+        """With room for what one ubatch can want: 8 rows for the last tokens of 8 texts, not the 512 of a whole ubatch."""
+        n_rows = 1 << (min(wanted, session.limits.n_batch) - 1).bit_length()
+        session.steer.set_taps(list(layers), [s] * len(layers), stream=mode, n_rows=n_rows)
+
+    if session.model.shares_tokens:
         done_texts = 0
-        for run, states in read_trie(session, runs, layers=layers, site=s, n_streams=n_streams, outputs=outputs):
-            place = {p: r for r, p in enumerate(runs[run].wanted)}
-            for i in hosts[owners[run]]:
-                index = [place[p] for p in texts[i].wanted]
-                results[i] = _made(texts[i], {il: one[index] for il, one in states.items()}, site)
-            done_texts += len(hosts[owners[run]])
-            if progress is not None:
-                progress(done_texts, len(texts))
+        with _planned(session, runs, steering) as planned:
+            set_taps(rows_needed(planned, groups_of(planned, session.limits.n_seq - 1)))
+            for run, states in read_trie(session, planned, layers=layers, site=s, n_streams=n_streams, outputs=outputs):
+                place = {p: r for r, p in enumerate(runs[run].wanted)}
+                for i in hosts[owners[run]]:
+                    index = [place[p] for p in texts[i].wanted]
+                    results[i] = _made(texts[i], {il: one[index] for il, one in states.items()}, site)
+                done_texts += len(hosts[owners[run]])
+                if progress is not None:
+                    progress(done_texts, len(texts))
         return [r for r in results if r is not None]
+    groups = plan_groups(runs, session.limits.n_seq - 1, share=not steering)
+    wanted = sum(sorted((len(t.wanted) for t in runs), reverse=True)[: session.limits.n_seq])
+    set_taps(max([wanted, *(group.shared for group in groups)] if reads_prefixes(runs, groups) else [wanted]))
     trunk: dict[int, npt.NDArray[np.float32]] = {}  # rows of the prefix, kept as long as groups begin with it
     done_texts = 0
     for done in run_groups(session, runs, steering, outputs_for_reading=outputs, groups=groups):

@@ -6,6 +6,7 @@ import codecs
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from steer_plugins.engine.base import (
     Prompt,
     as_steering,
 )
-from steer_plugins.engine.batching import Text, log_softmax_at, read_texts, run_texts, wanted_positions
+from steer_plugins.engine.batching import MIN_SHARED, Text, log_softmax_at, read_texts, run_texts, wanted_positions
 from steer_plugins.engine.gates import check_gates, decide
 from steer_plugins.engine.model import LoadedModel, shared_log
 from steer_plugins.engine.sampler import Sampler
-from steer_plugins.engine.session import Entry, Limits, SequenceSteering, Session
+from steer_plugins.engine.session import COPY_COST, Entry, Limits, SequenceSteering, Session
 from steer_plugins.engine.tables import check_fits
 from steer_plugins.engine.tokens import TokenEngine
+from steer_plugins.engine.trie import shared_prefix
 from steer_plugins.errors import DataError, EngineError, SpecError
 from steer_plugins.gate import Gate
 from steer_plugins.runtime import activate, ensure_runtime
@@ -296,7 +298,8 @@ class LocalEngine(TokenEngine):
         longest = max(len(tokens) + max(request.max_tokens, 1) for request, tokens in jobs)
         session = self._session("many", min(longest, self._n_ctx))
         results: list[Generation | None] = [None] * len(jobs)
-        waiting = list(range(len(jobs)))[::-1]
+        # prompts that begin alike run at the same time, so that the beginning can be copied
+        waiting = sorted(range(len(jobs)), key=lambda i: jobs[i][1], reverse=True)
         free = list(range(session.limits.n_seq))[::-1]
         active: dict[int, tuple[int, _Reply]] = {}
         done = 0
@@ -323,7 +326,8 @@ class LocalEngine(TokenEngine):
                         if reply.finished:
                             results[i] = reply.result()
                             reply.close()
-                            session.forget(slot)
+                            if not self._model.shares_tokens:
+                                session.forget(slot)
                             del active[slot]
                             free.append(slot)
                             done += 1
@@ -332,6 +336,8 @@ class LocalEngine(TokenEngine):
             finally:
                 for _, reply in active.values():
                     reply.close()
+            for slot in range(session.limits.n_seq):  # what a call gives must not depend on the one before it
+                session.forget(slot)
         return [r for r in results if r is not None]
 
     def _gated(self, jobs: list[tuple[GenerateRequest, list[int]]]) -> list[tuple[GenerateRequest, list[int]]]:
@@ -445,15 +451,25 @@ class _Reply:
         self.steering = SequenceSteering(session, as_steering(request.steering), prompt)
         self._sampler = Sampler(session.c, request, session.model.n_vocab)
 
+    @cached_property
+    def wanted(self) -> list[tuple[int, int]]:
+        """The prompt as what the KV cache has to hold: tokens and edit ids."""
+        return [(t, self.session.edit_id(c)) for t, c in zip(self.prompt, self._configs, strict=True)]
+
+    @cached_property
+    def _configs(self) -> list[int]:
+        return self.steering.configs(self.prompt)
+
     def start(self) -> list[Entry]:
         """Set the ranges of the prompt and return what has to be computed of it."""
         session, n = self.session, len(self.prompt)
-        configs = self.steering.configs(self.prompt)
+        source, length = session.source_of(self.sequence, self.wanted)
+        if source != self.sequence:
+            session.copy(source, self.sequence, length)
+        first = session.reuse(self.sequence, self.wanted)
         session.clear_ranges(self.sequence)
-        session.set_ranges(self.sequence, 0, configs, open_end=True)
-        wanted = [(t, session.edit_id(c)) for t, c in zip(self.prompt, configs, strict=True)]
-        first = session.reuse(self.sequence, wanted)
-        self._config = configs[-1]
+        session.set_ranges(self.sequence, 0, self._configs, open_end=True)
+        self._config = self._configs[-1]
         return [Entry(self.prompt[p], p, self.sequence, output=p == n - 1) for p in range(first, n)]
 
     def next_entry(self) -> Entry:
@@ -506,7 +522,20 @@ class _Reply:
 
 
 def _prefill(session: Session, replies: list[_Reply]) -> None:
-    """Compute the prompts of new replies and draw their first tokens."""
+    """Compute the prompts of new replies and draw their first tokens. Those that begin as another does wait for it."""
+    while replies:
+        now: list[_Reply] = []
+        later: list[_Reply] = []
+        for reply in replies:
+            there = session.source_of(reply.sequence, reply.wanted)[1]
+            coming = max((shared_prefix(reply.wanted[:-1], other.wanted) for other in now), default=0)
+            worth = session.model.shares_tokens and coming >= max(there + MIN_SHARED, session.limits.n_ctx // COPY_COST)
+            (later if worth else now).append(reply)
+        _prefill_together(session, now)
+        replies = later
+
+
+def _prefill_together(session: Session, replies: list[_Reply]) -> None:
     entries = [(e, reply) for reply in replies for e in reply.start()]
     n_batch = session.limits.n_batch
     for start in range(0, len(entries), n_batch):

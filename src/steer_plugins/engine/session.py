@@ -13,6 +13,9 @@ from steer_plugins.engine.model import LoadedModel, shared_log
 from steer_plugins.engine.tables import UNKNOWN_EDIT, SequenceSteering, SteeringTables
 from steer_plugins.errors import EngineError
 
+COPY_COST = 64
+"""Copying the buffer of so many tokens costs no more than computing one. (It is far less in models of any size.)"""
+
 __all__ = ["Entry", "Limits", "SequenceSteering", "Session", "chunks"]
 
 
@@ -117,12 +120,7 @@ class Session(SteeringTables):
         At least the last wanted token is left to compute. Caches that cannot be cut give up their whole content.
         """
         kv = self.kv[sequence]
-        n = 0
-        for have, want in zip(kv, wanted, strict=False):
-            if have != want or want[1] == UNKNOWN_EDIT:
-                break
-            n += 1
-        n = min(n, len(wanted) - 1)
+        n = _alike(kv, wanted)
         if n < len(kv):
             # a sliding window has dropped what lies before it, so a cut there would leave holes
             holes = self.c.llama_memory_seq_pos_min(self.memory, sequence) > 0
@@ -138,11 +136,35 @@ class Session(SteeringTables):
         self.kv[sequence].clear()
         self.clear_ranges(sequence)
 
-    def copy(self, source: int, target: int, length: int = -1) -> None:
-        """Let ``target`` start with all that ``source`` holds, or with the first ``length`` tokens of it."""
+    def copy(self, source: int, target: int, length: int = -1) -> int:
+        """Let ``target`` start with all that ``source`` holds, or with the first ``length`` tokens of it; returns how many.
+
+        Sequences that do not share a buffer can be copied whole only, and are cut then; what cannot be cut is dropped.
+        """
+        held = len(self.kv[source])
+        cut = 0 <= length < held
         self.c.llama_memory_seq_rm(self.memory, target, -1, -1)
-        self.c.llama_memory_seq_cp(self.memory, source, target, -1, length)
-        self.kv[target] = self.kv[source][: None if length < 0 else length]
+        self.c.llama_memory_seq_cp(self.memory, source, target, -1, length if self.limits.unified else -1)
+        if cut and not self.limits.unified and not self.c.llama_memory_seq_rm(self.memory, target, length, -1):
+            self.c.llama_memory_seq_rm(self.memory, target, -1, -1)
+            length = 0
+        self.kv[target] = self.kv[source][: length if cut else held]
+        return len(self.kv[target])
+
+    def source_of(self, sequence: int, wanted: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Where most of ``wanted`` (token, edit id) pairs is held already: a sequence, and how much of it.
+
+        Another than ``sequence`` itself is worth the copy, which takes the whole buffer, only for a part of it.
+        """
+        best, most = sequence, _alike(self.kv[sequence], wanted)
+        if self.limits.unified or not self.model.shares_tokens:
+            return best, most
+        for other, kv in self.kv.items():
+            n = _alike(kv, wanted)
+            # a sliding window has dropped what lies before it
+            if n > max(most, self.limits.n_ctx // COPY_COST) and self.c.llama_memory_seq_pos_min(self.memory, other) == 0:
+                best, most = other, n
+        return best, most
 
     def reset(self) -> None:
         """Drop everything but the vectors: used when a call was interrupted half-way."""
@@ -157,6 +179,16 @@ class Session(SteeringTables):
             self.c.llama_batch_free(self._batch)
             self.c.llama_free(self.pointer)
             self.pointer = None
+
+
+def _alike(held: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) -> int:
+    """How many (token, edit id) pairs agree, but for the last wanted one, which is left to compute."""
+    n = 0
+    for have, want in zip(held, wanted[:-1], strict=False):
+        if have != want or want[1] == UNKNOWN_EDIT:
+            break
+        n += 1
+    return n
 
 
 def chunks(entries: Iterable[Entry], n_batch: int, n_outputs: int) -> Iterable[list[Entry]]:
