@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,19 @@ from steer_plugins.engine.base import (
     Activations,
     GenerateRequest,
     Generation,
-    GenerationStream,
     ModelInfo,
     Progress,
     Prompt,
     as_steering,
 )
-from steer_plugins.engine.batching import MIN_SHARED, Text, log_softmax_at, read_texts, run_texts, wanted_positions
+from steer_plugins.engine.batching import Text, log_softmax_at, read_texts, run_texts, wanted_positions
 from steer_plugins.engine.gates import check_gates, decide
 from steer_plugins.engine.model import LoadedModel, shared_log
-from steer_plugins.engine.sampler import Sampler
-from steer_plugins.engine.session import COPY_COST, Entry, Limits, SequenceSteering, Session
+from steer_plugins.engine.reply import Reply, prefill
+from steer_plugins.engine.session import Limits, Session, cleaned
+from steer_plugins.engine.stream import LocalStream
 from steer_plugins.engine.tables import check_fits
 from steer_plugins.engine.tokens import TokenEngine
-from steer_plugins.engine.trie import shared_prefix
 from steer_plugins.errors import DataError, EngineError, SpecError
 from steer_plugins.gate import Gate
 from steer_plugins.runtime import activate, ensure_runtime
@@ -198,7 +195,7 @@ class LocalEngine(TokenEngine):
         for decided, chosen_texts in self._parted(as_steering(steering), [t.tokens[: t.n_prompt] for t in texts]):
             session = self._session("texts", max(len(t.tokens) for t in texts))
             part = [texts[i] for i in chosen_texts]
-            with _cleaned(session):
+            with cleaned(session):
                 found = read_texts(session, part, decided, layers=chosen, site=site, stream=stream, progress=report)
             results.update(zip(chosen_texts, found, strict=True))
             done += len(part)
@@ -230,7 +227,7 @@ class LocalEngine(TokenEngine):
 
         for decided, chosen in self._parted(as_steering(steering), [t.tokens[: t.n_prompt] for t in texts]):
             session = self._session("texts", max(len(t.tokens) for t in texts))
-            with _cleaned(session):
+            with cleaned(session):
                 session.steer.set_taps([], [])
                 run_texts(
                     session,
@@ -301,9 +298,9 @@ class LocalEngine(TokenEngine):
         # prompts that begin alike run at the same time, so that the beginning can be copied
         waiting = sorted(range(len(jobs)), key=lambda i: jobs[i][1], reverse=True)
         free = list(range(session.limits.n_seq))[::-1]
-        active: dict[int, tuple[int, _Reply]] = {}
+        active: dict[int, tuple[int, Reply]] = {}
         done = 0
-        with _cleaned(session):
+        with cleaned(session):
             try:
                 while waiting or active:
                     # new prompts go in together, apart from the tokens of running replies, so that neither changes
@@ -311,11 +308,11 @@ class LocalEngine(TokenEngine):
                     starting = []
                     while waiting and free:
                         i, slot = waiting.pop(), free.pop()
-                        reply = _Reply(session, slot, jobs[i][0], jobs[i][1], self._n_ctx)
+                        reply = Reply(session, slot, jobs[i][0], jobs[i][1], self._n_ctx)
                         active[slot] = (i, reply)
                         starting.append(reply)
                     if starting:
-                        _prefill(session, starting)
+                        prefill(session, starting)
                     running = [reply for _, reply in active.values() if reply not in starting and not reply.finished]
                     if running:
                         entries = [reply.next_entry() for reply in running]
@@ -429,244 +426,3 @@ class LocalEngine(TokenEngine):
         if self._open is not None:
             self._open.close()
             self._open = None
-
-
-class _Reply:
-    """One reply in the making, on one sequence of a session."""
-
-    def __init__(
-        self, session: Session, sequence: int, request: GenerateRequest, prompt: list[int], n_ctx: int
-    ) -> None:
-        if request.max_tokens < 1:
-            raise SpecError(f"max_tokens is {request.max_tokens}: ask for at least 1.")
-        self.session = session
-        self.sequence = sequence
-        self.request = request
-        self.prompt = prompt
-        self.tokens: list[int] = []
-        self.finished: str | None = None
-        self.text = ""
-        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._n_max = min(request.max_tokens, n_ctx - len(prompt))
-        self.steering = SequenceSteering(session, as_steering(request.steering), prompt)
-        self._sampler = Sampler(session.c, request, session.model.n_vocab)
-
-    @cached_property
-    def wanted(self) -> list[tuple[int, int]]:
-        """The prompt as what the KV cache has to hold: tokens and edit ids."""
-        return [(t, self.session.edit_id(c)) for t, c in zip(self.prompt, self._configs, strict=True)]
-
-    @cached_property
-    def _configs(self) -> list[int]:
-        return self.steering.configs(self.prompt)
-
-    def start(self) -> list[Entry]:
-        """Set the ranges of the prompt and return what has to be computed of it."""
-        session, n = self.session, len(self.prompt)
-        source, length = session.source_of(self.sequence, self.wanted)
-        if source != self.sequence:
-            session.copy(source, self.sequence, length)
-        first = session.reuse(self.sequence, self.wanted)
-        session.clear_ranges(self.sequence)
-        session.set_ranges(self.sequence, 0, self._configs, open_end=True)
-        self._config = self._configs[-1]
-        return [Entry(self.prompt[p], p, self.sequence, output=p == n - 1) for p in range(first, n)]
-
-    def next_entry(self) -> Entry:
-        """The token sampled last, with its steering set."""
-        token = self.tokens[-1]
-        position = len(self.prompt) + len(self.tokens) - 1
-        self.steering.feed(token)
-        config = self.steering.config_at(position)
-        if config != self._config:
-            self.session.set_ranges(self.sequence, position, [config], open_end=True)
-            self._config = config
-        return Entry(token, position, self.sequence, output=True)
-
-    def change(self, steering: Any) -> None:
-        """Another steering from the next token on."""
-        self.steering = SequenceSteering(self.session, as_steering(steering), self.prompt)
-        for token in self.tokens[:-1]:
-            self.steering.feed(token)
-        self._config = -1  # whatever comes next is set anew
-
-    def sample(self, index: int) -> str:
-        """Draw a token from batch entry ``index``; returns the text it completes."""
-        token = self._sampler.sample(self.session.pointer, index)
-        if self.session.model.is_end(token):
-            self.finished = "stop"
-            return self._flush()
-        self.tokens.append(token)
-        before = len(self.text)
-        self.text += self._bytes.decode(self.session.model.piece(token))
-        cut = min((i for i in (self.text.find(s, max(0, before - len(s))) for s in self.request.stop if s) if i >= 0), default=-1)
-        if cut >= 0:
-            self.text = self.text[:cut]
-            self.finished = "stop"
-        elif len(self.tokens) >= self._n_max:
-            self.finished = "length"
-            self._flush()
-        return self.text[before:]
-
-    def _flush(self) -> str:
-        rest = self._bytes.decode(b"", final=True)
-        self.text += rest
-        return rest
-
-    def result(self) -> Generation:
-        return Generation(self.text, list(self.tokens), list(self.prompt), self.finished or "cancelled")
-
-    def close(self) -> None:
-        self._sampler.close()
-        self.steering.release()
-
-
-def _prefill(session: Session, replies: list[_Reply]) -> None:
-    """Compute the prompts of new replies and draw their first tokens. Those that begin as another does wait for it."""
-    while replies:
-        now: list[_Reply] = []
-        later: list[_Reply] = []
-        for reply in replies:
-            there = session.source_of(reply.sequence, reply.wanted)[1]
-            coming = max((shared_prefix(reply.wanted[:-1], other.wanted) for other in now), default=0)
-            worth = session.model.shares_tokens and coming >= max(there + MIN_SHARED, session.limits.n_ctx // COPY_COST)
-            (later if worth else now).append(reply)
-        _prefill_together(session, now)
-        replies = later
-
-
-def _prefill_together(session: Session, replies: list[_Reply]) -> None:
-    entries = [(e, reply) for reply in replies for e in reply.start()]
-    n_batch = session.limits.n_batch
-    for start in range(0, len(entries), n_batch):
-        part = entries[start : start + n_batch]
-        session.decode([e for e, _ in part])
-        for k, (e, reply) in enumerate(part):
-            if e.output:
-                reply.sample(k)
-
-
-class LocalStream(GenerationStream):
-    """A reply of :class:`LocalEngine`; see :class:`GenerationStream`."""
-
-    def __init__(self, engine: LocalEngine, session: Session, request: GenerateRequest, prompt: list[int]) -> None:
-        self._engine = engine
-        self._session = session
-        self._reply = _Reply(session, 0, request, prompt, engine.info.n_ctx)
-        self._cancelled = False
-        self._pending: list[Any] = []
-        self.result = Generation("", [], prompt, "cancelled")
-        self._probe = _Probe(engine, request.probe) if request.probe else None
-
-    def steer(self, steering: Any) -> None:
-        (steering,) = self._engine._decided(as_steering(steering), [self._reply.prompt])
-        SequenceSteering(self._session, steering, self._reply.prompt)  # complain now, not in the middle of a reply
-        self._pending.append(steering)
-
-    def cancel(self) -> None:
-        self._cancelled = True
-
-    def __iter__(self) -> Iterator[str]:
-        engine, session, reply = self._engine, self._session, self._reply
-        engine._running = self
-        try:
-            with _cleaned(session):
-                held = _Holder(reply)
-                entries = reply.start()
-                if engine._read_callback is not None:
-                    session.steer.want(0, 0, -1)
-                if self._probe is not None:
-                    self._probe.start(session, len(reply.prompt) - 1)
-                n_batch = session.limits.n_batch
-                for start in range(0, len(entries), n_batch):
-                    session.decode(entries[start : start + n_batch])
-                index = (len(entries) - 1) % n_batch
-                while True:
-                    reply.sample(index)
-                    self.result = reply.result()
-                    if self._probe is not None:
-                        self.projections = self._probe.newest()
-                    if piece := held.release():
-                        yield piece
-                    if reply.finished or self._cancelled:
-                        break
-                    while self._pending:
-                        reply.change(self._pending.pop(0))
-                    session.decode([reply.next_entry()])
-                    index = 0
-            self.result = reply.result()
-        finally:
-            engine._running = None
-            reply.close()
-            if self._probe is not None:
-                self._probe.stop(session)
-
-
-class _Probe:
-    """Projections of the newest hidden state on some vectors, taken by the read callback."""
-
-    def __init__(self, engine: LocalEngine, vectors: Sequence[SteeringVector]) -> None:
-        if engine._read_callback is not None:
-            raise EngineError("Hidden states are read by a callback already: take it away with on_read(None) before probing.")
-        self._places: dict[tuple[int, str], list[tuple[str, npt.NDArray[np.float64]]]] = {}
-        for vector in vectors:
-            check_fits(vector, engine._model)
-            for key, v in vector.directions.items():
-                unit = abs(vector.scales[key]) or 1.0
-                share = v.astype(np.float64) / (unit * len(vector.directions))
-                self._places.setdefault(key, []).append((vector.name, share))
-        self._sums: dict[str, float] = {}
-        self._position = -1
-
-    def start(self, session: Session, first: int) -> None:
-        places = list(self._places)
-        session.steer.set_taps([il for il, _ in places], [native.SITES[site] for _, site in places], keep=False)
-        session.steer.on_read(self._take)
-        session.steer.want(0, first, -1)
-
-    def stop(self, session: Session) -> None:
-        session.steer.on_read(None)
-        session.steer.set_taps([], [])
-
-    def newest(self) -> dict[str, float]:
-        return dict(self._sums)
-
-    def _take(self, rows: native.ReadRows) -> None:
-        if self._position != int(rows.positions[-1]):
-            self._position, self._sums = int(rows.positions[-1]), {}
-        for name, share in self._places.get((rows.layer, rows.site), ()):
-            self._sums[name] = self._sums.get(name, 0.0) + float(rows.values[-1] @ share)
-
-
-class _Holder:
-    """Keeps back text that may turn out to be the start of a stop string."""
-
-    def __init__(self, reply: _Reply) -> None:
-        self._reply = reply
-        self._sent = 0
-
-    def release(self) -> str:
-        text, keep = self._reply.text, 0
-        if not self._reply.finished:
-            for stop in self._reply.request.stop:
-                for n in range(min(len(stop) - 1, len(text)), keep, -1):
-                    if text.endswith(stop[:n]):
-                        keep = n
-                        break
-        piece = text[self._sent : len(text) - keep]
-        self._sent += len(piece)
-        return piece
-
-
-class _cleaned:
-    """After an exception (Ctrl-C included) a session holds half a batch: start it afresh."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None and kind is not GeneratorExit:
-            self._session.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,10 @@ from steer_plugins.engine.model import LoadedModel, shared_log
 from steer_plugins.engine.tables import UNKNOWN_EDIT, SequenceSteering, SteeringTables
 from steer_plugins.errors import EngineError
 
+__all__ = ["COPY_COST", "Entry", "Limits", "SequenceSteering", "Session", "chunks", "cleaned"]
+
 COPY_COST = 64
 """Copying the buffer of so many tokens costs no more than computing one. (It is far less in models of any size.)"""
-
-__all__ = ["Entry", "Limits", "SequenceSteering", "Session", "chunks"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,20 @@ class Session(SteeringTables):
             self.c.llama_batch_free(self._batch)
             self.c.llama_free(self.pointer)
             self.pointer = None
+
+
+class cleaned:
+    """After an exception (Ctrl-C included) a session holds half a batch: start it afresh."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None and kind is not GeneratorExit:
+            self._session.reset()
 
 
 def _alike(held: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) -> int:
