@@ -238,6 +238,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     [
         (["--reporter", "nix", "--out", "x"], "there is no reporter named 'nix': choose from "),
         (["--reporter", "html"], "name a folder with --out"),
+        (["--reporter", "results", "--out", "x"], "of steer bench control"),
         (["--overwrite"], "name its folder with --out"),
         (["--out", "file"], "file is no folder"),
         (["--out", "speedy"], "speedy holds a report"),

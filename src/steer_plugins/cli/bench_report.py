@@ -32,6 +32,8 @@ class Out:
         from ..bench.report import check_folder
         from ..plugins import manager
 
+        if kind != "control" and "results" in self.names:
+            raise DataError(f"the reporter 'results' writes a page of steer bench control, and nothing of steer bench {kind}")
         self.writers = {name: manager().find("reporters", name) for name in self.names or manager().registry("reporters")}
         if self.folder is not None:
             check_folder(self.folder, kind, overwrite=self.overwrite)
