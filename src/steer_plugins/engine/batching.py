@@ -67,7 +67,6 @@ class Done:
     kept: int
 
 
-
 def run_texts(
     session: Session,
     texts: Sequence[Text],
