@@ -249,11 +249,29 @@ def test_the_winner_has_to_pass_on_more_prompts_too():
         return f"{pull:+.4f}{' ' * 60 if bad else ''}", "length"
 
     engine.reply = reply
-    found = sweep(engine, ONE_WINDOW)
+    found = sweep(engine, ONE_WINDOW, objective=objective(QUICK.n_confirm))
     result = found.run()
     assert max(doses(found, "search")) > 1.0
     assert 1.0 / QUICK.ratio < result.record["dose"] <= 1.0
     assert result.record["n"] == QUICK.n_confirm
+
+
+def test_a_winner_that_has_to_be_weaker_may_fall_behind_the_next(monkeypatch):
+    found, asked = sweep(), []
+    made = {w: found.trial(w, "response", 0, QUICK.n_search) for w in ((0, 1), (2, 3), (4, 5))}
+    for trial, effect in zip(made.values(), (3.0, 2.0, 1.5), strict=True):
+        trial.scores = {-1.0: [0.0], 1.0: [effect]}
+
+    def confirm(trial):
+        asked.append(trial.window)
+        lower = found.trial(trial.window, "response", -1, QUICK.n_confirm, "confirm")
+        lower.scores = {-1.0: [0.0], 1.0: [{(0, 1): 1.0, (2, 3): 1.8}[trial.window]]}
+        return lower
+
+    monkeypatch.setattr(found, "largest_passing", lambda window, scope, best: made[window])
+    monkeypatch.setattr(found, "_confirm", confirm)
+    assert found.run(list(made), ["response"]).vector.layers == [2, 3]
+    assert asked == [(0, 1), (2, 3)]  # the third cannot be better
 
 
 def test_nothing_passes():

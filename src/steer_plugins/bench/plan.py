@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-CURVE = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+CURVE = (-1.0, -0.66, -0.33, 0.0, 0.33, 0.66, 1.0)
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Plan:
     """
 
     prompts: int = 60
-    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    choose_prompts: int = 6
+    strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
+    choose_prompts: int = 8
     curve: tuple[float, ...] = CURVE
     curve_prompts: int = 9
     control_prompts: int = 9
-    random_prompts: int = 30
+    random_prompts: int = 20
     sampled: bool = True
-    sampled_prompts: int = 6
+    sampled_prompts: int = 5
     temperature: float = 0.7
     conversations: int = 2
     turns: int = 4
-    choices: int = 16
-    neutral: int = 12
+    choices: int = 12
+    neutral: int = 10
     pairs: int | None = None
     max_tokens: int | None = None
     seed: int = 0
@@ -49,7 +49,6 @@ QUICK = Plan(
     prompts=4,
     strengths=(0.5, 1.0),
     choose_prompts=1,
-    curve=(-1.0, -0.66, -0.33, 0.0, 0.33, 0.66, 1.0),
     curve_prompts=1,
     control_prompts=1,
     random_prompts=1,

@@ -35,8 +35,8 @@ class Level:
     scopes: tuple[str, ...]
     n_random: int
 
-    def dose(self, rung: int) -> float:
-        """The dose of a rung of the ladder."""
+    def dose(self, rung: float) -> float:
+        """The dose of a rung of the ladder, or between two."""
         return float(FIRST_DOSE * self.ratio**rung)
 
     @property
@@ -52,8 +52,8 @@ QUICK = Level(
     name="quick",
     windows=((0.57, 0.2), (0.68, 0.2), (0.5, 0.2)),
     ratio=1.35,
-    n_search=6,
-    n_confirm=10,
+    n_search=8,
+    n_confirm=16,
     tokens=(48, 96),
     curve=(-1.0, -0.5, 0.0, 0.5, 1.0),
     scopes=("response",),

@@ -94,7 +94,7 @@ class Trial:
 
     window: tuple[int, int]
     scope: str
-    rung: int
+    rung: float
     dose: float
     passed: bool
     scores: dict[float, list[float]] = field(default_factory=dict)
@@ -248,7 +248,7 @@ class Sweep:
         self,
         window: tuple[int, int],
         scope: str,
-        rung: int,
+        rung: float,
         n: int,
         stage: str = "search",
         needed: float = -np.inf,
@@ -295,10 +295,16 @@ class Sweep:
                 if trial is not None:
                     found.append(trial)
                     best = max(found, key=lambda t: t.effect)
+        winner: Trial | None = None
         for candidate in sorted(found, key=lambda t: t.effect, reverse=True):
+            # one that needs a smaller dose on more prompts may fall behind the next
+            if winner is not None and candidate.effect <= winner.effect:
+                break
             confirmed = self._confirm(candidate)
-            if confirmed is not None:
-                return self._result(*self._rising(confirmed))
+            if confirmed is not None and (winner is None or confirmed.effect > winner.effect):
+                winner = confirmed
+        if winner is not None:
+            return self._result(*self._rising(winner))
         raise DataError(
             f"No dose of '{self.fitted.name}' keeps the text fluent while it moves it: use clearer examples, other "
             "--layers, or --calibrate none."
@@ -306,7 +312,9 @@ class Sweep:
 
     def _confirm(self, trial: Trial) -> Trial | None:
         """The winner on more prompts, at a smaller dose if it has to be."""
-        for rung in range(trial.rung, self.level.rungs[0] - 1, -1):
+        # the search's dose may have passed narrowly on its few prompts: half a rung less comes before a whole one
+        steps = [0.0, 0.5, *(k + 1.0 for k in range(len(self.level.rungs)))]
+        for rung in (trial.rung - step for step in steps if trial.rung - step >= self.level.rungs[0]):
             again = self.trial(trial.window, trial.scope, rung, self.level.n_confirm, "confirm")
             if again.passed:
                 return again
@@ -322,7 +330,8 @@ class Sweep:
         if rises(curve) or trial.effect <= 0:
             return trial, curve
         start = len(self.rows) - len(curve)
-        for rung in range(trial.rung - 1, max(trial.rung - LOWER_RUNGS, self.level.rungs[0]) - 1, -1):
+        below = [trial.rung - k for k in range(1, LOWER_RUNGS + 1)]
+        for rung in (rung for rung in below if rung >= self.level.rungs[0]):
             lower = self.trial(trial.window, trial.scope, rung, self.level.n_confirm, "confirm")
             if not lower.passed:
                 continue
