@@ -238,7 +238,6 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     [
         (["--reporter", "nix", "--out", "x"], "there is no reporter named 'nix': choose from "),
         (["--reporter", "html"], "name a folder with --out"),
-        (["--reporter", "results", "--out", "x"], "of steer bench control"),
         (["--overwrite"], "name its folder with --out"),
         (["--out", "file"], "file is no folder"),
         (["--out", "speedy"], "speedy holds a report"),
@@ -254,6 +253,13 @@ def test_commands_refuse(
     assert main(["bench", benchmark, *arguments]) == 1
     captured = capsys.readouterr()
     assert sentence in captured.err and captured.err.count("\n") == 1 and not captured.out and not Path("x").exists()
+
+
+@pytest.mark.parametrize("benchmark", ["speed", "server"])
+def test_a_page_that_only_control_has(benchmark: str, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", benchmark, "--reporter", "results", "--out", "x"]) == 1
+    assert f"and nothing of steer bench {benchmark}" in capsys.readouterr().err and not Path("x").exists()
 
 
 def test_compare_command(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
