@@ -256,7 +256,9 @@ def test_commands_refuse(
 
 
 @pytest.mark.parametrize("benchmark", ["speed", "server"])
-def test_a_page_that_only_control_has(benchmark: str, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_that_only_control_has(
+    benchmark: str, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["bench", benchmark, "--reporter", "results", "--out", "x"]) == 1
     assert f"and nothing of steer bench {benchmark}" in capsys.readouterr().err and not Path("x").exists()
