@@ -132,7 +132,7 @@ def _vector(engine: Engine, library: Library, name: str) -> SteeringVector:
 
 def _announce(err: Console, engine: Engine, library: Library) -> None:
     missing = [name for name in VECTORS if not library.path(name, engine.info.identity).is_file()]
-    per_vector, per_demo = 50.0, 15.0  # seconds on two cores; the training says its own estimate, measured
+    per_vector, per_demo = 100.0, 20.0  # seconds on two cores; the training says its own estimate, measured
     first = f"first fits {' and '.join(missing)}, then " if missing else ""
     err.print(
         f"The demo {first}answers {len(PROMPTS)} questions at {len(STRENGTHS)} strengths of each of {len(VECTORS)} vectors "
