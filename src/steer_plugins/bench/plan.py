@@ -55,10 +55,10 @@ QUICK = Plan(
     sampled_prompts=1,
     conversations=1,
     turns=2,
-    choices=4,
+    choices=3,
     neutral=2,
     pairs=8,
-    max_tokens=64,
+    max_tokens=40,
 )
 """For a look, and for CI: the numbers mean little."""
 
