@@ -9,9 +9,9 @@ import pytest
 
 from steer_plugins.engine import batching, trie
 from steer_plugins.engine.base import GenerateRequest
-from steer_plugins.engine.batching import Group, Text, common_prefix, find_hosts, plan_groups
+from steer_plugins.engine.batching import Group, Text, find_hosts, plan_groups
 from steer_plugins.engine.local import LocalEngine
-from steer_plugins.engine.session import Session
+from steer_plugins.engine.session import Session, shared_prefix
 from steer_plugins.steering import Term
 
 from .engines import vector
@@ -148,7 +148,7 @@ def cost(texts, groups):
     for group in groups:
         trunk = texts[group.texts[0]].tokens[: group.shared]
         assert all(texts[i].tokens[: group.shared] == trunk for i in group.texts)
-        total += len(trunk) - (common_prefix([before, trunk]) if before else 0)
+        total += len(trunk) - (shared_prefix(before, trunk))
         total += sum(len(texts[i].tokens) - group.shared for i in group.texts)
         before = trunk
     return total

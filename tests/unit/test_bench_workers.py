@@ -50,7 +50,7 @@ def test_what_one_raises_is_raised_and_the_rest_is_left() -> None:
     def work(worker: str, n: int) -> None:
         if n == 0:
             raise KeyError("no")
-        time.sleep(0.02)
+        time.sleep(0.1)
         done.append(n)
 
     with pytest.raises(KeyError, match="no"):

@@ -51,8 +51,7 @@ class Control(Replies):
         """``helpers``: more engines of the same model, which take a trait each at the same time. They change no result."""
         super().__init__(engine, plan, report or (lambda stage, n: None))
         self.cases, self.families, self.helpers = list(cases), list(families), list(helpers)
-        self._plain_turns: dict[str, list[dict[int, str]]] = {}
-        self._plain: dict[str, Any] = {}
+        self._plain: dict[str, Any] = {}  # what all traits share: neutral replies, choices, turns by family
         self.results = Results()
 
     def run(self) -> Results:
@@ -75,7 +74,7 @@ class Control(Replies):
         turns = side_by_side(
             workers, lambda worker, talk: worker._conversations(*talk, ("plain",), 0.0)["plain"], talks.values()
         )
-        self._plain_turns.update(zip(talks, turns, strict=True))
+        self._plain["turns"] = dict(zip(talks, turns, strict=True))
 
         def work(worker: Control, case: Case) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             worker.results = Results()
@@ -249,7 +248,7 @@ class Control(Replies):
         if not families:
             return found
         family = families[-1]
-        spoken = {"plain": self._plain_turns[family.name]}
+        spoken = {"plain": self._plain["turns"][family.name]}
         spoken |= self._conversations(case, family, ("prompt", "steer", "both"), strength)
         for arm, talks in spoken.items():
             turns = []

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from steer_plugins import native
 from steer_plugins.engine.base import Activations, Progress
-from steer_plugins.engine.session import Entry, SequenceSteering, Session, chunks
+from steer_plugins.engine.session import Entry, SequenceSteering, Session, chunks, shared_prefix
 from steer_plugins.engine.trie import MAX_OUTPUTS, OnLogits, groups_of, read_trie, rows_needed, run_trie
 from steer_plugins.errors import DataError, EngineError
 from steer_plugins.steering import Steering
@@ -174,7 +174,7 @@ def plan_groups(texts: Sequence[Text], n_slots: int, *, share: bool = True) -> l
         return [Group(order[start : start + n_slots], 0) for start in range(0, n, n_slots)]
     # logits belong to one text, and one token at least has to be left to compute
     limits = [min([len(texts[i].tokens) - 1, *texts[i].scored[:1]]) for i in order]
-    common = [common_prefix([texts[a].tokens, texts[b].tokens]) for a, b in zip(order, order[1:], strict=False)] + [0]
+    common = [shared_prefix(texts[a].tokens, texts[b].tokens) for a, b in zip(order, order[1:], strict=False)] + [0]
     cost = [0.0] + [float("inf")] * n
     best: list[tuple[int, int]] = [(0, 0)] * (n + 1)  # (where the last group begins, its shared prefix)
     for start in range(n):
@@ -204,16 +204,7 @@ def _run_trunk(session: Session, tokens: Sequence[int], wanted: bool, outputs: b
         session.forget(TRUNK)
         return 0
     session.clear_ranges(TRUNK)
-    held = [t for t, _ in session.kv[TRUNK]]
-    have = common_prefix([held, tokens]) if held else 0
-    if have < len(held):
-        # a sliding window has dropped what lies before it, so a cut there would leave holes
-        holes = session.c.llama_memory_seq_pos_min(session.memory, TRUNK) > 0
-        if holes or have == 0 or not session.c.llama_memory_seq_rm(session.memory, TRUNK, have, -1):
-            session.forget(TRUNK)
-            have = 0
-        else:
-            del session.kv[TRUNK][have:]
+    have = session.cut(TRUNK, shared_prefix([token for token, _ in session.kv[TRUNK]], tokens))
     if wanted:
         _want(session, TRUNK, range(have, len(tokens)))
     entries = [Entry(tokens[p], p, TRUNK, output=wanted and outputs) for p in range(have, len(tokens))]
@@ -228,17 +219,6 @@ def _want(session: Session, sequence: int, positions: Sequence[int]) -> None:
         if i == len(positions) or positions[i] != positions[i - 1] + 1:
             session.steer.want(sequence, positions[start], positions[i - 1] + 1)
             start = i
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the prefix that all sequences share."""
-    low, high = min(map(list, sequences)), max(map(list, sequences))
-    n = 0
-    for a, b in zip(low, high, strict=False):
-        if a != b:
-            break
-        n += 1
-    return n
 
 
 def read_texts(

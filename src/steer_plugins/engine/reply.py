@@ -9,8 +9,7 @@ from typing import Any
 from steer_plugins.engine.base import GenerateRequest, Generation, as_steering
 from steer_plugins.engine.batching import MIN_SHARED
 from steer_plugins.engine.sampler import Sampler
-from steer_plugins.engine.session import COPY_COST, Entry, SequenceSteering, Session
-from steer_plugins.engine.trie import shared_prefix
+from steer_plugins.engine.session import COPY_COST, Entry, SequenceSteering, Session, held_prefix
 from steer_plugins.errors import SpecError
 
 
@@ -46,9 +45,9 @@ class Reply:
     def start(self) -> list[Entry]:
         """Set the ranges of the prompt and return what has to be computed of it."""
         session, n = self.session, len(self.prompt)
-        source, length = session.source_of(self.sequence, self.wanted)
+        source, _ = session.source_of(self.sequence, self.wanted)
         if source != self.sequence:
-            session.copy(source, self.sequence, length)
+            session.copy(source, self.sequence)
         first = session.reuse(self.sequence, self.wanted)
         session.clear_ranges(self.sequence)
         session.set_ranges(self.sequence, 0, self._configs, open_end=True)
@@ -111,7 +110,7 @@ def prefill(session: Session, replies: list[Reply]) -> None:
         later: list[Reply] = []
         for reply in replies:
             there = session.source_of(reply.sequence, reply.wanted)[1]
-            coming = max((shared_prefix(reply.wanted[:-1], other.wanted) for other in now), default=0)
+            coming = max((held_prefix(other.wanted, reply.wanted) for other in now), default=0)
             worth = session.model.shares_tokens and coming >= max(there + MIN_SHARED, session.limits.n_ctx // COPY_COST)
             (later if worth else now).append(reply)
         _prefill_together(session, now)

@@ -14,7 +14,17 @@ from steer_plugins.engine.model import LoadedModel, shared_log
 from steer_plugins.engine.tables import UNKNOWN_EDIT, SequenceSteering, SteeringTables
 from steer_plugins.errors import EngineError
 
-__all__ = ["COPY_COST", "Entry", "Limits", "SequenceSteering", "Session", "chunks", "cleaned"]
+__all__ = [
+    "COPY_COST",
+    "Entry",
+    "Limits",
+    "SequenceSteering",
+    "Session",
+    "chunks",
+    "cleaned",
+    "held_prefix",
+    "shared_prefix",
+]
 
 COPY_COST = 64
 """Copying the buffer of so many tokens costs no more than computing one. (It is far less in models of any size.)"""
@@ -120,16 +130,22 @@ class Session(SteeringTables):
 
         At least the last wanted token is left to compute. Caches that cannot be cut give up their whole content.
         """
+        return self.cut(sequence, held_prefix(self.kv[sequence], wanted))
+
+    def cut(self, sequence: int, length: int) -> int:
+        """Keep the first ``length`` tokens of a sequence, or nothing where its cache cannot be cut; returns how many are left."""
         kv = self.kv[sequence]
-        n = _alike(kv, wanted)
-        if n < len(kv):
-            # a sliding window has dropped what lies before it, so a cut there would leave holes
-            holes = self.c.llama_memory_seq_pos_min(self.memory, sequence) > 0
-            if holes or n == 0 or not self.c.llama_memory_seq_rm(self.memory, sequence, n, -1):
+        if length < len(kv):
+            if length == 0 or not self.is_whole(sequence) or not self.c.llama_memory_seq_rm(self.memory, sequence, length, -1):
                 self.c.llama_memory_seq_rm(self.memory, sequence, -1, -1)
-                n = 0
-            del kv[n:]
-        return n
+                length = 0
+            del kv[length:]
+        return len(kv)
+
+    def is_whole(self, sequence: int) -> bool:
+        """Whether nothing has been dropped at the beginning. A sliding window drops what lies before it: a cut or a copy of the
+        rest would leave holes."""
+        return bool(self.c.llama_memory_seq_pos_min(self.memory, sequence) <= 0)
 
     def forget(self, sequence: int) -> None:
         """Drop a sequence from the KV cache, with its ranges."""
@@ -137,33 +153,26 @@ class Session(SteeringTables):
         self.kv[sequence].clear()
         self.clear_ranges(sequence)
 
-    def copy(self, source: int, target: int, length: int = -1) -> int:
-        """Let ``target`` start with all that ``source`` holds, or with the first ``length`` tokens of it; returns how many.
+    def copy(self, source: int, target: int, length: int = -1) -> None:
+        """Let ``target`` start with all that ``source`` holds, or with the first ``length`` tokens of it.
 
-        Sequences that do not share a buffer can be copied whole only, and are cut then; what cannot be cut is dropped.
+        Sequences that do not share a buffer (``unified``) can be copied whole only.
         """
-        held = len(self.kv[source])
-        cut = 0 <= length < held
         self.c.llama_memory_seq_rm(self.memory, target, -1, -1)
-        self.c.llama_memory_seq_cp(self.memory, source, target, -1, length if self.limits.unified else -1)
-        if cut and not self.limits.unified and not self.c.llama_memory_seq_rm(self.memory, target, length, -1):
-            self.c.llama_memory_seq_rm(self.memory, target, -1, -1)
-            length = 0
-        self.kv[target] = self.kv[source][: length if cut else held]
-        return len(self.kv[target])
+        self.c.llama_memory_seq_cp(self.memory, source, target, -1, length)
+        self.kv[target] = self.kv[source][: None if length < 0 else length]
 
     def source_of(self, sequence: int, wanted: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Where most of ``wanted`` (token, edit id) pairs is held already: a sequence, and how much of it.
 
         Another than ``sequence`` itself is worth the copy, which takes the whole buffer, only for a part of it.
         """
-        best, most = sequence, _alike(self.kv[sequence], wanted)
+        best, most = sequence, held_prefix(self.kv[sequence], wanted)
         if self.limits.unified or not self.model.shares_tokens:
             return best, most
         for other, kv in self.kv.items():
-            n = _alike(kv, wanted)
-            # a sliding window has dropped what lies before it
-            if n > max(most, self.limits.n_ctx // COPY_COST) and self.c.llama_memory_seq_pos_min(self.memory, other) == 0:
+            n = held_prefix(kv, wanted)
+            if n > max(most, self.limits.n_ctx // COPY_COST) and self.is_whole(other):
                 best, most = other, n
         return best, most
 
@@ -196,11 +205,17 @@ class cleaned:
             self._session.reset()
 
 
-def _alike(held: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) -> int:
+def held_prefix(held: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) -> int:
     """How many (token, edit id) pairs agree, but for the last wanted one, which is left to compute."""
+    n = shared_prefix(held, wanted[:-1])
+    return next((i for i, (_, edit) in enumerate(wanted[:n]) if edit == UNKNOWN_EDIT), n)
+
+
+def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the prefix that two sequences share."""
     n = 0
-    for have, want in zip(held, wanted[:-1], strict=False):
-        if have != want or want[1] == UNKNOWN_EDIT:
+    for a, b in zip(one, other, strict=False):
+        if a != b:
             break
         n += 1
     return n

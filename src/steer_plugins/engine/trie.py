@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from steer_plugins.engine.session import Entry, Session, chunks
+from steer_plugins.engine.session import Entry, Session, chunks, shared_prefix
 from steer_plugins.errors import EngineError
 
 TRUNK = 0
@@ -117,16 +117,6 @@ def reads_paths(texts: Sequence[TokenText], groups: Sequence[Sequence[int]]) -> 
         if any(texts[i].wanted and texts[i].wanted[0] < shared_prefix(last, texts[i].keys) for i in group):
             return True
     return False
-
-
-def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Length of the prefix that two sequences share."""
-    n = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        n += 1
-    return n
 
 
 def groups_of(texts: Sequence[TokenText], n_slots: int) -> list[list[int]]:
@@ -235,10 +225,8 @@ def _compute(
 def _keep(session: Session, n_texts: int, keys: Sequence[Any]) -> Sequence[Any]:
     """Let ``TRUNK`` hold the beginning of the last text, and forget all others; returns what it holds."""
     last = n_texts
-    # a sliding window has dropped what lies before it, so a cut there would leave holes
-    holes = session.c.llama_memory_seq_pos_min(session.memory, last) > 0
     session.forget(TRUNK)
-    if keys and not holes:
+    if keys and session.is_whole(last):
         session.copy(last, TRUNK, len(keys))
     else:
         keys = []
