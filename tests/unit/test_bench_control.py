@@ -156,6 +156,29 @@ def test_the_strength_is_chosen_on_one_half_and_scored_on_the_other() -> None:
     assert all(r["decoding"] == "greedy" for r in results.rows if r["kind"] == "reply" and r["half"] == "choose")
 
 
+def test_the_prompt_is_chosen_on_one_half_for_both_sides() -> None:
+    choose, _ = Control(World(), [], [FAMILY], PLAN).halves(FAMILY)
+
+    class Shouted(World):
+        """The strong prompt works on the prompts that choose alone."""
+
+        def _reply(self, prompt: str, pull: float, dose: float, max_tokens: int) -> tuple[str, str]:
+            works = "most important" not in prompt or any(t.id in prompt for t in choose)
+            text, reason = super()._reply(prompt, pull, dose, max_tokens)
+            return (text + "+" * ("important" in prompt) if works else "thing"), reason
+
+    part = found(run(Shouted()))
+    family = part["families"]["nouns"]
+    assert part["prompt"] == family["versus"]["greedy"]["best prompt"] == "strong prompt"
+    tokens = {arm: family["arms"][arm]["greedy"]["context_tokens"][0] for arm in ("prompt", "strong prompt", "both")}
+    assert tokens["both"] == tokens["strong prompt"] > tokens["prompt"]
+    # the better one of the scored half would have been the other
+    assert family["arms"]["prompt"]["greedy"]["score"][0] > family["arms"]["strong prompt"]["greedy"]["score"][0] == 0.0
+    assert set(part["persistence"]) == {"plain", "strong prompt", "steer", "both"} < set(part["side_effects"])
+    equal = found(run())
+    assert equal["prompt"] == equal["families"]["nouns"]["versus"]["greedy"]["best prompt"] == "prompt"
+
+
 def test_arms() -> None:
     results = run()
     part = found(results)["families"]["nouns"]["arms"]

@@ -31,6 +31,7 @@ from tests.unit.fakes import N_LAYER, FakeEngine
 
 # Perplexity is exp(0.7 + harm * dose), so the largest dose that the guard allows is LIMIT / harm.
 LIMIT = float(np.log(Guard().perplexity_ratio))
+HALF_A_RUNG = QUICK.ratio**0.5
 LAYERS = range(N_LAYER - 1)
 ONE_WINDOW = replace(QUICK, windows=((0.5, 0.2),))
 
@@ -106,8 +107,8 @@ PLAIN = Fluency(10, 4.0, 0.05, 0.1, 40.0)
     ("change", "passes"),
     [
         ({}, True),
-        ({"perplexity": 5.8}, True),
-        ({"perplexity": 5.81}, False),
+        ({"perplexity": 5.6}, True),
+        ({"perplexity": 5.61}, False),
         ({"perplexity": 1.0}, True),
         ({"perplexity": None}, False),
         ({"repeats": 0.2}, True),
@@ -130,7 +131,7 @@ def test_fluency_of_replies():
     ]
     found = measure_fluency(replies, [np.log([0.5, 0.125]), np.zeros(0), np.log([0.1]), np.log([0.01] * 3)])
     assert found.n == 4
-    assert found.perplexity == pytest.approx(10)  # the median of 4, 10 and 100: the empty text has none
+    assert found.perplexity == pytest.approx(4000 ** (1 / 3))  # of 4, 10 and 100: the empty text has none
     assert found.repeats == pytest.approx((3 / 5) / 4)
     assert found.early_ends == pytest.approx(2 / 4)
     assert found.words == 1.0
@@ -145,7 +146,7 @@ def test_fluency_of_replies():
 def test_strength_1_is_the_largest_dose_that_passes(harm):
     result = sweep(FakeEngine(harm=harm), ONE_WINDOW).run()
     dose = result.record["dose"]
-    assert dose <= LIMIT / harm < dose * QUICK.ratio * (1 + 1e-6)
+    assert dose <= LIMIT / harm < dose * HALF_A_RUNG * (1 + 1e-6)
     assert sum(result.vector.scales[k] / (k[0] + 1) for k in result.vector.scales) == pytest.approx(dose, rel=3e-5)
     assert result.record["effect"] == pytest.approx(2 * dose, abs=3e-4)
 
@@ -159,7 +160,7 @@ def test_both_signs_have_to_pass():
     # from some negative pull on the text is one word again and again, which costs nothing in perplexity
     engine.reply = lambda prompt, pull, dose, n: (f"{pull:+.4f}{' ' * 60 if pull < -0.5 else ''}", "length")
     found = sweep(engine, ONE_WINDOW).run()
-    assert found.record["dose"] <= 0.5 < found.record["dose"] * QUICK.ratio
+    assert found.record["dose"] <= 0.5 < found.record["dose"] * HALF_A_RUNG
 
 
 @pytest.mark.parametrize("harmful", [-1, 1])
@@ -167,14 +168,14 @@ def test_the_perplexity_of_both_signs_counts(harmful):
     engine = FakeEngine(harm=1.0 if harmful > 0 else 0.0)
     engine.harm_down = 1.0 if harmful < 0 else 0.0
     dose = sweep(engine, ONE_WINDOW).run().record["dose"]
-    assert dose <= LIMIT < dose * QUICK.ratio
+    assert dose <= LIMIT < dose * HALF_A_RUNG
 
 
 def test_early_ends_count():
     engine = FakeEngine(harm=0.0)
     engine.reply = lambda prompt, pull, dose, n: (f"{pull:.3f}" if pull > 0.5 else f"{pull:.9f}", "stop")
     found = sweep(engine, ONE_WINDOW).run()
-    assert found.record["dose"] <= 0.5 < found.record["dose"] * QUICK.ratio
+    assert found.record["dose"] <= 0.5 < found.record["dose"] * HALF_A_RUNG
 
 
 def test_the_window_with_the_largest_effect_wins():
@@ -256,6 +257,26 @@ def test_the_winner_has_to_pass_on_more_prompts_too():
     assert result.record["n"] == QUICK.n_confirm
 
 
+def test_half_a_rung_more_is_tried_on_more_prompts():
+    """The search's next dose fails on its few prompts; all together the texts are fluent enough half a rung up."""
+    engine = FakeEngine(harm=0.0)
+
+    def reply(prompt, pull, dose, n):
+        bad = dose > 0.3 and any(f"prompt {i}|" in prompt for i in range(QUICK.n_search))
+        text = f"{max(-engine.most, min(pull, engine.most)):+.4f}|"
+        return text + " " * 7 * bad, "length"
+
+    engine.reply, engine.most = reply, 9.0
+    prompts = TextObjective("pull", lambda text: float(text.split("|")[0]), [chat(f"prompt {i}|") for i in range(QUICK.n_confirm)])
+    found = sweep(engine, ONE_WINDOW, objective=prompts)
+    result = found.run()
+    first = [row for row in found.rows if row.stage == "search" and row.dose == pytest.approx(0.405)]
+    assert first and not all(row.passed for row in first)
+    assert result.record["dose"] == pytest.approx(0.3 * HALF_A_RUNG, abs=1e-4)
+    engine.most = 0.25  # where more does not do more, the smaller dose is kept
+    assert sweep(engine, ONE_WINDOW, objective=prompts).run().record["dose"] <= 0.3
+
+
 def test_a_winner_that_has_to_be_weaker_may_fall_behind_the_next(monkeypatch):
     found, asked = sweep(), []
     made = {w: found.trial(w, "response", 0, QUICK.n_search) for w in ((0, 1), (2, 3), (4, 5))}
@@ -295,8 +316,8 @@ def test_the_record_holds_the_whole_sweep():
     assert [sample["strength"] for sample in record["samples"]] == [-1.0, 0.0, 1.0]
     assert len(record["random_effects"]) == 2
     assert all(abs(value) < record["effect"] for value in record["random_effects"])
-    confirmed = [row for row in record["rows"] if row["stage"] == "confirm"]
-    assert all(row["passed"] and row["perplexity"] <= 1.5 * record["plain"]["perplexity"] for row in confirmed)
+    confirmed = [row for row in record["rows"] if row["stage"] == "confirm" and row["dose"] == record["dose"]]
+    assert len(confirmed) == 2 and all(row["passed"] and row["perplexity"] <= 1.5 * record["plain"]["perplexity"] for row in confirmed)
 
 
 def test_the_search_does_not_see_the_confirming_prompts():
@@ -321,7 +342,7 @@ def test_each_sign_has_its_own_guard(weak, strong):
     assert signs[weak]["perplexity_ratio"] == pytest.approx(np.exp(dose), rel=1e-3)
     assert signs[strong]["perplexity_ratio"] == pytest.approx(np.exp(0.1 * dose), rel=1e-3)
     assert signs[weak]["largest_passing"] == pytest.approx(dose, abs=1e-4)
-    assert signs[weak]["smallest_failing"] == pytest.approx(dose * QUICK.ratio, abs=1e-4)
+    assert signs[weak]["smallest_failing"] == pytest.approx(dose * HALF_A_RUNG, abs=1e-4)
     assert signs[strong]["smallest_failing"] is None  # it was never the reason
 
 

@@ -16,7 +16,8 @@ from ..vector import SteeringVector
 ARMS = ("plain", "prompt", "strong prompt", "steer", "both", "random", "shuffled")
 """plain: nothing. prompt, strong prompt: a system prompt. steer: the vector. both: prompt and vector. random: a random vector
 of the same norms. shuffled: a vector fitted to the same examples with their labels drawn at random."""
-PROMPTED = {"prompt": "prompt", "strong prompt": "strong", "both": "prompt"}
+PROMPTS = ("prompt", "strong prompt")
+"""Arms with a system prompt and nothing else."""
 STEERED = ("steer", "both", "random", "shuffled")
 IDLE = ("random", "shuffled")
 """Arms whose vector should do nothing."""
@@ -35,6 +36,7 @@ class Case:
 
     ``randoms``: at least one; the first is the arm ``random``, all of them (``random 2``, ``random 3``) are compared with the
     vector's full effect, since one alone may happen to do something. ``sign``: 1 for the positive pole, -1 for the negative.
+    ``prompted``: of :data:`PROMPTS`, the one whose prompt the arm ``both`` has too.
     """
 
     trait: Trait
@@ -43,6 +45,7 @@ class Case:
     shuffled: SteeringVector | None
     metric: Any
     sign: int = 1
+    prompted: str = "prompt"
 
     @property
     def name(self) -> str:
@@ -66,10 +69,11 @@ class Case:
 
     def system(self, arm: str) -> str | None:
         """The system prompt of an arm."""
-        if arm not in PROMPTED:
+        prompt = self.prompted if arm == "both" else arm
+        if prompt not in PROMPTS:
             return None
         text = self.trait.system["positive" if self.sign > 0 else "negative"][0]
-        return _STRONG.format(system=text) if PROMPTED[arm] == "strong" else text
+        return _STRONG.format(system=text) if prompt == "strong prompt" else text
 
     def steering(self, arm: str, strength: float) -> Steering:
         """The steering of an arm, ``strength`` towards the wanted pole."""

@@ -2,8 +2,8 @@
 
 For each trait and family of tasks the arms (:mod:`.arms`) answer the same prompts. A reply gets three parts between 0 and
 1: *trait* ((1 + metric) / 2), *task* (the family's success) and *fluency*; its score is their harmonic mean, so that one broken
-part breaks it (AxBench). The strength is chosen on one half of the prompts and everything that is reported is measured on
-the other. Everything is drawn from one seed.
+part breaks it (AxBench). The better of two prompts and the strength are chosen on one half of the prompts and everything that
+is reported is measured on the other. Everything is drawn from one seed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from ..calibrate import mean_perplexity
 from ..engine.base import Engine, GenerateRequest, Prompt
-from .arms import IDLE, Case, message
+from .arms import IDLE, PROMPTS, Case, message
 from .plan import QUICK, Plan, Results
 from .replies import Ask, Replies, Report
 from .stats import Estimate, estimate, paired, spearman
@@ -29,7 +31,7 @@ FLOOR = 0.05
 """A family whose plain replies succeed less often than this is beyond the model: a "floor" and no number."""
 SWING = "-1 to +1"
 """The key of the effect from full strength at one pole to full strength at the other."""
-TURN_TOKENS = 48
+TURN_TOKENS = 32
 """Longest reply of a conversation."""
 
 
@@ -108,12 +110,14 @@ class Control(Replies):
 
     def _case(self, case: Case, floors: dict[str, Any]) -> dict[str, Any]:
         families = self._families_of(case)
+        case = self._with_prompt(case, [family for family in families if not floors[family.name]["floor"]])
         found = {family.name: self._family(case, family, floors[family.name]["floor"]) for family in families}
         chosen = [part["strength"]["steer"] for part in found.values() if not part["floor"]]
         strongest = max(chosen, default=1.0)
         return {
             "pole": case.pole,
             "sign": case.sign,
+            "prompt": case.prompted,
             "vector": case.vector.content_hash,
             "families": found,
             "dose": self._dose(case, families),
@@ -128,8 +132,7 @@ class Control(Replies):
         if floor:  # nothing to compare, so nothing is run
             plain = self._replied(case, family, ("plain",), {}, "greedy")
             return {"floor": True, "strength": {}, "arms": {"plain": {"greedy": self._arm(plain, plain)}}, "versus": {}}
-        choose, _ = self.used(family, "greedy")
-        strengths = {arm: self._choose(case, family, choose, arm) for arm in ("steer", "both")}
+        strengths = self._choose(case, family)
         strengths |= {arm: strengths["steer"] for arm in ("random", "shuffled")}
         found: dict[str, dict[str, Any]] = {}
         rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -143,7 +146,7 @@ class Control(Replies):
             "floor": False,
             "strength": {arm: strengths[arm] for arm in ("steer", "both")},
             "arms": found,
-            "versus": {d: _versus(rows, d, self.plan.seed) for d in self._decodings},
+            "versus": {d: _versus(rows, d, case.prompted, self.plan.seed) for d in self._decodings},
         }
 
     def _replied(
@@ -160,14 +163,33 @@ class Control(Replies):
         self.results.rows += rows
         return rows
 
-    def _choose(self, case: Case, family: Family, tasks: Sequence[Task], arm: str) -> float:
-        """The strength with the best mean score on these prompts; of equal ones the smallest."""
-        longest = self.longest(case, family)
-        asks = [Ask(family, task, arm, s, "greedy", "choose", longest) for s in self.plan.strengths for task in tasks]
-        rows = self.answer(case, asks, f"{case.name}, {family.name}: strength")
+    def _with_prompt(self, case: Case, families: Sequence[Family]) -> Case:
+        """The case with the prompt that has the better mean score over all families; of equal ones the first."""
+        scores: dict[str, list[float]] = {arm: [] for arm in PROMPTS}
+        for family in families:
+            for row in self._chosen_from(case, family, [(arm, 0.0) for arm in PROMPTS], "prompt"):
+                scores[row["arm"]].append(row["score"])
+        return replace(case, prompted=max(PROMPTS, key=lambda arm: statistics.fmean(scores[arm]))) if families else case
+
+    def _choose(self, case: Case, family: Family) -> dict[str, float]:
+        """For ``steer`` and ``both`` the strength with the best mean score; of equal ones the smallest."""
+        strengths = sorted(self.plan.strengths)
+        rows = self._chosen_from(case, family, [(arm, s) for arm in ("steer", "both") for s in strengths], "strength")
+
+        def mean(arm: str, strength: float) -> float:
+            return statistics.fmean(r["score"] for r in rows if r["arm"] == arm and r["strength"] == strength)
+
+        return {arm: max(strengths, key=lambda s: mean(arm, s)) for arm in ("steer", "both")}
+
+    def _chosen_from(
+        self, case: Case, family: Family, arms: Sequence[tuple[str, float]], what: str
+    ) -> list[dict[str, Any]]:
+        """Rows of the half that chooses, for arms at strengths."""
+        longest, tasks = self.longest(case, family), self.used(family, "greedy")[0]
+        asks = [Ask(family, task, arm, strength, "greedy", "choose", longest) for arm, strength in arms for task in tasks]
+        rows = self.answer(case, asks, f"{case.name}, {family.name}: {what}")
         self.results.rows += rows
-        means = {s: statistics.fmean(r["score"] for r in rows if r["strength"] == s) for s in sorted(self.plan.strengths)}
-        return max(means, key=lambda s: means[s])
+        return rows
 
     def _arm(self, rows: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Means with intervals, of an arm on the scored half."""
@@ -177,9 +199,9 @@ class Control(Replies):
         found["effect"] = paired([r["metric"] for r in rows], [r["metric"] for r in plain], seed).to_list()
         extra = [r["prompt_tokens"] - p["prompt_tokens"] for r, p in zip(rows, plain, strict=True)]
         found["context_tokens"] = estimate(extra, seed).to_list()
-        known = [row["perplexity"] for row in rows if row["perplexity"] is not None]
+        perplexity = mean_perplexity(row["perplexity"] for row in rows)
         measures = {name: estimate([r["measures"][name] for r in rows], seed).to_list() for name in rows[0]["measures"]}
-        return {**found, "perplexity": statistics.median(known) if known else None, "measures": measures}
+        return {**found, "perplexity": perplexity, "measures": measures}
 
     def _dose(self, case: Case, families: Sequence[Family]) -> dict[str, Any]:
         """The metric over strengths, towards the positive pole, on prompts of the last family; and random vectors at +-1."""
@@ -208,14 +230,13 @@ class Control(Replies):
         points: list[dict[str, Any]] = []
         for strength in strengths:
             found = rows("steer", strength)
-            known = [row["perplexity"] for row in found if row["perplexity"] is not None]
-            plain = [row["perplexity"] for row in zero[: len(found)] if row["perplexity"] is not None]
+            steered, plain = (mean_perplexity(row["perplexity"] for row in part) for part in (found, zero[: len(found)]))
             points.append(
                 {
                     "strength": strength,
                     "metric": estimate([case.sign * row["metric"] for row in found], self.plan.seed).to_list(),
                     "effect": self._effect(case, found, zero[: len(found)]).to_list(),
-                    "perplexity": statistics.median(known) / statistics.median(plain) if known and plain else None,
+                    "perplexity": steered / plain if steered and plain else None,
                     "repeats": statistics.fmean(row["repeats"] for row in found),
                 }
             )
@@ -249,7 +270,7 @@ class Control(Replies):
             return found
         family = families[-1]
         spoken = {"plain": self._plain["turns"][family.name]}
-        spoken |= self._conversations(case, family, ("prompt", "steer", "both"), strength)
+        spoken |= self._conversations(case, family, (case.prompted, "steer", "both"), strength)
         for arm, talks in spoken.items():
             turns = []
             for turn, replies in enumerate(talks):
@@ -299,7 +320,7 @@ class Control(Replies):
         questions = read_choices()[: self.plan.choices]
         neutral, plain = self._plain["neutral"], self._plain["choices"]
         found: dict[str, Any] = {}
-        for arm in ("plain", "prompt", "steer", "both", "random"):
+        for arm in ("plain", case.prompted, "steer", "both", "random"):
             right = plain if arm == "plain" else self._choices(case, arm, strength)
             for (start, _), value in zip(questions, right, strict=True):
                 self.results.rows.append({"kind": "choice", "trait": case.name, "arm": arm, "question": start, "right": value})
@@ -352,13 +373,14 @@ def _pooled(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [{"metric": statistics.fmean(row["metric"] for row in same)} for same in zip(*runs, strict=True)]
 
 
-def _versus(rows: dict[tuple[str, str], list[dict[str, Any]]], decoding: str, seed: int) -> dict[str, Any]:
-    """Differences of scores on the same prompts. The better of the two prompts is taken after the fact, in its favour."""
+def _versus(
+    rows: dict[tuple[str, str], list[dict[str, Any]]], decoding: str, best: str, seed: int
+) -> dict[str, Any]:
+    """Differences of scores on the same prompts. ``best``: the prompt to compare with."""
 
     def scores(arm: str) -> list[float]:
         return [row["score"] for row in rows[arm, decoding]]
 
-    best = max(("prompt", "strong prompt"), key=lambda arm: statistics.fmean(scores(arm)))
     found: dict[str, Any] = {"best prompt": best}
     for arm in (arm for arm in ("steer", "both", "random") if (arm, decoding) in rows):
         found[f"{arm} - prompt"] = paired(scores(arm), scores(best)[: len(scores(arm))], seed).to_list()

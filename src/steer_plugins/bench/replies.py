@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..calibrate import perplexity
+from ..calibrate import mean_perplexity, perplexity
 from ..engine.base import Engine, GenerateRequest, Generation, Prompt
 from ..metrics import repeated_ngram_share, reply_tokens
 from ..steering import Steering
-from .arms import PROMPTED, Case, is_steered, message
+from .arms import Case, is_steered, message
 from .plan import Plan
 from .stats import harmonic_mean
 from .tasks import Family, Scored, Task
 
 GUARD = 1.5
-"""Replies whose perplexity is at most so many times the plain median count as fluent (the guard of the calibration)."""
+"""Replies whose perplexity is at most so many times the plain one count as fluent."""
 
 Report = Callable[[str, int], None]
 """Called with what is being done and the number of texts that were done."""
@@ -46,9 +44,10 @@ class Replies:
     def __init__(self, engine: Engine, plan: Plan, report: Report) -> None:
         self.engine, self.plan = engine, plan
         self._report = report
-        self._replies: dict[Any, tuple[Generation, float | None]] = {}
+        self._replies: dict[Any, Generation] = {}
+        self._perplexity: dict[Any, float | None] = {}
         self._scored: dict[tuple[str, str, str], Scored] = {}
-        self._plain_perplexity: dict[tuple[str, str, int], float] = {}
+        self._plain_perplexity: dict[tuple[str, str, int], float | None] = {}
 
     # ---- prompts ----
 
@@ -69,9 +68,9 @@ class Replies:
 
     def _key(self, case: Case | None, ask: Ask) -> Any:
         strength = ask.strength if is_steered(ask.arm) else 0.0
-        plain = case is None or ask.arm not in PROMPTED and strength == 0.0
+        plain = case is None or case.system(ask.arm) is None and strength == 0.0
         who = None if plain or case is None else (case.name, ask.arm)
-        return ask.family.name, ask.task.id, who, strength, ask.decoding, ask.max_tokens, ask.fluent
+        return ask.family.name, ask.task.id, who, strength, ask.decoding, ask.max_tokens
 
     def _prompt(self, case: Case | None, ask: Ask) -> Prompt:
         return message(self.engine, ask.task.prompt, None if case is None else case.system(ask.arm))
@@ -85,20 +84,23 @@ class Replies:
         return GenerateRequest(self._prompt(case, ask), steering, max_tokens=ask.max_tokens, temperature=temperature, seed=seed)
 
     def _generate(self, case: Case | None, asks: Sequence[Ask], stage: str) -> None:
-        missing = {self._key(case, ask): ask for ask in asks if self._key(case, ask) not in self._replies}
-        if not missing:
-            return
-        replies = self.engine.generate_many([self._request(case, ask) for ask in missing.values()])
-        plain = [message(self.engine, ask.task.prompt, None) for ask in missing.values()]
-        there = [i for i, (ask, reply) in enumerate(zip(missing.values(), replies, strict=True)) if reply.tokens and ask.fluent]
-        scored = self.engine.logprobs([(plain[i], replies[i].tokens) for i in there]) if there else []
-        values = dict(zip(there, (perplexity(found) for found in scored), strict=True))
-        for i, (key, reply) in enumerate(zip(missing, replies, strict=True)):
-            self._replies[key] = (reply, values.get(i))
-        self._report(stage, len(missing))
+        wanted = [(self._key(case, ask), ask) for ask in asks]
+        missing = {key: ask for key, ask in wanted if key not in self._replies}
+        if missing:
+            replies = self.engine.generate_many([self._request(case, ask) for ask in missing.values()])
+            self._replies.update(zip(missing, replies, strict=True))
+        unscored = {key: ask for key, ask in wanted if ask.fluent and key not in self._perplexity}
+        self._perplexity |= {key: None for key in unscored if not self._replies[key].tokens}
+        there = [key for key in unscored if self._replies[key].tokens]
+        if there:
+            texts = [(message(self.engine, unscored[key].task.prompt, None), self._replies[key].tokens) for key in there]
+            self._perplexity.update(zip(there, map(perplexity, self.engine.logprobs(texts)), strict=True))
+        if missing:
+            self._report(stage, len(missing))
 
     def row(self, case: Case | None, ask: Ask) -> dict[str, Any]:
-        reply, ppl = self._replies[self._key(case, ask)]
+        key = self._key(case, ask)
+        reply, ppl = self._replies[key], self._perplexity.get(key)
         seen = ask.family.name, ask.task.id, reply.text
         if seen not in self._scored:  # running code takes its time
             self._scored[seen] = ask.family.score(ask.task, reply.text, self.plan.run_code)
@@ -130,7 +132,7 @@ class Replies:
         return row
 
     def _fluency(self, ask: Ask, ppl: float | None, repeats: float) -> float:
-        """1 up to :data:`GUARD` times the plain median perplexity, then falling as its inverse; less what is repeated."""
+        """1 up to :data:`GUARD` times the plain perplexity, then falling as its inverse; less what is repeated."""
         usual = self._usual(ask)
         if ppl is None:
             return 0.0
@@ -138,16 +140,14 @@ class Replies:
         return min(1.0, GUARD / ratio) * (1.0 - repeats)
 
     def _usual(self, ask: Ask) -> float | None:
-        """The median perplexity of plain replies of the same kind and length."""
+        """The (geometric) mean perplexity of plain replies of the same kind and length."""
         key = ask.family.name, ask.decoding, ask.max_tokens
         if key not in self._plain_perplexity:
             tasks = [task for half in self.used(ask.family, ask.decoding) for task in half]
             asks = [Ask(ask.family, task, "plain", 0.0, ask.decoding, "all", ask.max_tokens) for task in tasks]
             self._generate(None, asks, f"plain {ask.family.name}")
-            known = [value for one in asks if (value := self._replies[self._key(None, one)][1]) is not None]
-            self._plain_perplexity[key] = statistics.median(known) if known else math.nan
-        found = self._plain_perplexity[key]
-        return None if math.isnan(found) else found
+            self._plain_perplexity[key] = mean_perplexity(self._perplexity[self._key(None, one)] for one in asks)
+        return self._plain_perplexity[key]
 
     def used(self, family: Family, decoding: str) -> tuple[list[Task], list[Task]]:
         """Those of both halves that the arms answer: not all of them choose the strength, or are sampled."""

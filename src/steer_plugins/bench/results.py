@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arms import RANDOMS
+from .arms import PROMPTS, RANDOMS
 from .control import FLOOR, SWING
 from .report import SUMMARY, BenchReport, interval, number, summary_rows
 
@@ -20,7 +20,7 @@ TIMES_RANDOM = 5.0
 SPEARMAN = 0.9
 """The rank correlation of metric and strength is to be at least this."""
 PERPLEXITY = 1.5
-"""The median perplexity at strength 1 is to stay below so many times the plain one."""
+"""The mean perplexity at strength 1 is to stay below so many times the plain one."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def results_page(report: BenchReport) -> str:
         *_targets(summary),
         "## Scores",
         "Mean score of greedy replies (harmonic mean of trait, task and fluency, 0 to 1) on the scored half of the prompts, and "
-        "paired differences from the better of the two prompts with 95 % bootstrap intervals.",
+        "paired differences from the better of the two prompts, which was chosen on the other half, with 95 % bootstrap intervals. "
+        "`both` is that prompt and the vector.",
         table(SUMMARY, summary_rows(summary)),
         *_who_wins(summary),
         "## Dose and response",
@@ -173,7 +174,7 @@ def _targets(summary: dict[str, Any]) -> list[str]:
     text = (
         "What the bundled traits are held to: an effect at full strength whose 95 % interval excludes 0, and which is at least "
         f"{TIMES_RANDOM:g} times the mean size of the effects of {RANDOMS} random vectors of the same norms; a Spearman "
-        f"correlation of metric and strength of at least {SPEARMAN:g}; a median perplexity below {PERPLEXITY:g} times the "
+        f"correlation of metric and strength of at least {SPEARMAN:g}; a mean perplexity below {PERPLEXITY:g} times the "
         "plain one at strength 1 (at −1 it is held to the same); and a mean score that is higher with steering and prompt "
         "than with the better prompt alone. The effect is the metric at 1 less that at −1; each side's distance from plain "
         "stands below. ✓ met, ✗ missed."
@@ -283,9 +284,8 @@ def _side_effects(summary: dict[str, Any]) -> list[str]:
                 rows.append(
                     (trait, arm, number(values["accuracy"][0]), interval(values["accuracy_change"], sign=True), kl, tokens)
                 )
-        strong = extra.get("strong prompt")
-        if strong:
-            rows.append((trait, "strong prompt", "–", "–", "–", number(statistics.fmean(strong), sign=True, digits=0)))
+        for arm in (arm for arm in PROMPTS if arm in extra and arm not in part["side_effects"]):
+            rows.append((trait, arm, "–", "–", "–", number(statistics.fmean(extra[arm]), sign=True, digits=0)))
     text = (
         "At the strongest strength chosen: multiple choice by log-probability, KL(plain ‖ arm) in nats per token on neutral "
         "replies drawn from the plain model, and what the arm adds to the prompt in tokens."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fluency import Fluency, Guard, measure_fluency, perplexity
+from .fluency import Fluency, Guard, mean_perplexity, measure_fluency, perplexity
 from .objective import ContrastObjective, Objective, TextObjective
 from .plan import FULL, LEVELS, QUICK, UNCALIBRATED, Level, level_of, window_of, windows_of
 from .sweep import Calibrated, Fitted, Sweep, rises
@@ -22,6 +22,7 @@ __all__ = [
     "Sweep",
     "TextObjective",
     "level_of",
+    "mean_perplexity",
     "measure_fluency",
     "perplexity",
     "rises",
