@@ -16,6 +16,7 @@ import pytest
 
 from steer_plugins.bench.arms import ARMS, Case, case_of, message, random_vector, shuffled_vector
 from steer_plugins.bench.control import QUICK, SWING, TURN_TOKENS, Control, Plan, Results
+from steer_plugins.bench.replies import SCORED_TOKENS
 from steer_plugins.bench.report import (
     BenchReport,
     builtin_reporters,
@@ -154,6 +155,33 @@ def test_the_strength_is_chosen_on_one_half_and_scored_on_the_other() -> None:
     }
     assert halves == {"choose": {t.id for t in choose}, "score": {t.id for t in score}}
     assert all(r["decoding"] == "greedy" for r in results.rows if r["kind"] == "reply" and r["half"] == "choose")
+
+
+def test_what_the_strengths_are_chosen_from() -> None:
+    rows = [r for r in run().rows if r["kind"] == "reply" and r["half"] == "choose"]
+    tried = {arm: {r["strength"] for r in rows if r["arm"] == arm} for arm in ("prompt", "strong prompt", "steer", "both")}
+    # the prompt does a part of the work
+    assert tried == {"prompt": {0.0}, "strong prompt": {0.0}, "steer": {0.25, 0.5, 1.0}, "both": {0.125, 0.25, 0.5}}
+
+
+def test_fewer_prompts_can_be_scored() -> None:
+    results = run(plan=replace(PLAN, score_prompts=3, choose_prompts=2))
+    assert found(results)["families"]["nouns"]["arms"]["steer"]["greedy"]["score"][3] == 3
+    assert found(results)["dose"]["full"][SWING]["effect"][3] == 3
+    _, score = Control(World(), [], [FAMILY], PLAN).halves(FAMILY)
+    scored = {r["task"] for r in results.rows if r["kind"] in ("reply", "dose") and r["half"] == "score"}
+    assert scored == {t.id for t in score[:3]}
+
+
+def test_the_perplexity_is_that_of_a_reply_s_beginning() -> None:
+    class Long(World):
+        def _reply(self, prompt: str, pull: float, dose: float, max_tokens: int) -> tuple[str, str]:
+            text, reason = super()._reply(prompt, pull, dose, max_tokens)
+            return text + " and so on" * 20, reason
+
+    engine = Long()
+    run(engine, replace(PLAN, choices=0, neutral=0))
+    assert {len(text) for _, text in engine.scored} == {SCORED_TOKENS}
 
 
 def test_the_prompt_is_chosen_on_one_half_for_both_sides() -> None:

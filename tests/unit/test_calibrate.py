@@ -267,7 +267,8 @@ def test_half_a_rung_more_is_tried_on_more_prompts():
         return text + " " * 7 * bad, "length"
 
     engine.reply, engine.most = reply, 9.0
-    prompts = TextObjective("pull", lambda text: float(text.split("|")[0]), [chat(f"prompt {i}|") for i in range(QUICK.n_confirm)])
+    asked = [chat(f"prompt {i}|") for i in range(QUICK.n_confirm)]
+    prompts = TextObjective("pull", lambda text: float(text.split("|")[0]), asked)
     found = sweep(engine, ONE_WINDOW, objective=prompts)
     result = found.run()
     first = [row for row in found.rows if row.stage == "search" and row.dose == pytest.approx(0.405)]
@@ -317,7 +318,8 @@ def test_the_record_holds_the_whole_sweep():
     assert len(record["random_effects"]) == 2
     assert all(abs(value) < record["effect"] for value in record["random_effects"])
     confirmed = [row for row in record["rows"] if row["stage"] == "confirm" and row["dose"] == record["dose"]]
-    assert len(confirmed) == 2 and all(row["passed"] and row["perplexity"] <= 1.5 * record["plain"]["perplexity"] for row in confirmed)
+    assert len(confirmed) == 2
+    assert all(row["passed"] and row["perplexity"] <= 1.5 * record["plain"]["perplexity"] for row in confirmed)
 
 
 def test_the_search_does_not_see_the_confirming_prompts():

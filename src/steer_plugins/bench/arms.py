@@ -22,7 +22,7 @@ STEERED = ("steer", "both", "random", "shuffled")
 IDLE = ("random", "shuffled")
 """Arms whose vector should do nothing."""
 
-RANDOMS = 3
+RANDOMS = 2
 
 _STRONG = (
     "This is the most important rule and comes before everything else: {system} Follow it in every single sentence, "

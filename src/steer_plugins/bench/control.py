@@ -22,7 +22,7 @@ from .arms import IDLE, PROMPTS, Case, message
 from .plan import QUICK, Plan, Results
 from .replies import Ask, Replies, Report
 from .stats import Estimate, estimate, paired, spearman
-from .tasks import Family, Task, data_lines, read_choices
+from .tasks import Family, data_lines, read_choices
 from .workers import side_by_side
 
 __all__ = ["FLOOR", "QUICK", "SWING", "Control", "Plan", "Results"]
@@ -173,13 +173,14 @@ class Control(Replies):
 
     def _choose(self, case: Case, family: Family) -> dict[str, float]:
         """For ``steer`` and ``both`` the strength with the best mean score; of equal ones the smallest."""
-        strengths = sorted(self.plan.strengths)
-        rows = self._chosen_from(case, family, [(arm, s) for arm in ("steer", "both") for s in strengths], "strength")
+        alone = sorted(self.plan.strengths)
+        strengths = {"steer": alone, "both": [self.plan.with_prompt * s for s in alone]}
+        rows = self._chosen_from(case, family, [(arm, s) for arm, own in strengths.items() for s in own], "strength")
 
         def mean(arm: str, strength: float) -> float:
             return statistics.fmean(r["score"] for r in rows if r["arm"] == arm and r["strength"] == strength)
 
-        return {arm: max(strengths, key=lambda s: mean(arm, s)) for arm in ("steer", "both")}
+        return {arm: max(own, key=lambda s: mean(arm, s)) for arm, own in strengths.items()}
 
     def _chosen_from(
         self, case: Case, family: Family, arms: Sequence[tuple[str, float]], what: str
@@ -208,7 +209,7 @@ class Control(Replies):
         if not families:
             return {"points": [], "spearman": None}
         family = families[-1]
-        longest, tasks = self.longest(case, family), self.halves(family)[1]
+        longest, tasks = self.longest(case, family), self.used(family, "greedy")[1]
         stage = f"{case.name}: dose"
 
         def asks(arm: str, strength: float) -> list[Ask]:

@@ -13,9 +13,11 @@ class Plan:
     """How much to run.
 
     Attributes:
-        prompts: of each family, half of them to choose the strength and half of them to be scored.
-        strengths: those to choose from, on at most ``choose_prompts`` of their half.
-        curve: strengths of the dose-response curve, each on ``curve_prompts`` of the scored half, but full strength on all.
+        prompts: of each family, half of them to choose the strength and half of them to be scored; at most ``score_prompts``
+            of these are.
+        strengths: those to choose from, on at most ``choose_prompts`` of their half. With a prompt, which does a part of the
+            work, ``with_prompt`` times these.
+        curve: strengths of the dose-response curve, each on ``curve_prompts`` of those scored, but full strength on all.
         control_prompts: prompts of the arms that should do nothing.
         random_prompts: prompts on which random vectors are compared with full strength.
         sampled: seeded sampling at ``temperature`` beside greedy runs, on at most ``sampled_prompts``.
@@ -27,19 +29,21 @@ class Plan:
 
     prompts: int = 60
     strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
+    with_prompt: float = 0.5
     choose_prompts: int = 8
+    score_prompts: int = 26
     curve: tuple[float, ...] = CURVE
     curve_prompts: int = 9
-    control_prompts: int = 9
-    random_prompts: int = 20
+    control_prompts: int = 6
+    random_prompts: int = 26
     sampled: bool = True
-    sampled_prompts: int = 5
+    sampled_prompts: int = 4
     temperature: float = 0.7
     conversations: int = 2
     turns: int = 4
     choices: int = 12
     neutral: int = 10
-    pairs: int | None = None
+    pairs: int | None = 60
     max_tokens: int | None = None
     seed: int = 0
     run_code: bool = False

@@ -19,6 +19,9 @@ from .tasks import Family, Scored, Task
 
 GUARD = 1.5
 """Replies whose perplexity is at most so many times the plain one count as fluent."""
+SCORED_TOKENS = 64
+"""The perplexity of a reply is that of its beginning: a model that goes in circles finds the rest easy, and what is repeated
+counts anyway."""
 
 Report = Callable[[str, int], None]
 """Called with what is being done and the number of texts that were done."""
@@ -93,8 +96,10 @@ class Replies:
         self._perplexity |= {key: None for key in unscored if not self._replies[key].tokens}
         there = [key for key in unscored if self._replies[key].tokens]
         if there:
-            texts = [(message(self.engine, unscored[key].task.prompt, None), self._replies[key].tokens) for key in there]
-            self._perplexity.update(zip(there, map(perplexity, self.engine.logprobs(texts)), strict=True))
+            plain = [message(self.engine, unscored[key].task.prompt, None) for key in there]
+            begun = [self._replies[key].tokens[:SCORED_TOKENS] for key in there]
+            found = self.engine.logprobs(list(zip(plain, begun, strict=True)))
+            self._perplexity.update(zip(there, map(perplexity, found), strict=True))
         if missing:
             self._report(stage, len(missing))
 
@@ -150,8 +155,9 @@ class Replies:
         return self._plain_perplexity[key]
 
     def used(self, family: Family, decoding: str) -> tuple[list[Task], list[Task]]:
-        """Those of both halves that the arms answer: not all of them choose the strength, or are sampled."""
+        """Those of both halves that the arms answer; fewer are sampled."""
         choose, score = self.halves(family)
+        score = score[: self.plan.score_prompts]
         if decoding == "sampled":
             return [], score[: self.plan.sampled_prompts]
         return choose[: self.plan.choose_prompts], score

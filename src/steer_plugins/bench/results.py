@@ -109,8 +109,8 @@ def results_page(report: BenchReport) -> str:
         *_targets(summary),
         "## Scores",
         "Mean score of greedy replies (harmonic mean of trait, task and fluency, 0 to 1) on the scored half of the prompts, and "
-        "paired differences from the better of the two prompts, which was chosen on the other half, with 95 % bootstrap intervals. "
-        "`both` is that prompt and the vector.",
+        "paired differences from the better of the two prompts, which was chosen on the other half, with 95 % bootstrap "
+        "intervals. `both` is that prompt and the vector.",
         table(SUMMARY, summary_rows(summary)),
         *_who_wins(summary),
         "## Dose and response",
