@@ -778,6 +778,7 @@ def test_targets_of_a_good_trait() -> None:
     assert [t.name for t in targets(part)] == ["effect", "times random", "Spearman", "perplexity at -1", "perplexity at +1"]
     assert "steer bench control" in page and "| glee |" in page and "✗" not in page.split("## Scores")[0].replace("✗ missed", "")
     assert "None is missed." in page and "met by 1 of 1 traits (glee)" in page
+    assert "| glee | nouns | prompt | 1.000 | 0.500 |" in page  # what was chosen
     for heading in ("What steering wins", "What prompting wins", "What neither can do", "Through a conversation", "Side effects"):
         assert f"# {heading}" in page
 

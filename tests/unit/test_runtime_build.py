@@ -16,18 +16,12 @@ from click.testing import CliRunner
 
 from steer_plugins.cli.build import build as build_command
 from steer_plugins.errors import BuildError
-from steer_plugins.runtime import bindings, locate, tools
-from steer_plugins.runtime.build import (
-    BuildOptions,
-    CMakeArguments,
-    build_runtime,
-    check_patch,
-    link_libraries,
-    parse_cmake_arguments,
-    plan_build,
-    syntax_command,
-)
+from steer_plugins.runtime import bindings, locate, plan, tools
+from steer_plugins.runtime.build import build_runtime, check_patch
 from steer_plugins.runtime.cache import CacheLock
+from steer_plugins.runtime.libraries import link_libraries
+from steer_plugins.runtime.plan import BuildOptions, CMakeArguments, parse_cmake_arguments, plan_build
+from steer_plugins.runtime.syntax import syntax_command
 
 module: Any = sys.modules["steer_plugins.runtime.build"]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the toy cmake is a script with a #! line")
@@ -143,7 +137,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     monkeypatch.setenv("STEER_CACHE", str(toy.cache))
     monkeypatch.setenv("STEER_PATCH_DIR", str(toy.patch))
     monkeypatch.setattr(module, "probe", toy_probe)
-    monkeypatch.setattr(module, "find_bindings", lambda: None)
+    monkeypatch.setattr(plan, "find_bindings", lambda: None)
     monkeypatch.setattr(locate, "find_bindings", lambda: None)
     monkeypatch.setattr(tools, "toolchain", lambda *_: tools.Toolchain(str(toy.cmake), "/toy/ninja", "/toy/c++"))
     monkeypatch.setattr(tools, "require_compiler", lambda *_: "/toy/c++")
@@ -288,7 +282,7 @@ sys.path.insert(0, sys.argv[1])
 from tests.unit import test_runtime_build as t
 from pathlib import Path
 t.module.probe = t.toy_probe
-t.module.find_bindings = lambda: None
+t.plan.find_bindings = lambda: None
 t.tools.toolchain = lambda *_: t.tools.Toolchain(sys.argv[2], "/toy/ninja", "/toy/c++")
 t.tools.require_compiler = lambda *_: "/toy/c++"
 try:
@@ -363,7 +357,7 @@ def full_install(base: Path, monkeypatch: pytest.MonkeyPatch) -> bindings.Bindin
         for ending in (".so", ".so.0"):
             (lib / f"lib{name}{ending}").write_text(f"their {name}")
     installed = bindings.Bindings("0.3.36", base / "site" / "llama_cpp", base / "site")
-    monkeypatch.setattr(module, "find_bindings", lambda: installed)
+    monkeypatch.setattr(plan, "find_bindings", lambda: installed)
     monkeypatch.setattr(locate, "find_bindings", lambda: installed)
     return installed
 

@@ -15,8 +15,9 @@ import pytest
 from steer_plugins.errors import BuildError
 from steer_plugins.runtime import host, locate
 from steer_plugins.runtime.bindings import Bindings, library_names
-from steer_plugins.runtime.build import build_runtime, free_from_place
+from steer_plugins.runtime.build import build_runtime
 from steer_plugins.runtime.elf import make_relative, read_dynamic
+from steer_plugins.runtime.libraries import free_from_place
 from steer_plugins.runtime.sources import SourceOrigin
 
 from .test_runtime_build import Toy, module, toy  # noqa: F401

@@ -24,9 +24,9 @@ from steer_plugins.errors import BuildError, RuntimeMissing
 from steer_plugins.native import API_VERSION
 from steer_plugins.runtime import locate, wheel
 from steer_plugins.runtime.bindings import Bindings, library_names
-from steer_plugins.runtime.build import BuildOptions
 from steer_plugins.runtime.locate import find_runtime, installed_runtime, read_runtime
 from steer_plugins.runtime.patching import load_patch_set
+from steer_plugins.runtime.plan import BuildOptions
 
 from .test_runtime_locate import make_runtime
 

@@ -34,7 +34,7 @@ _STRONG = (
 class Case:
     """A trait at one of its poles, the vector fitted to it, and vectors that should do nothing.
 
-    ``randoms``: at least one; the first is the arm ``random``, all of them (``random 2``, ``random 3``) are compared with the
+    ``randoms``: at least one; the first is the arm ``random``, all of them (``random 2`` and so on) are compared with the
     vector's full effect, since one alone may happen to do something. ``sign``: 1 for the positive pole, -1 for the negative.
     ``prompted``: of :data:`PROMPTS`, the one whose prompt the arm ``both`` has too.
     """

@@ -23,8 +23,8 @@ def control_page(report: BenchReport) -> bytes:
     body = [
         "<p>Each reply has three parts between 0 and 1: the trait, the task, and fluency under the plain model. Its score is "
         "their harmonic mean. Replies are greedy unless it says sampled; intervals are 95 % bootstrap intervals over prompts. "
-        "The strength was chosen on one half of the prompts, and everything here is measured on the other. <i>Floor</i>: the "
-        "plain model cannot do these tasks, so there is nothing to compare.</p>",
+        "The better of two prompts and the strengths were chosen on one half of the prompts, and everything here is measured on "
+        "the other. <i>Floor</i>: the plain model cannot do these tasks, so there is nothing to compare.</p>",
         table(SUMMARY, summary_rows(report.summary), words=(1,)),
         _floors(report.summary["families"], plan),
     ]
@@ -59,10 +59,11 @@ def _trait(trait: str, part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> 
 def _family(trait: str, family: str, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     from .report import interval, number
 
-    strengths = ", ".join(f"{arm} {strength:g}" for arm, strength in found["strength"].items())
     heading = f"<h3>{escape(family)}</h3>"
     if found["floor"]:
         return heading + "<p>floor: the plain model fails at nearly all of these tasks.</p>"
+    strengths = "".join(f", {arm} at {strength:g}" for arm, strength in found["strength"].items())
+    chosen = found["versus"]["greedy"]["best prompt"] + strengths
     arms = [arm for arm in ARMS if arm in found["arms"]]
     numbers = table(
         ("arm", "score", "sampled", "trait effect", "task", "fluency", "perplexity", "context tokens", *_measures(found)),
@@ -86,8 +87,8 @@ def _family(trait: str, family: str, found: dict[str, Any], rows: Sequence[dict[
     figure = points(scores, 0.0, 1.0, label="scores of the arms", marks=(0, 0.25, 0.5, 0.75, 1))
     return (
         f'{heading}<p class="soft">Mean score and its 95 % interval: orange is steered, blue prompted alone.</p>{figure}{numbers}'
-        f'<p class="soft">Strengths chosen: {escape(strengths)}. Trait effect: the metric less that of the plain reply to the '
-        f"same prompt.</p>{_examples(trait, family, arms, rows)}"
+        f'<p class="soft">Chosen: {escape(chosen)}. Trait effect: the metric less that of the plain reply to the same prompt.</p>'
+        f"{_examples(trait, family, arms, rows)}"
     )
 
 

@@ -112,6 +112,7 @@ def results_page(report: BenchReport) -> str:
         "paired differences from the better of the two prompts, which was chosen on the other half, with 95 % bootstrap "
         "intervals. `both` is that prompt and the vector.",
         table(SUMMARY, summary_rows(summary)),
+        *_chosen(summary),
         *_who_wins(summary),
         "## Dose and response",
         *_curves(summary),
@@ -180,6 +181,18 @@ def _targets(summary: dict[str, Any]) -> list[str]:
         "stands below. ✓ met, ✗ missed."
     )
     return [text, table(("trait", *columns), rows), "Missed:\n\n" + "\n".join(missed) if missed else "None is missed."]
+
+
+def _chosen(summary: dict[str, Any]) -> list[str]:
+    """What the half that chooses decided."""
+    rows = [
+        (trait, name, part["prompt"], *(number(one["strength"][arm], digits=3) for arm in ("steer", "both")))
+        for trait, part in summary["traits"].items()
+        for name, one in part["families"].items()
+        if not one["floor"]
+    ]
+    columns = ("trait", "tasks", "prompt", "strength of steer", "strength of both")
+    return ["What was chosen on the other half:", table(columns, rows)] if rows else []
 
 
 def _who_wins(summary: dict[str, Any]) -> list[str]:

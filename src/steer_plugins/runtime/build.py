@@ -19,14 +19,12 @@ import errno
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,17 +33,18 @@ from typing import Any
 from .. import __version__
 from ..errors import BuildError, RuntimeMissing
 from . import tools
-from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, find_library, ggml_files, is_ggml
-from .cache import CacheLock, cache_dir, digest, file_sha256, make_dir, remove_tree, write_atomic
-from .elf import make_relative, read_dynamic
-from .host import HostGgml, host_ggml, lost_devices, read_host, require_same_ggml, source_ggml, write_cmake_package
+from .bindings import DISTRIBUTION, PINNED_VERSION, find_library, ggml_files, is_ggml
+from .cache import CacheLock, cache_dir, file_sha256, make_dir, remove_tree, write_atomic
+from .host import HostGgml, lost_devices, read_host, require_same_ggml, source_ggml, write_cmake_package
+from .libraries import base_name, free_from_place, is_shared_library, link_libraries, probe
 from .locate import RUNTIME_FILE, Runtime, read_runtime
 from .patching import DoesNotFit, PatchedTree, PatchSet, patch_sets
+from .plan import RUNTIME_FORMAT, BuildOptions, BuildPlan, plan_build
 from .process import Log, Reporter, first_error, run_logged
-from .sources import SourceOrigin, folder_origin, llama_cpp_version, prepare_tree, sdist_origin
+from .sources import llama_cpp_version, prepare_tree
+from .syntax import syntax_command
 
 _SERVER = "llama-server.exe" if sys.platform == "win32" else "llama-server"
-_RUNTIME_FORMAT = 1
 _KEPT_LOGS = 20
 
 # What is compiled and what is not. Nothing may be downloaded while building, hence no prebuilt web page for the server.
@@ -64,24 +63,6 @@ _DEFINITIONS = {
     "LLAMA_OPENSSL": "OFF",
     "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
 }
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What `steer build` was asked for. ``cmake_args`` are added to those of the environment's ``CMAKE_ARGS``;
-    ``on`` is a host whose ggml is built upon (host.py), ``into`` the folder to put the runtime in (None: the cache)."""
-
-    version: str | None = None
-    source: Path | None = None
-    cmake_args: tuple[str, ...] = ()
-    own_ggml: bool = False
-    server: bool = True
-    jobs: int | None = None
-    keep: bool = False
-    force: bool = False
-    stock_twin: bool = False
-    on: Path | None = None
-    into: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -133,129 +114,6 @@ class CheckResult:
             "misfits": self.misfits,
             "seconds": round(self.seconds, 1),
         }
-
-
-@dataclass(frozen=True)
-class CMakeArguments:
-    """The user's cmake arguments: ``definitions`` (-D, last one wins) and whatever else CMAKE_ARGS holds."""
-
-    definitions: dict[str, str] = field(default_factory=dict)
-    others: tuple[str, ...] = ()
-
-    @property
-    def wants_ggml(self) -> bool:
-        """Whether an argument is about ggml, which then has to be built."""
-        return any(name.startswith("GGML_") for name in self.definitions)
-
-    def as_list(self) -> list[str]:
-        """The command line words."""
-        return [*self.others, *(f"-D{name}={value}" for name, value in self.definitions.items())]
-
-
-def parse_cmake_arguments(arguments: Sequence[str], environment: str = "") -> CMakeArguments:
-    """``--cmake-arg`` values, which must be -DNAME=VALUE, on top of the environment's ``CMAKE_ARGS``.
-
-    Raises BuildError naming the argument that cannot be understood.
-    """
-    try:
-        words = shlex.split(environment, posix=True)
-    except ValueError as error:
-        raise BuildError(f"CMAKE_ARGS={environment!r} cannot be read ({error}); correct its quotes") from None
-    definitions: dict[str, str] = {}
-    others: list[str] = []
-    pending = iter(words)
-    for word in pending:
-        if word == "-D":
-            word = "-D" + next(pending, "")
-        if found := _definition(word):
-            definitions.pop(found[0], None)
-            definitions[found[0]] = found[1]
-        else:
-            others.append(word)
-    for word in arguments:
-        found = _definition(word)
-        if found is None:
-            raise BuildError(f"--cmake-arg {word!r} is not of the form -DNAME=VALUE")
-        definitions.pop(found[0], None)
-        definitions[found[0]] = found[1]
-    # These two are llama-cpp-python's own: they tell pip to install the bindings alone.
-    for name in ("LLAMA_BUILD", "LLAVA_BUILD"):
-        definitions.pop(name, None)
-    return CMakeArguments(definitions, tuple(others))
-
-
-def _definition(word: str) -> tuple[str, str] | None:
-    match = re.fullmatch(r"-D([A-Za-z_][A-Za-z0-9_]*)(?::[A-Za-z]+)?=(.*)", word, re.DOTALL)
-    return (match.group(1), match.group(2)) if match else None
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """Everything that decides what is built: sources, arguments, and whose ggml (None: our own).
-
-    ``host`` is the folder that ``--on`` named, ``into`` where the runtime goes (None: the cache).
-    """
-
-    origin: SourceOrigin
-    arguments: CMakeArguments
-    shared: Bindings | HostGgml | None
-    server: bool
-    ggml_id: str
-    host: Path | None = None
-    into: Path | None = None
-
-    @property
-    def work_key(self) -> str:
-        """Names the work tree: everything but the patch, so that a changed patch compiles only what it touches."""
-        return f"{self.origin.version}-{self._flags()[:10]}"
-
-    def key(self, patch: PatchSet) -> str:
-        """Names the finished runtime."""
-        server = patch.server_hash if self.server else ""
-        flags = digest(self._flags(), patch.core_hash, server)[:10]
-        return f"{self.origin.version}-{patch.core_hash[:10]}-{flags}" + ("-server" if self.server else "")
-
-    def place(self, cache: Path, key: str) -> Path:
-        """The folder of the finished runtime."""
-        return self.into or cache / "runtime" / key
-
-    def _flags(self) -> str:
-        machine = f"{sys.platform} {platform.machine()}"
-        definitions = sorted(self.arguments.definitions.items())
-        words = [f"{name}={value}" for name, value in definitions] + list(self.arguments.others)
-        return digest(str(_RUNTIME_FORMAT), machine, self.origin.id, self.ggml_id, *words)
-
-
-def plan_build(options: BuildOptions) -> BuildPlan:
-    """Work out what ``options`` mean on this machine. Raises BuildError."""
-    bindings = find_bindings()
-    host = host_ggml(options.on) if options.on is not None else None
-    installed = host if isinstance(host, Bindings) else bindings
-    if options.source is not None:
-        origin = folder_origin(options.source, options.version)
-    else:
-        origin = sdist_origin(options.version or (installed.version if installed else PINNED_VERSION))
-    arguments = parse_cmake_arguments(options.cmake_args, os.environ.get("CMAKE_ARGS", ""))
-    into = _free_place(options.into) if options.into is not None else None
-    if host is not None:
-        if options.own_ggml or arguments.wants_ggml:
-            raise BuildError(f"the ggml of {options.on} is used as it is; leave out --own-ggml and -DGGML_… (also in CMAKE_ARGS)")
-        if options.stock_twin:
-            raise BuildError("--stock-twin goes with a build of our own ggml; leave out --on")
-        return BuildPlan(origin, arguments, host, options.server, host.ggml_id(), options.on, into)
-    shared = None
-    own = options.own_ggml or arguments.wants_ggml
-    if not own and bindings is not None and bindings.shares_ggml and bindings.version == origin.version:
-        shared = bindings
-    return BuildPlan(origin, arguments, shared, options.server, shared.ggml_id() if shared else "own", None, into)
-
-
-def _free_place(folder: Path) -> Path:
-    """``folder``, absolute, when a runtime may be put there. Raises BuildError."""
-    folder = folder.expanduser().absolute()
-    if folder.exists() and not (folder / RUNTIME_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BuildError(f"--into {folder} has other things in it; give a new or empty folder")
-    return folder
 
 
 def build_runtime(options: BuildOptions, reporter: Reporter | None = None) -> BuildResult:
@@ -394,7 +252,7 @@ class _Build:
             self._compile(["llama", *(["llama-server"] if self.plan.server else [])], "compiling llama.cpp (unpatched)")
             remove_tree(stock)
             own = {"llama", "llama-common", "llama-server-impl"} if self.plan.server else {"llama"}
-            self._copy_libraries(self._outputs(), stock, lambda name: _base_name(name) in own)
+            self._copy_libraries(self._outputs(), stock, lambda name: base_name(name) in own)
             if self.plan.server:
                 shutil.copy2(self._outputs() / _SERVER, stock / _SERVER)
         self.tree.put(content)
@@ -614,7 +472,7 @@ class _Build:
         self._copy_libraries(
             outputs,
             lib,
-            lambda name: _base_name(name) in core | server_libraries or (own and is_ggml(name)),
+            lambda name: base_name(name) in core | server_libraries or (own and is_ggml(name)),
         )
         mode = "own"
         if self.plan.shared is not None:
@@ -643,7 +501,7 @@ class _Build:
         source = self.plan.shared.library_dir if self.plan.shared else None
         ggml = self.plan.shared.ggml_files() if self.plan.shared else ggml_files(lib)
         return {
-            "format": _RUNTIME_FORMAT,
+            "format": RUNTIME_FORMAT,
             "version": self.plan.origin.version,
             "llama_cpp": llama_cpp_version(self.src),
             "source": "sdist" if self.plan.origin.folder is None else str(self.plan.origin.folder),
@@ -705,7 +563,7 @@ class _Build:
         remove_tree(target)
         lib = make_dir(partial / "lib")
         self._copy_libraries(stock, lib, lambda name: True)
-        same = [path for path in runtime.lib_dir.iterdir() if is_ggml(path.name) or _base_name(path.name) == "mtmd"]
+        same = [path for path in runtime.lib_dir.iterdir() if is_ggml(path.name) or base_name(path.name) == "mtmd"]
         link_libraries(same, lib)
         report = probe(lib)
         if "error" in report or report.get("steer"):
@@ -716,124 +574,6 @@ class _Build:
             self._stage_server(partial, stock, bool(report.get("modules")))
         os.replace(partial, target)
         return target / "lib"
-
-
-def is_shared_library(name: str) -> bool:
-    """Whether a file name is that of a shared library, versions behind the suffix included."""
-    return name.endswith((".dylib", ".dll")) or re.search(r"\.so(\.\d+)*$", name) is not None
-
-
-def _base_name(name: str) -> str:
-    """ "libllama-common.so.0.5.0" -> "llama-common"; also "libllama.0.dylib" and "llama.dll" -> "llama"."""
-    return re.sub(r"^lib|(\.\d+)*(\.so|\.dylib|\.dll)(\.\d+)*$", "", name)
-
-
-def link_libraries(files: Iterable[Path], target: Path) -> None:
-    """Put libraries into ``target`` without using the disk twice where that is possible.
-
-    Wheels hold every library once for each of its names (libx.so, libx.so.0, libx.so.0.1). Here one of them is a hard
-    link or a copy and the others point to it: a library loaded under two names must be one file, or it is loaded twice.
-    """
-    make_dir(target)
-    first: dict[str, str] = {}
-    for path in sorted(files, key=lambda path: (-len(path.name), path.name)):
-        content = file_sha256(path)
-        place = target / path.name
-        with contextlib.suppress(FileNotFoundError):
-            place.unlink()
-        if content in first and os.name == "posix":
-            os.symlink(first[content], place)
-            continue
-        first.setdefault(content, path.name)
-        try:
-            os.link(path.resolve(), place)
-        except OSError:
-            shutil.copy2(path.resolve(), place)
-
-
-def free_from_place(files: Iterable[Path]) -> None:
-    """Let libraries that look for each other in a fixed folder (on Linux) look beside themselves.
-
-    So does libggml in any case, before it looks in LD_LIBRARY_PATH: it is small, and it is the one that loads the back
-    ends. Where that means a change, a link to somebody else's file becomes a copy first.
-    """
-    for path in files:
-        dynamic = None if path.is_symlink() else read_dynamic(path)
-        if dynamic is None or not dynamic.runpath:
-            continue
-        if dynamic.runpath.startswith("$ORIGIN") and not (dynamic.yields and _base_name(path.name) == "ggml"):
-            continue
-        copy = path.with_name(f".{path.name}.part")
-        shutil.copy2(path, copy)
-        with contextlib.suppress(ValueError):  # no room for it: the old place will do as long as it is there
-            make_relative(copy, {})
-        os.replace(copy, path)
-
-
-def probe(lib_dir: Path) -> dict[str, Any]:
-    """What the libraries in a folder offer, found out in a process of its own (probe.py); "error" when none load."""
-    script = Path(__file__).with_name("probe.py")
-    command = [sys.executable, "-I", str(script), str(lib_dir)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, check=False)
-    except (OSError, subprocess.SubprocessError) as error:
-        return {"error": str(error).splitlines()[0]}
-    lines = done.stdout.strip().splitlines()
-    try:
-        answer = json.loads(lines[-1])
-        if not isinstance(answer, dict):
-            raise ValueError(answer)
-        return answer
-    except (ValueError, IndexError):
-        if done.returncode == -getattr(signal, "SIGILL", 0):
-            return {"error": "they were compiled for another processor"}
-        last = (done.stderr.strip().splitlines() or [f"the loading process ended with code {done.returncode}"])[-1]
-        return {"error": last}
-
-
-def syntax_command(entries: Sequence[Mapping[str, Any]], source: Path) -> tuple[list[str], str] | None:
-    """The command (and its folder) that checks one source file, from compile_commands.json; None if never compiled.
-
-    Files in a unity build have no entry: theirs is the command of the unity file that includes them.
-    """
-    for entry in entries:
-        listed = Path(entry["file"])
-        if _same_path(listed, source):
-            return _syntax_only(entry, source)
-    for entry in entries:
-        listed = Path(entry["file"])
-        if "unity" in listed.name and listed.is_file():
-            text = listed.read_text(encoding="utf-8", errors="replace")
-            if any(_same_path(Path(path), source) for path in re.findall(r'#include "([^"]+)"', text)):
-                return _syntax_only(entry, source)
-    return None
-
-
-def _syntax_only(entry: Mapping[str, Any], source: Path) -> tuple[list[str], str]:
-    words = list(entry["arguments"]) if "arguments" in entry else _split_command(entry["command"])
-    compiler = Path(words[0]).name.lower()
-    result = [words[0], "/Zs" if compiler in ("cl", "cl.exe") else "-fsyntax-only"]
-    skip = False
-    for word in words[1:]:
-        if skip:
-            skip = False
-        elif word in ("-o", "-MF", "-MT", "-MQ"):
-            skip = True
-        elif word in ("-c", "/c", "-MD", "-MMD") or word.startswith(("/Fo", "/Fd")):
-            continue
-        elif not _same_path(Path(word), Path(entry["file"])):
-            result.append(word)
-    return [*result, str(source)], str(entry["directory"])
-
-
-def _split_command(command: str) -> list[str]:
-    if os.name == "posix":
-        return shlex.split(command)
-    return [word.strip('"') for word in shlex.split(command, posix=False)]
-
-
-def _same_path(one: Path, other: Path) -> bool:
-    return os.path.normcase(os.path.realpath(one)) == os.path.normcase(os.path.realpath(other))
 
 
 def _cmake_path(path: Path | str) -> str:

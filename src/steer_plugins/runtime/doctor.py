@@ -13,9 +13,9 @@ from .. import __version__
 from ..errors import BuildError, ModelError, RuntimeMissing
 from . import tools
 from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, ggml_files
-from .build import probe
 from .cache import cache_dir, file_sha256
 from .host import host_of, same_host
+from .libraries import probe
 from .locate import INSTALL_BINDINGS, WHEEL_NAME, Runtime, cached_runtimes, find_runtime, installed_runtime, is_current
 from .patching import PatchSet, patch_sets
 from .sources import pip_available

@@ -233,7 +233,8 @@ def ensure_runtime(quiet: bool = False, need_server: bool = False) -> Runtime:
     found = find_runtime(need_server)
     if found is not None:
         return found
-    from .build import BuildOptions, build_runtime  # the build imports this module
+    from .build import build_runtime  # the build imports this module
+    from .plan import BuildOptions
     from .process import Reporter
 
     reporter = Reporter(quiet=quiet)

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from .build import BuildOptions, is_shared_library, parse_cmake_arguments, probe
 from .cache import file_sha256, make_dir
 from .elf import make_relative, read_dynamic
+from .libraries import is_shared_library, probe
 from .locate import RUNTIME_FILE, RUNTIME_PACKAGE, WHEEL_NAME, Runtime
+from .plan import BuildOptions, parse_cmake_arguments
 
 _INIT = '''\
 """A patched llama.cpp, packed by `steer build --wheel` of steer-plugins."""
