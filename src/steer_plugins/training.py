@@ -166,7 +166,7 @@ class Training:
             n_windows = 1 if self.window else len(windows_of(level, list(self.fit_options.layers)))
             n_scopes = 1 if self.options.scope else len(level.scopes)
             trials = n_windows * n_scopes * TRIALS_PER_WINDOW * 2 * level.n_search
-            trials += 5 * level.n_confirm + (len(level.curve) - 3) * level.n_search + 2 * level.n_random * level.n_confirm
+            trials += 3 * level.n_confirm + (len(level.curve) - 3) * level.n_search + 2 * level.n_random * level.n_confirm
             generate += int(trials * tokens)
             score = int(trials * tokens)
         if generate:

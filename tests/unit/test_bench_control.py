@@ -45,6 +45,7 @@ NOUNS = tuple("tree house river stone cloud bread horse candle garden window".sp
 PLAN = Plan(
     prompts=10,
     strengths=(0.25, 0.5, 1.0),
+    with_prompt=0.5,
     curve=(-1.0, -0.6, -0.3, 0.0, 0.3, 0.6, 1.0),
     curve_prompts=4,
     conversations=2,

@@ -31,7 +31,6 @@ from tests.unit.fakes import N_LAYER, FakeEngine
 
 # Perplexity is exp(0.7 + harm * dose), so the largest dose that the guard allows is LIMIT / harm.
 LIMIT = float(np.log(Guard().perplexity_ratio))
-HALF_A_RUNG = QUICK.ratio**0.5
 LAYERS = range(N_LAYER - 1)
 ONE_WINDOW = replace(QUICK, windows=((0.5, 0.2),))
 
@@ -107,8 +106,8 @@ PLAIN = Fluency(10, 4.0, 0.05, 0.1, 40.0)
     ("change", "passes"),
     [
         ({}, True),
-        ({"perplexity": 5.6}, True),
-        ({"perplexity": 5.61}, False),
+        ({"perplexity": 5.4}, True),
+        ({"perplexity": 5.41}, False),
         ({"perplexity": 1.0}, True),
         ({"perplexity": None}, False),
         ({"repeats": 0.2}, True),
@@ -146,7 +145,7 @@ def test_fluency_of_replies():
 def test_strength_1_is_the_largest_dose_that_passes(harm):
     result = sweep(FakeEngine(harm=harm), ONE_WINDOW).run()
     dose = result.record["dose"]
-    assert dose <= LIMIT / harm < dose * HALF_A_RUNG * (1 + 1e-6)
+    assert dose <= LIMIT / harm < dose * QUICK.ratio * (1 + 1e-6)
     assert sum(result.vector.scales[k] / (k[0] + 1) for k in result.vector.scales) == pytest.approx(dose, rel=3e-5)
     assert result.record["effect"] == pytest.approx(2 * dose, abs=3e-4)
 
@@ -160,7 +159,7 @@ def test_both_signs_have_to_pass():
     # from some negative pull on the text is one word again and again, which costs nothing in perplexity
     engine.reply = lambda prompt, pull, dose, n: (f"{pull:+.4f}{' ' * 60 if pull < -0.5 else ''}", "length")
     found = sweep(engine, ONE_WINDOW).run()
-    assert found.record["dose"] <= 0.5 < found.record["dose"] * HALF_A_RUNG
+    assert found.record["dose"] <= 0.5 < found.record["dose"] * QUICK.ratio
 
 
 @pytest.mark.parametrize("harmful", [-1, 1])
@@ -168,14 +167,14 @@ def test_the_perplexity_of_both_signs_counts(harmful):
     engine = FakeEngine(harm=1.0 if harmful > 0 else 0.0)
     engine.harm_down = 1.0 if harmful < 0 else 0.0
     dose = sweep(engine, ONE_WINDOW).run().record["dose"]
-    assert dose <= LIMIT < dose * HALF_A_RUNG
+    assert dose <= LIMIT < dose * QUICK.ratio
 
 
 def test_early_ends_count():
     engine = FakeEngine(harm=0.0)
     engine.reply = lambda prompt, pull, dose, n: (f"{pull:.3f}" if pull > 0.5 else f"{pull:.9f}", "stop")
     found = sweep(engine, ONE_WINDOW).run()
-    assert found.record["dose"] <= 0.5 < found.record["dose"] * HALF_A_RUNG
+    assert found.record["dose"] <= 0.5 < found.record["dose"] * QUICK.ratio
 
 
 def test_the_window_with_the_largest_effect_wins():
@@ -257,27 +256,6 @@ def test_the_winner_has_to_pass_on_more_prompts_too():
     assert result.record["n"] == QUICK.n_confirm
 
 
-def test_half_a_rung_more_is_tried_on_more_prompts():
-    """The search's next dose fails on its few prompts; all together the texts are fluent enough half a rung up."""
-    engine = FakeEngine(harm=0.0)
-
-    def reply(prompt, pull, dose, n):
-        bad = dose > 0.3 and any(f"prompt {i}|" in prompt for i in range(QUICK.n_search))
-        text = f"{max(-engine.most, min(pull, engine.most)):+.4f}|"
-        return text + " " * 7 * bad, "length"
-
-    engine.reply, engine.most = reply, 9.0
-    asked = [chat(f"prompt {i}|") for i in range(QUICK.n_confirm)]
-    prompts = TextObjective("pull", lambda text: float(text.split("|")[0]), asked)
-    found = sweep(engine, ONE_WINDOW, objective=prompts)
-    result = found.run()
-    first = [row for row in found.rows if row.stage == "search" and row.dose == pytest.approx(0.405)]
-    assert first and not all(row.passed for row in first)
-    assert result.record["dose"] == pytest.approx(0.3 * HALF_A_RUNG, abs=1e-4)
-    engine.most = 0.25  # where more does not do more, the smaller dose is kept
-    assert sweep(engine, ONE_WINDOW, objective=prompts).run().record["dose"] <= 0.3
-
-
 def test_a_winner_that_has_to_be_weaker_may_fall_behind_the_next(monkeypatch):
     found, asked = sweep(), []
     made = {w: found.trial(w, "response", 0, QUICK.n_search) for w in ((0, 1), (2, 3), (4, 5))}
@@ -344,7 +322,7 @@ def test_each_sign_has_its_own_guard(weak, strong):
     assert signs[weak]["perplexity_ratio"] == pytest.approx(np.exp(dose), rel=1e-3)
     assert signs[strong]["perplexity_ratio"] == pytest.approx(np.exp(0.1 * dose), rel=1e-3)
     assert signs[weak]["largest_passing"] == pytest.approx(dose, abs=1e-4)
-    assert signs[weak]["smallest_failing"] == pytest.approx(dose * HALF_A_RUNG, abs=1e-4)
+    assert signs[weak]["smallest_failing"] == pytest.approx(dose * QUICK.ratio, abs=1e-4)
     assert signs[strong]["smallest_failing"] is None  # it was never the reason
 
 

@@ -19,12 +19,12 @@ from ..metrics import early_end_share, repeated_ngram_share, word_count
 class Guard:
     """How much worse than plain texts steered ones may be.
 
-    ``perplexity_ratio``: below the 1.5 that strength 1 is meant to stay under: a dose that is the largest to pass on some
-    prompts passes more narrowly on others. ``repeats``, ``early_ends``: what is added to the plain share of repeated 4-grams and
-    of replies that break off.
+    ``perplexity_ratio``: below the 1.5 that strength 1 is meant to stay under, since on 20 prompts a ratio has a standard error
+    of about 0.05, and so has the one that is found on others. ``repeats``, ``early_ends``: what is added to the plain share of
+    repeated 4-grams and of replies that break off.
     """
 
-    perplexity_ratio: float = 1.4
+    perplexity_ratio: float = 1.35
     repeats: float = 0.15
     early_ends: float = 0.1
 

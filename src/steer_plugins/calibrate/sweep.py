@@ -301,8 +301,6 @@ class Sweep:
             if winner is not None and candidate.effect <= winner.effect:
                 break
             confirmed = self._confirm(candidate)
-            if confirmed is not None and confirmed.rung == candidate.rung:
-                confirmed = self._half_up(confirmed)
             if confirmed is not None and (winner is None or confirmed.effect > winner.effect):
                 winner = confirmed
         if winner is not None:
@@ -321,14 +319,6 @@ class Sweep:
             if again.passed:
                 return again
         return None
-
-    def _half_up(self, trial: Trial) -> Trial:
-        """Half a rung more, where that passes too and does more: the next dose may have failed narrowly on the search's few
-        prompts."""
-        if trial.rung + 0.5 > self.level.rungs[-1]:
-            return trial
-        again = self.trial(trial.window, trial.scope, trial.rung + 0.5, self.level.n_confirm, "confirm")
-        return again if again.passed and again.effect > trial.effect else trial
 
     def _rising(self, trial: Trial) -> tuple[Trial, dict[float, list[float]]]:
         """The dose whose curve does not turn back, and the curve: the trial's, or one a few rungs below it.
