@@ -41,7 +41,7 @@ def test_quick(
     assert len({row["text"] for row in replies if row["task"] == replies[0]["task"]}) > 3
 
     part = report.summary["traits"]["mood"]
-    assert len(part["dose"]["points"]) >= 7 and set(part["side_effects"]) > {"plain", "prompt", "steer", "both", "random"}
+    assert len(part["dose"]["points"]) >= 7 and set(part["side_effects"]) > {"plain", part["prompt"], "steer", "both", "random"}
     metrics = {point["strength"]: point["metric"][0] for point in part["dose"]["points"]}
     assert metrics[1.0] > metrics[-1.0]
     assert part["side_effects"]["steer"]["kl"][0] > 0 and part["side_effects"]["plain"]["accuracy"][0] > 0.4

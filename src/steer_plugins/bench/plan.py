@@ -33,7 +33,7 @@ class Plan:
     choose_prompts: int = 8
     score_prompts: int = 26
     curve: tuple[float, ...] = CURVE
-    curve_prompts: int = 14
+    curve_prompts: int = 9
     control_prompts: int = 6
     random_prompts: int = 26
     sampled: bool = True
