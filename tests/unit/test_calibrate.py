@@ -17,6 +17,7 @@ from steer_plugins.calibrate import (
     Sweep,
     TextObjective,
     level_of,
+    mean_perplexity,
     measure_fluency,
     perplexity,
     rises,
@@ -136,6 +137,14 @@ def test_fluency_of_replies():
     assert found.words == 1.0
     assert measure_fluency(replies).perplexity is None
     assert perplexity(np.zeros(0)) is None
+
+
+def test_the_mean_perplexity_is_geometric():
+    assert mean_perplexity([4.0, None, 10.0, 100.0]) == pytest.approx(4000 ** (1 / 3))  # the empty text has none
+    assert mean_perplexity([None]) is None and mean_perplexity([]) is None
+    plain, steered = np.array([2.0, 3.0, 8.0]), np.array([3.0, 3.3, 12.0])
+    ratio = mean_perplexity(steered) / mean_perplexity(plain)
+    assert ratio == pytest.approx(np.exp(np.log(steered / plain).mean()))  # that of the pairs
 
 
 # ---- the search ----

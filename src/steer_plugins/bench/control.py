@@ -182,9 +182,7 @@ class Control(Replies):
 
         return {arm: max(own, key=lambda s: mean(arm, s)) for arm, own in strengths.items()}
 
-    def _chosen_from(
-        self, case: Case, family: Family, arms: Sequence[tuple[str, float]], what: str
-    ) -> list[dict[str, Any]]:
+    def _chosen_from(self, case: Case, family: Family, arms: Sequence[tuple[str, float]], what: str) -> list[dict[str, Any]]:
         """Rows of the half that chooses, for arms at strengths."""
         longest, tasks = self.longest(case, family), self.used(family, "greedy")[0]
         asks = [Ask(family, task, arm, strength, "greedy", "choose", longest) for arm, strength in arms for task in tasks]
@@ -374,9 +372,7 @@ def _pooled(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [{"metric": statistics.fmean(row["metric"] for row in same)} for same in zip(*runs, strict=True)]
 
 
-def _versus(
-    rows: dict[tuple[str, str], list[dict[str, Any]]], decoding: str, best: str, seed: int
-) -> dict[str, Any]:
+def _versus(rows: dict[tuple[str, str], list[dict[str, Any]]], decoding: str, best: str, seed: int) -> dict[str, Any]:
     """Differences of scores on the same prompts. ``best``: the prompt to compare with."""
 
     def scores(arm: str) -> list[float]:

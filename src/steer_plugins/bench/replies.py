@@ -92,6 +92,7 @@ class Replies:
         if missing:
             replies = self.engine.generate_many([self._request(case, ask) for ask in missing.values()])
             self._replies.update(zip(missing, replies, strict=True))
+            self._report(stage, len(missing))
         unscored = {key: ask for key, ask in wanted if ask.fluent and key not in self._perplexity}
         self._perplexity |= {key: None for key in unscored if not self._replies[key].tokens}
         there = [key for key in unscored if self._replies[key].tokens]
@@ -100,8 +101,6 @@ class Replies:
             begun = [self._replies[key].tokens[:SCORED_TOKENS] for key in there]
             found = self.engine.logprobs(list(zip(plain, begun, strict=True)))
             self._perplexity.update(zip(there, map(perplexity, found), strict=True))
-        if missing:
-            self._report(stage, len(missing))
 
     def row(self, case: Case | None, ask: Ask) -> dict[str, Any]:
         key = self._key(case, ask)

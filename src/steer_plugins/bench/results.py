@@ -185,8 +185,9 @@ def _targets(summary: dict[str, Any]) -> list[str]:
 
 def _chosen(summary: dict[str, Any]) -> list[str]:
     """What the half that chooses decided."""
+    arms = ("steer", "both")
     rows = [
-        (trait, name, part["prompt"], *(number(one["strength"][arm], digits=3) for arm in ("steer", "both")))
+        (trait, name, one["versus"]["greedy"]["best prompt"], *(number(one["strength"][arm], digits=3) for arm in arms))
         for trait, part in summary["traits"].items()
         for name, one in part["families"].items()
         if not one["floor"]
