@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ from steer_plugins.traits import bundled_traits
 
 STEER = [sys.executable, "-m", "steer_plugins"]
 
+CHILDREN: list[subprocess.Popen[bytes]] = []
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--fit-only", action="store_true", help="stop before the benchmark")
     parser.add_argument("--page-only", action="store_true", help="write the page of the report that is there")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, stop)
     file = options.build / "times.json"
     times: dict[str, list[float]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if not options.page_only:
@@ -70,21 +74,40 @@ def notes(manifest: dict[str, Any]) -> str:
     return f"## Why\n\nWritten by hand about an earlier run ({first.strip()}; this is {run}).\n\n{text.strip()}\n"
 
 
+def stop(signum: int, frame: object) -> None:
+    """Ends the children too: one that is left behind would share the processor with the next run, and spoil its times."""
+    for child in CHILDREN:
+        child.terminate()
+    os._exit(128 + signum)
+
+
+def start(*arguments: str, **streams: Any) -> tuple[subprocess.Popen[bytes], float]:
+    """Run `steer`; the child, and when it began."""
+    began = time.monotonic()
+    child = subprocess.Popen([*STEER, *arguments], **streams)
+    CHILDREN.append(child)
+    return child, began
+
+
+def finish(child: subprocess.Popen[bytes], began: float) -> list[float]:
+    """Wait for a child; seconds on the clock and of the processor."""
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    CHILDREN.remove(child)
+    return [time.monotonic() - began, used.ru_utime + used.ru_stime]
+
+
 def fit_all(jobs: int) -> dict[str, list[float]]:
     """Fit what the library lacks; what it took, in seconds on the clock and of the processor."""
 
     def fit(name: str) -> tuple[str, list[float]] | None:
-        started = time.monotonic()
-        child = subprocess.Popen([*STEER, "train", name, "--threads", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        child, began = start("train", name, "--threads", "1", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         assert child.stderr is not None
         said = child.stderr.read().decode()
-        _, status, used = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        took = finish(child, began)
         if child.returncode and "already has" not in said:
             raise SystemExit(said)
-        if child.returncode:
-            return None
-        return f"steer train {name}", [time.monotonic() - started, used.ru_utime + used.ru_stime]
+        return None if child.returncode else (f"steer train {name}", took)
 
     with ThreadPoolExecutor(jobs) as pool:
         return dict(found for found in pool.map(fit, bundled_traits()) if found is not None)
@@ -92,15 +115,12 @@ def fit_all(jobs: int) -> dict[str, list[float]]:
 
 def run(options: argparse.Namespace) -> list[float]:
     """The benchmark; what it took."""
-    started = time.monotonic()
-    report = str(options.build / "report")
-    arguments = f"--jobs {options.jobs} --threads 1 --run-code --overwrite --out".split()
-    child = subprocess.Popen([*STEER, "bench", "control", *arguments, report])
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
+    arguments = f"bench control --jobs {options.jobs} --threads 1 --run-code --overwrite --out".split()
+    child, began = start(*arguments, str(options.build / "report"))
+    took = finish(child, began)
     if child.returncode:
         raise SystemExit(child.returncode)
-    return [time.monotonic() - started, used.ru_utime + used.ru_stime]
+    return took
 
 
 def processor() -> str:

@@ -34,7 +34,7 @@ from steer_plugins.engine.chat import ChatTemplate
 from steer_plugins.errors import DataError
 
 from .fakes import IDENTITY
-from .test_bench_control import _Tags
+from .test_bench_report import _Tags
 
 SPEED, TIME = Measure("decode", "tok/s", "plain", "Tokens one by one."), Measure("ttft", "s", "plain", "The first token.")
 BAD = "<script>alert('x')</script>|"

@@ -107,8 +107,8 @@ PLAIN = Fluency(10, 4.0, 0.05, 0.1, 40.0)
     ("change", "passes"),
     [
         ({}, True),
-        ({"perplexity": 5.8}, True),
-        ({"perplexity": 5.81}, False),
+        ({"perplexity": 5.4}, True),
+        ({"perplexity": 5.41}, False),
         ({"perplexity": 1.0}, True),
         ({"perplexity": None}, False),
         ({"repeats": 0.2}, True),
@@ -131,7 +131,7 @@ def test_fluency_of_replies():
     ]
     found = measure_fluency(replies, [np.log([0.5, 0.125]), np.zeros(0), np.log([0.1]), np.log([0.01] * 3)])
     assert found.n == 4
-    assert found.perplexity == pytest.approx(10)  # the median of 4, 10 and 100: the empty text has none
+    assert found.perplexity == pytest.approx(4000 ** (1 / 3))  # of 4, 10 and 100: the empty text has none
     assert found.repeats == pytest.approx((3 / 5) / 4)
     assert found.early_ends == pytest.approx(2 / 4)
     assert found.words == 1.0
@@ -304,7 +304,8 @@ def test_the_record_holds_the_whole_sweep():
     assert [sample["strength"] for sample in record["samples"]] == [-1.0, 0.0, 1.0]
     assert len(record["random_effects"]) == 2
     assert all(abs(value) < record["effect"] for value in record["random_effects"])
-    confirmed = [row for row in record["rows"] if row["stage"] == "confirm"]
+    confirmed = [row for row in record["rows"] if row["stage"] == "confirm" and row["dose"] == record["dose"]]
+    assert len(confirmed) == 2
     assert all(row["passed"] and row["perplexity"] <= 1.5 * record["plain"]["perplexity"] for row in confirmed)
 
 

@@ -29,11 +29,11 @@ class Plan:
 
     prompts: int = 60
     strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
-    with_prompt: float = 0.25
+    with_prompt: float = 0.5
     choose_prompts: int = 8
     score_prompts: int = 26
     curve: tuple[float, ...] = CURVE
-    curve_prompts: int = 9
+    curve_prompts: int = 14
     control_prompts: int = 6
     random_prompts: int = 26
     sampled: bool = True

@@ -19,20 +19,20 @@ from ..metrics import early_end_share, repeated_ngram_share, word_count
 class Guard:
     """How much worse than plain texts steered ones may be.
 
-    ``perplexity_ratio``: of the medians. Below the 1.5 that strength 1 is meant to stay under: a dose that is the largest to
-    pass on some prompts passes more narrowly on others. ``repeats``, ``early_ends``: what is added to the plain share of repeated
-    4-grams and of replies that break off.
+    ``perplexity_ratio``: below the 1.5 that strength 1 is meant to stay under, since on 20 prompts a ratio has a standard error
+    of about 0.05, and so has the one that is found on others. ``repeats``, ``early_ends``: what is added to the plain share of
+    repeated 4-grams and of replies that break off.
     """
 
-    perplexity_ratio: float = 1.45
+    perplexity_ratio: float = 1.35
     repeats: float = 0.15
     early_ends: float = 0.1
 
 
 @dataclass(frozen=True)
 class Fluency:
-    """A set of texts in numbers: median perplexity under the unsteered model (None when not measured), mean share of
-    repeated 4-grams of tokens, share of early ends, mean number of words."""
+    """A set of texts in numbers: perplexity under the unsteered model (:func:`mean_perplexity`; None when not measured), mean
+    share of repeated 4-grams of tokens, share of early ends, mean number of words."""
 
     n: int
     perplexity: float | None
@@ -73,10 +73,9 @@ def mean_perplexity(values: Iterable[float | None]) -> float | None:
 def measure_fluency(replies: Sequence[Generation], logprobs: Sequence[npt.NDArray[np.float64]] | None = None) -> Fluency:
     """The fluency of replies; ``logprobs``: of their tokens under the unsteered model."""
     n = len(replies)
-    values = [] if logprobs is None else [p for p in map(perplexity, logprobs) if p is not None]
     return Fluency(
         n=n,
-        perplexity=statistics.median(values) if values else None,
+        perplexity=None if logprobs is None else mean_perplexity(map(perplexity, logprobs)),
         repeats=sum(repeated_ngram_share(reply.tokens) for reply in replies) / max(1, n),
         early_ends=early_end_share((reply.finish_reason, len(reply.tokens)) for reply in replies),
         words=sum(word_count(reply.text) for reply in replies) / max(1, n),

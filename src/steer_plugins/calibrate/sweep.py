@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,10 @@ Array = npt.NDArray[Any]
 Advance = Callable[[int], None]
 """Called with the number of tokens that went through the model."""
 
+
+SEARCH_SLACK = 0.1
+"""What the search allows above the guard's perplexity ratio: about the standard error of a ratio on its few prompts. A dose that
+is too large for more prompts is made smaller there; one that the search has missed never comes back."""
 
 LOWER_RUNGS = 3
 """How many smaller doses are tried when the score turns back before strength 1 is reached."""
@@ -132,6 +136,7 @@ class Sweep:
         self.objective = objective
         self.level = level
         self.guard = guard or Guard()
+        self._search_guard = replace(self.guard, perplexity_ratio=self.guard.perplexity_ratio + SEARCH_SLACK)
         self.thinking = thinking
         self._advance = advance or (lambda tokens: None)
         self.rows: list[Row] = []
@@ -227,9 +232,10 @@ class Sweep:
         guard has failed, or the other sign, or the effect is below ``needed``.
         """
         n_texts = min(n, len(self._tokenized))
+        guard = self._search_guard if stage == "search" else self.guard
         replies = self.replies(vector, strengths, n_texts)
         plain = self.plain(n_texts)
-        cheap = {s: measure_fluency(replies[s]).cheap_passes(plain, self.guard) for s in strengths}
+        cheap = {s: measure_fluency(replies[s]).cheap_passes(plain, guard) for s in strengths}
         scores = {s: self.objective.scores(self.engine, Term(vector, s) if s else None, replies[s], n) for s in strengths}
         self._advance(self.objective.tokens(n) * len(strengths))
         passed = all(cheap.values()) and bool(np.mean(scores[strengths[-1]]) - np.mean(scores[strengths[0]]) >= needed)
@@ -237,7 +243,7 @@ class Sweep:
             known = len(self._logprobs.get(self._key(vector, s), ())) >= n_texts
             logprobs = self.logprobs(vector, s, n_texts) if known or (guarded and passed) else None
             fluency = measure_fluency(replies[s], logprobs)
-            ok = s == 0.0 or fluency.passes(plain, self.guard)
+            ok = s == 0.0 or fluency.passes(plain, guard)
             passed = passed and ok
             shown = None if fluency.perplexity is None and cheap[s] else ok
             mean, error = float(np.mean(scores[s])), _error(scores[s])
