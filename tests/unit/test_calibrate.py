@@ -24,6 +24,7 @@ from steer_plugins.calibrate import (
     window_of,
     windows_of,
 )
+from steer_plugins.calibrate.sweep import SEARCH_SLACK
 from steer_plugins.engine.base import Generation
 from steer_plugins.errors import DataError
 from steer_plugins.extract import Pair, Side, chat
@@ -263,6 +264,15 @@ def test_the_winner_has_to_pass_on_more_prompts_too():
     assert max(doses(found, "search")) > 1.0
     assert 1.0 / QUICK.ratio < result.record["dose"] <= 1.0
     assert result.record["n"] == QUICK.n_confirm
+
+
+def test_a_dose_that_narrowly_fails_is_found_and_made_smaller():
+    dose = QUICK.dose(2)
+    harm = float(np.log(Guard().perplexity_ratio + SEARCH_SLACK / 4)) / dose
+    found = sweep(FakeEngine(harm=harm), ONE_WINDOW)
+    assert found.run().record["dose"] == pytest.approx(QUICK.dose(1.5), abs=1e-6)
+    assert max(row.dose for row in found.rows if row.stage == "search" and row.passed) == dose
+    assert all(row.passed is not True for row in found.rows if row.stage == "confirm" and row.dose == dose)
 
 
 def test_a_winner_that_has_to_be_weaker_may_fall_behind_the_next(monkeypatch):
