@@ -53,7 +53,7 @@ def demo(engine: EngineOptions, as_json: bool) -> None:
     """Let a small model answer two questions in several moods and lengths.
 
     Takes the demo model and the vectors mood and succinctness from the library; the first time they are fitted, which
-    takes a minute or two.
+    takes some minutes.
     """
     from ..library import Library
 
