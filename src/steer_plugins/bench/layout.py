@@ -12,7 +12,7 @@ STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1f2328;--soft:#656d76;--line:#d0d7de;--a:#2a6fdb;--b:#d9730d;--zero:#8c959f}
 @media (prefers-color-scheme:dark){:root{--bg:#0d1117;--fg:#e6edf3;--soft:#9198a1;--line:#30363d;--a:#6ea8fe;--b:#f0a04b;
 --zero:#6e7681}}
-body{margin:0 auto;max-width:60rem;padding:1rem;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}
+body{margin:0 auto;max-width:66rem;padding:1rem;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.4rem}h2{font-size:1.2rem;margin-top:2rem;border-top:1px solid var(--line);padding-top:1rem}h3{font-size:1rem}
 p{max-width:46rem}.soft{color:var(--soft);font-size:.9rem}
 .wide{overflow-x:auto}table{border-collapse:separate;border-spacing:0;font-size:.85rem;white-space:nowrap}
