@@ -102,8 +102,8 @@ def test_a_slider_changes_the_reply(page: Page, webui: Webui) -> None:
     page.tab("Steering")
     page.expect(lambda: "Ready" in page.text("status"))
     page.expect(lambda: page.value("expression") == "mood:0 + succinctness:0")  # the bundled traits, from the start
-    # the second reply is the one to compare with: llama.cpp computes 64 tokens and more at once by another kernel than the last
-    # one of a cached prompt, so replies to a fresh prompt and to a cached one differ, with or without steering
+    # the second reply is the one to compare with: in llama.cpp, sampled replies to a prompt of 64 tokens or more that is computed
+    # at once and to the same prompt out of the cache differ, with or without steering
     page.say(PROMPT)
     plain = page.say(PROMPT)
     page.tab("Steering")

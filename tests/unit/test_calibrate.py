@@ -266,13 +266,27 @@ def test_the_winner_has_to_pass_on_more_prompts_too():
     assert result.record["n"] == QUICK.n_confirm
 
 
+def test_more_prompts_have_the_last_word_on_a_dose():
+    found = sweep(FakeEngine(harm=0.0), ONE_WINDOW)
+    found.trial((4, 5), "response", 0, QUICK.n_search)
+    trial = found.trial((4, 5), "response", 0, QUICK.n_confirm, "confirm")
+    for row in found.rows:
+        row.passed = row.stage == "confirm"  # as where the search's few prompts broke the guard by less than the slack
+    sign = found._signs(trial)["negative"]
+    assert sign["largest_passing"] == pytest.approx(trial.dose, abs=1e-4) and sign["smallest_failing"] is None
+
+
 def test_a_dose_that_narrowly_fails_is_found_and_made_smaller():
     dose = QUICK.dose(2)
     harm = float(np.log(Guard().perplexity_ratio + SEARCH_SLACK / 4)) / dose
     found = sweep(FakeEngine(harm=harm), ONE_WINDOW)
-    assert found.run().record["dose"] == pytest.approx(QUICK.dose(1.5), abs=1e-6)
-    assert max(row.dose for row in found.rows if row.stage == "search" and row.passed) == dose
-    assert all(row.passed is not True for row in found.rows if row.stage == "confirm" and row.dose == dose)
+    record = found.run().record
+    assert record["dose"] == pytest.approx(QUICK.dose(1.5), abs=1e-6) and record["guard"]["search_slack"] == SEARCH_SLACK
+    tried = [row for row in found.rows if row.dose == dose]
+    assert {row.stage for row in tried} == {"search", "confirm"}
+    assert not any(row.passed for row in tried)  # the record names the guard, so its rows are judged by it
+    assert record["signs"]["positive"]["largest_passing"] == pytest.approx(QUICK.dose(1.5), abs=1e-4)
+    assert record["signs"]["positive"]["smallest_failing"] == pytest.approx(dose, abs=1e-4)
 
 
 def test_a_winner_that_has_to_be_weaker_may_fall_behind_the_next(monkeypatch):

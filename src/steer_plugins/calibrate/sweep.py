@@ -226,16 +226,16 @@ class Sweep:
         guarded: bool = True,
         needed: float = -np.inf,
     ) -> tuple[dict[float, list[float]], bool]:
-        """Scores by strength, and whether all strengths pass the guard. Rows are added to the record.
+        """Scores by strength, and whether all strengths pass the guard (in the search: with slack). Rows are added to the record.
 
         The perplexity costs a run through the model. It is left out when it could change nothing: the cheap part of the
         guard has failed, or the other sign, or the effect is below ``needed``.
         """
         n_texts = min(n, len(self._tokenized))
-        guard = self._search_guard if stage == "search" else self.guard
+        limit = self._search_guard if stage == "search" else self.guard
         replies = self.replies(vector, strengths, n_texts)
         plain = self.plain(n_texts)
-        cheap = {s: measure_fluency(replies[s]).cheap_passes(plain, guard) for s in strengths}
+        cheap = {s: measure_fluency(replies[s]).cheap_passes(plain, self.guard) for s in strengths}
         scores = {s: self.objective.scores(self.engine, Term(vector, s) if s else None, replies[s], n) for s in strengths}
         self._advance(self.objective.tokens(n) * len(strengths))
         passed = all(cheap.values()) and bool(np.mean(scores[strengths[-1]]) - np.mean(scores[strengths[0]]) >= needed)
@@ -243,9 +243,10 @@ class Sweep:
             known = len(self._logprobs.get(self._key(vector, s), ())) >= n_texts
             logprobs = self.logprobs(vector, s, n_texts) if known or (guarded and passed) else None
             fluency = measure_fluency(replies[s], logprobs)
-            ok = s == 0.0 or fluency.passes(plain, guard)
-            passed = passed and ok
-            shown = None if fluency.perplexity is None and cheap[s] else ok
+            passed = passed and (s == 0.0 or fluency.passes(plain, limit))
+            # what is stored is measured by the guard that is stored with it, also where the search went on
+            held = s == 0.0 or fluency.passes(plain, self.guard)
+            shown = None if fluency.perplexity is None and cheap[s] else held
             mean, error = float(np.mean(scores[s])), _error(scores[s])
             self.rows.append(Row(where[0], where[1], where[2], s, len(scores[s]), mean, error, fluency, shown, stage))
         return scores, passed
@@ -371,7 +372,8 @@ class Sweep:
                 and (row.window, row.scope, row.strength) == (trial.window, trial.scope, strength)
             ]
             chosen = [row for row in rows if row.dose == trial.dose and row.stage == "confirm"][-1]
-            failed = [row.dose for row in rows if row.passed is False]
+            # rows are in order, so that what more prompts said of a dose replaces what the search's few did
+            verdicts = {row.dose: row.passed for row in rows if row.passed is not None}
             perplexity = chosen.fluency.perplexity
             found[name] = _rounded(
                 {
@@ -379,8 +381,8 @@ class Sweep:
                     "perplexity_ratio": perplexity / plain if perplexity is not None and plain else None,
                     "repeats": chosen.fluency.repeats,
                     "early_ends": chosen.fluency.early_ends,
-                    "largest_passing": max((row.dose for row in rows if row.passed), default=None),
-                    "smallest_failing": min(failed, default=None),
+                    "largest_passing": max((dose for dose, passed in verdicts.items() if passed), default=None),
+                    "smallest_failing": min((dose for dose, passed in verdicts.items() if not passed), default=None),
                 }
             )
         return found
@@ -417,6 +419,7 @@ class Sweep:
             "random_effects": [round(value, 4) for value in random],
             "guard": {
                 "perplexity_ratio": self.guard.perplexity_ratio,
+                "search_slack": SEARCH_SLACK,
                 "repeats": self.guard.repeats,
                 "early_ends": self.guard.early_ends,
             },
