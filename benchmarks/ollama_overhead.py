@@ -23,7 +23,7 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "integrations" / "ollama"), str(ROOT)]
 
-from steer_plugins.models import default_model_path  # noqa: E402
+from steer_plugins.runtime.demo_model import default_model_path  # noqa: E402
 from tests.integration.ollama_sidecar import sidecar  # noqa: E402
 
 PROMPT = "Describe a walk in the forest, in a long story"

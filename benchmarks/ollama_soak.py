@@ -31,9 +31,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "integrations" / "ollama"), str(ROOT)]
 
-from steer_plugins import Library, tinygguf  # noqa: E402
-from steer_plugins.identity import identity_of_gguf  # noqa: E402
-from steer_plugins.vector import SteeringVector  # noqa: E402
+from steer_plugins import (
+    Library,  # noqa: E402
+    testing,  # noqa: E402
+)
+from steer_plugins.steering.vector import SteeringVector  # noqa: E402
+from steer_plugins.store.identity import identity_of_gguf  # noqa: E402
 from tests.integration.ollama_sidecar import FLAGS, sidecar  # noqa: E402
 
 MARK = "STEER_OLLAMA_SOAK"
@@ -65,7 +68,7 @@ def make_models(root: Path) -> list[str]:
     names = []
     library = Library(root / "library")
     for number, letter in enumerate("ab"):
-        gguf = tinygguf.write("llama", root / f"{letter}.gguf", seed=number)[0]
+        gguf = testing.write("llama", root / f"{letter}.gguf", seed=number)[0]
         identity = identity_of_gguf(gguf)
         direction = np.random.default_rng(number).normal(size=identity.n_embd).astype(np.float32)
         place = (1, "resid_post")

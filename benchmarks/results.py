@@ -23,7 +23,7 @@ from typing import Any
 
 from steer_plugins.bench.report import read_report
 from steer_plugins.bench.results import results_page, table
-from steer_plugins.traits import bundled_traits
+from steer_plugins.training.traits import bundled_traits
 
 STEER = [sys.executable, "-m", "steer_plugins"]
 

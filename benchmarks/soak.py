@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import requests
 
-from steer_plugins import tinygguf
-from steer_plugins.server import ServerProcess
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import write_vector
+from steer_plugins import testing
+from steer_plugins.client import ServerProcess
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.vectorfile import write_vector
 
 FLAGS = ["--parallel", "6", "-c", "6144", "--no-kv-unified", "--cache-ram", "8", "-t", "1", "-tb", "1", "--no-warmup"]
 PROMPTS = ["The harbour was quiet", "Seven green parrots", "Once upon a time in the old town", "It rains"]
@@ -197,7 +197,7 @@ def resident_bytes(process: ServerProcess) -> int:
 def run(seconds: float, threads: int = 8, seed: int = 0) -> tuple[Soak, list[int]]:
     """Load a server on a tiny random model; returns the load and memory over time (bytes, from the end of the warm-up)."""
     with tempfile.TemporaryDirectory() as folder, ServerProcess() as process:
-        model = tinygguf.write("llama", Path(folder) / "llama.gguf", weights="q8_0")[0]
+        model = testing.write("llama", Path(folder) / "llama.gguf", weights="q8_0")[0]
         process.start(model, FLAGS)
         process.wait_ready()
         soak = Soak(process.url, seed)

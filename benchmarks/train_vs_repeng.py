@@ -18,8 +18,8 @@ from steer_plugins.bench.fitting import DATA, OURS, THEIRS, bench_fitting
 from steer_plugins.bench.repeng import Repeng
 from steer_plugins.engine.model import LoadedModel
 from steer_plugins.errors import SteerError
-from steer_plugins.models import default_model_path
 from steer_plugins.runtime import activate, ensure_runtime
+from steer_plugins.runtime.demo_model import default_model_path
 
 
 def main() -> None:

@@ -18,28 +18,28 @@ _HOMES = {
     "Activations": "steer_plugins.engine.base",
     "AddTokens": "steer_plugins.native",
     "Engine": "steer_plugins.engine.base",
-    "Gate": "steer_plugins.gate",
+    "Gate": "steer_plugins.steering.gate",
     "GenerateRequest": "steer_plugins.engine.base",
     "Generation": "steer_plugins.engine.base",
-    "Library": "steer_plugins.library",
+    "Library": "steer_plugins.store.library",
     "LocalEngine": "steer_plugins.engine.local",
-    "ModelIdentity": "steer_plugins.vector",
+    "ModelIdentity": "steer_plugins.steering.vector",
     "ReadRows": "steer_plugins.native",
-    "Schedule": "steer_plugins.schedule",
-    "ServerEngine": "steer_plugins.engine.server",
-    "ServerProcess": "steer_plugins.server",
+    "Schedule": "steer_plugins.steering.schedule",
+    "ServerEngine": "steer_plugins.client.engine",
+    "ServerProcess": "steer_plugins.client",
     "SteerError": "steer_plugins.errors",
     "SteeredLlama": "steer_plugins.engine.llama",
-    "Steering": "steer_plugins.steering",
-    "SteeringVector": "steer_plugins.vector",
-    "Term": "steer_plugins.steering",
-    "cap_dose": "steer_plugins.together",
-    "combine": "steer_plugins.together",
-    "correlations": "steer_plugins.together",
-    "dose": "steer_plugins.together",
-    "orthogonalise": "steer_plugins.together",
-    "read_vector": "steer_plugins.vectorfile",
-    "write_vector": "steer_plugins.vectorfile",
+    "Steering": "steer_plugins.steering.terms",
+    "SteeringVector": "steer_plugins.steering.vector",
+    "Term": "steer_plugins.steering.terms",
+    "cap_dose": "steer_plugins.steering.combine",
+    "combine": "steer_plugins.steering.combine",
+    "correlations": "steer_plugins.steering.combine",
+    "dose": "steer_plugins.steering.combine",
+    "orthogonalise": "steer_plugins.steering.combine",
+    "read_vector": "steer_plugins.store.vectorfile",
+    "write_vector": "steer_plugins.store.vectorfile",
 }
 
 __all__ = [
@@ -71,20 +71,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from steer_plugins.engine.base import Activations, Engine, GenerateRequest, Generation
-    from steer_plugins.engine.llama import SteeredLlama
-    from steer_plugins.engine.local import LocalEngine
-    from steer_plugins.engine.server import ServerEngine
-    from steer_plugins.errors import SteerError
-    from steer_plugins.gate import Gate
-    from steer_plugins.library import Library
-    from steer_plugins.native import AddTokens, ReadRows
-    from steer_plugins.schedule import Schedule
-    from steer_plugins.server import ServerProcess
-    from steer_plugins.steering import Steering, Term
-    from steer_plugins.together import cap_dose, combine, correlations, dose, orthogonalise
-    from steer_plugins.vector import ModelIdentity, SteeringVector
-    from steer_plugins.vectorfile import read_vector, write_vector
+    from .client import ServerProcess
+    from .client.engine import ServerEngine
+    from .engine.base import Activations, Engine, GenerateRequest, Generation
+    from .engine.llama import SteeredLlama
+    from .engine.local import LocalEngine
+    from .errors import SteerError
+    from .native import AddTokens, ReadRows
+    from .steering.combine import cap_dose, combine, correlations, dose, orthogonalise
+    from .steering.gate import Gate
+    from .steering.schedule import Schedule
+    from .steering.terms import Steering, Term
+    from .steering.vector import ModelIdentity, SteeringVector
+    from .store.library import Library
+    from .store.vectorfile import read_vector, write_vector
 
 
 def __getattr__(name: str) -> Any:

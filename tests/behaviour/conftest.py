@@ -10,10 +10,10 @@ import pytest
 
 from steer_plugins.engine.local import LocalEngine
 from steer_plugins.errors import ModelError, SteerError
-from steer_plugins.models import default_model_path
-from steer_plugins.training import train
-from steer_plugins.traits import load_trait
-from steer_plugins.vector import SteeringVector
+from steer_plugins.runtime.demo_model import default_model_path
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.training.train import train
+from steer_plugins.training.traits import load_trait
 
 TRAITS = ("mood", "succinctness")
 

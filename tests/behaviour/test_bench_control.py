@@ -11,9 +11,9 @@ import pytest
 from steer_plugins.bench.report import read_report
 from steer_plugins.cli.main import main
 from steer_plugins.engine.local import LocalEngine
-from steer_plugins.library import Library
 from steer_plugins.metrics import builtin_metrics
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library
 
 Get = Callable[[str], SteeringVector]
 

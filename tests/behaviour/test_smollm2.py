@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from steer_plugins.bench.stats import spearman
-from steer_plugins.calibrate import QUICK, rises
 from steer_plugins.engine.base import GenerateRequest, Generation
 from steer_plugins.engine.local import LocalEngine
-from steer_plugins.extract import chat
 from steer_plugins.metrics import builtin_metrics
-from steer_plugins.steering import Steering, Term
-from steer_plugins.traits import load_trait
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.terms import Steering, Term
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.training.calibrate import QUICK, rises
+from steer_plugins.training.extract import chat
+from steer_plugins.training.traits import load_trait
 from tests.behaviour.conftest import TRAITS
 
 Get = Callable[[str], SteeringVector]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_plugins import tinygguf
+from steer_plugins import testing
 from steer_plugins.errors import SteerError
 from steer_plugins.runtime import Runtime, activate, ensure_runtime
 from tests.engine import harness
@@ -68,7 +68,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(arch: str, **options: Any) -> Path:
         name = "-".join([arch, *(f"{k}{v}" for k, v in sorted(options.items()))])
         if name not in made:
-            made[name] = tinygguf.write(arch, folder / f"{name}.gguf", **options)[0]
+            made[name] = testing.write(arch, folder / f"{name}.gguf", **options)[0]
         return made[name]
 
     return make
@@ -77,7 +77,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def untested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GGUF that llama.cpp loads, of an architecture that steering was never tested on."""
-    from steer_plugins.tinygguf import architectures, writer
+    from steer_plugins.testing import architectures, writer
 
     path = tmp_path_factory.mktemp("untested") / "internlm2.gguf"
     plan = replace(architectures.blueprint("llama", n_layer=2, n_ctx=256), architecture="internlm2")

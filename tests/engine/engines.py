@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from steer_plugins.client import ServerProcess
+from steer_plugins.client.engine import ServerEngine
 from steer_plugins.engine import Engine
 from steer_plugins.engine.local import LocalEngine
-from steer_plugins.engine.server import ServerEngine
-from steer_plugins.server import ServerProcess
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.vector import SteeringVector
 
 BOTH = ("llama", "deepseek4")
 PROMPT = "The weather in the old town is"

@@ -16,7 +16,7 @@ import pytest
 
 from steer_plugins import native
 from steer_plugins.runtime import Runtime
-from steer_plugins.tinygguf import ARCHITECTURES
+from steer_plugins.testing import ARCHITECTURES
 from tests.engine import harness as H
 from tests.engine.harness import ADD, ALL, CLAMP, MEAN, PROJECT, RESID, NativeTerm, Raw, Tok
 from tests.engine.stock_runner import run_steps

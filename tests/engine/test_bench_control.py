@@ -12,7 +12,7 @@ from steer_plugins.bench.arms import case_of
 from steer_plugins.bench.control import Control, Plan
 from steer_plugins.bench.report import builtin_reporters, make_report
 from steer_plugins.bench.tasks import Scored, builtin_families
-from steer_plugins.traits import load_trait
+from steer_plugins.training.traits import load_trait
 from tests.engine.engines import open_engine, vector
 
 pytestmark = pytest.mark.usefixtures("float32_cache")

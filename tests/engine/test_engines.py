@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from steer_plugins import native
+from steer_plugins.client.engine import ServerEngine
 from steer_plugins.engine import GenerateRequest
 from steer_plugins.engine.local import LocalEngine
-from steer_plugins.engine.server import ServerEngine
 from steer_plugins.errors import DataError, EngineError, SpecError, SteerError, VectorError
-from steer_plugins.schedule import Schedule
-from steer_plugins.steering import Steering, Term
-from steer_plugins.together import CorrelatedWarning, combine
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.combine import CorrelatedWarning, combine
+from steer_plugins.steering.schedule import Schedule
+from steer_plugins.steering.terms import Steering, Term
+from steer_plugins.steering.vector import SteeringVector
 from tests.engine import harness as H
 from tests.engine.engines import BOTH, LONG, MORE_NOISE, NOISE, PROMPT, ServedEngine, moved, near, open_engine, readable, vector
 

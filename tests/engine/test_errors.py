@@ -13,7 +13,7 @@ import pytest
 from steer_plugins import native
 from steer_plugins.errors import EngineError, ModelError
 from steer_plugins.native import binding
-from steer_plugins.tinygguf import ARCHITECTURES
+from steer_plugins.testing import ARCHITECTURES
 from tests.engine import harness as H
 from tests.engine.harness import ADD, ALL, ATTN, CLAMP, FFN, MEAN, PROJECT, RESID, NativeTerm, Raw
 

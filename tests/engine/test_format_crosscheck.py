@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from steer_plugins.engine.local import LocalEngine
-from steer_plugins.fileformats import controlvector
-from steer_plugins.formats import Facts, read_any
 from steer_plugins.native import NativeTerm
-from steer_plugins.steering import Term
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.terms import Term
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.foreign import controlvector
+from steer_plugins.store.formats import Facts, read_any
 from tests.engine import harness as H
 from tests.engine.harness import ADD, RESID, Column, Raw
 from tests.engine.stock_runner import run_steps

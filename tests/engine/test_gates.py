@@ -11,9 +11,9 @@ import pytest
 from steer_plugins.engine import GenerateRequest
 from steer_plugins.engine.local import LocalEngine
 from steer_plugins.errors import SpecError, SteerError
-from steer_plugins.gate import Gate, cosine
-from steer_plugins.steering import Term
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.gate import Gate, cosine
+from steer_plugins.steering.terms import Term
+from steer_plugins.steering.vector import SteeringVector
 from tests.engine.engines import BOTH, LONG, PROMPT, vector
 from tests.engine.test_engines import engines  # noqa: F401  # the fixture
 

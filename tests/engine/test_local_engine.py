@@ -17,7 +17,7 @@ from steer_plugins.engine import GenerateRequest, batching, tables
 from steer_plugins.engine.local import LocalEngine
 from steer_plugins.engine.session import Session
 from steer_plugins.errors import EngineError, ModelError, SpecError
-from steer_plugins.steering import Term
+from steer_plugins.steering.terms import Term
 from tests.engine import harness as H
 from tests.engine.engines import BOTH, LONG, MORE_NOISE, NOISE, PROMPT, moved, near, open_engine, vector
 

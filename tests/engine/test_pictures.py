@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_plugins.pictures import inspect_prompt
-from steer_plugins.steering import Term
+from steer_plugins.report import inspect_prompt
+from steer_plugins.steering.terms import Term
 from tests.engine.engines import BOTH, PROMPT, ServedEngine, near, open_engine, vector
 
 pytestmark = pytest.mark.usefixtures("float32_cache")

@@ -12,7 +12,7 @@ from steer_plugins.engine.base import GenerateRequest
 from steer_plugins.engine.batching import Group, Text, find_hosts, plan_groups
 from steer_plugins.engine.local import LocalEngine
 from steer_plugins.engine.session import Session, shared_prefix
-from steer_plugins.steering import Term
+from steer_plugins.steering.terms import Term
 
 from .engines import vector
 

@@ -6,8 +6,8 @@ import pytest
 
 from steer_plugins.engine.local import LocalEngine
 from steer_plugins.errors import DataError, VectorError
-from steer_plugins.extract import ContrastData, Pair, Side, builtin_methods
-from steer_plugins.training import Training, TrainOptions, train_again
+from steer_plugins.training.extract import ContrastData, Pair, Side, builtin_methods
+from steer_plugins.training.train import Training, TrainOptions, train_again
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from steer_plugins.client import free_port
 from steer_plugins.errors import ModelError, SteerError
-from steer_plugins.models import default_model_path
 from steer_plugins.runtime import ensure_runtime
 from steer_plugins.runtime.cache import cache_dir
-from steer_plugins.server import free_port
+from steer_plugins.runtime.demo_model import default_model_path
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-t", "1", "-tb", "1", "--no-warmup"]

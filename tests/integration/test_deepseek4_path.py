@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from steer_plugins import tinygguf
+from steer_plugins import testing
 from steer_plugins.errors import SteerError
 from steer_plugins.runtime import ensure_runtime
-from steer_plugins.vectorfile import read_vector
+from steer_plugins.store.vectorfile import read_vector
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except SteerError as error:
         pytest.fail(f"no runtime to test: {error}")
     folder = tmp_path_factory.mktemp("deepseek4")
-    files = tinygguf.write("deepseek4", folder / "flash.gguf", split=3)
+    files = testing.write("deepseek4", folder / "flash.gguf", split=3)
     assert [f.name for f in files] == [f"flash-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
     with (folder / "pairs.jsonl").open("w", encoding="utf-8") as out:
         for weather in ("rain", "sun", "wind", "snow", "fog", "hail"):
@@ -87,7 +87,7 @@ def test_read_and_refusals(home: Path) -> None:
         steer(home, "read", *arguments, "Describe the rain")
         assert out.stat().st_size > 0
         out.unlink()
-    other = tinygguf.write("llama", home / "other.gguf")[0]
+    other = testing.write("llama", home / "other.gguf")[0]
     (stored,) = (home / "library").glob("deepseek4-*/weather.safetensors")
     said = steer(home, "generate", "--model", str(other), "--steer", f"{stored}:1", "x", fails=True)
     assert "deepseek4" in said and "\n" not in said

@@ -15,11 +15,11 @@ import httpx
 import numpy as np
 import pytest
 
-from steer_plugins import Library, tinygguf
-from steer_plugins.identity import identity_of_gguf
-from steer_plugins.server import free_port
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import write_vector
+from steer_plugins import Library, testing
+from steer_plugins.client import free_port
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.identity import identity_of_gguf
+from steer_plugins.store.vectorfile import write_vector
 
 from .ollama_sidecar import ROOT, need_server, ollama_env, program, real_ollama, sidecar
 
@@ -88,7 +88,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     tmp = tmp_path_factory.mktemp("ollama")
     command = real_ollama(tmp)
     need_server()
-    gguf = tinygguf.write("llama", tmp / "tiny.gguf")[0]
+    gguf = testing.write("llama", tmp / "tiny.gguf")[0]
     library = Library(tmp / "library")
     for seed, name in enumerate(("mood", "kind")):
         library.put(tiny_vector(gguf, name, seed), identity_of_gguf(gguf))

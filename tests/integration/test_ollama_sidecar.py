@@ -19,10 +19,10 @@ import httpx
 import numpy as np
 import pytest
 
-from steer_plugins import Library, tinygguf
-from steer_plugins.identity import identity_of_gguf
+from steer_plugins import Library, testing
 from steer_plugins.metrics import builtin_metrics
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.identity import identity_of_gguf
 
 from .ollama_sidecar import ROOT, demo_model, need_server, sidecar
 
@@ -33,10 +33,10 @@ FINAL = {"total_duration", "load_duration", "prompt_eval_count", "prompt_eval_du
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library with `mood` fitted to the demo model."""
-    from steer_plugins.engine.server import ServerEngine
-    from steer_plugins.server import ServerProcess
-    from steer_plugins.training import TrainOptions, train
-    from steer_plugins.traits import load_trait
+    from steer_plugins.client import ServerProcess
+    from steer_plugins.client.engine import ServerEngine
+    from steer_plugins.training.train import TrainOptions, train
+    from steer_plugins.training.traits import load_trait
 
     model = demo_model()
     need_server()
@@ -69,8 +69,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Path:
         'TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"""'
         + common
     )
-    tinygguf.write("llama", root / "tiny.gguf")
-    tinygguf.write("deepseek4", root / "thinker.gguf")
+    testing.write("llama", root / "tiny.gguf")
+    testing.write("deepseek4", root / "thinker.gguf")
     return root
 
 

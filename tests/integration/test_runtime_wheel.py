@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from steer_plugins import tinygguf
+from steer_plugins import testing
 from steer_plugins.runtime import find_runtime
 from steer_plugins.runtime.locate import WHEEL_NAME
 
@@ -55,7 +55,7 @@ def search_path() -> str:
 def env(tmp_path: Path) -> dict[str, str]:
     """The test environment's packages are visible (bindings, numpy), its runtimes and settings are not."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "STEER", "LLAMA", "MTMD", "LD_"))}
-    model = tinygguf.write("llama", tmp_path / "tiny.gguf")[0]
+    model = testing.write("llama", tmp_path / "tiny.gguf")[0]
     return {**kept, "PYTHONPATH": search_path(), "STEER_CACHE": str(tmp_path / "cache"), "STEER_MODEL": str(model)}
 
 

@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 import requests
 
-from steer_plugins import tinygguf
+from steer_plugins import testing
+from steer_plugins.client import ServerProcess
+from steer_plugins.client.engine import ServerEngine
 from steer_plugins.engine import GenerateRequest
 from steer_plugins.engine.local import LocalEngine
-from steer_plugins.engine.server import ServerEngine
 from steer_plugins.errors import EngineError, SteerError
-from steer_plugins.library import Library
 from steer_plugins.runtime import Runtime, activate, find_runtime
-from steer_plugins.server import ServerProcess
-from steer_plugins.steering import Term
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import read_vector
+from steer_plugins.steering.terms import Term
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library
+from steer_plugins.store.vectorfile import read_vector
 from tests.engine import harness
 from tests.unit.steering_server import eventually
 
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def get(arch: str) -> Path:
         if arch not in made:
-            made[arch] = tinygguf.write(arch, folder / f"{arch}.gguf")[0]
+            made[arch] = testing.write(arch, folder / f"{arch}.gguf")[0]
         return made[arch]
 
     return get

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 
-from steer_plugins import tinygguf
+from steer_plugins import testing
 from tests.integration.textgen_webui import ROOT, Webui, needed, opened, put_direction
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-ins for llama-server are scripts with a #! line")
@@ -88,7 +88,7 @@ def test_switched_on_in_the_session_tab_of_a_running_webui(make: Callable[..., W
 
 def test_models_come_and_go_without_a_page(make: Callable[..., Webui], tmp_path: Path) -> None:
     webui = make(stock=stock_server())
-    tinygguf.write("llama", webui.user_data / "models" / "tiny.gguf")
+    testing.write("llama", webui.user_data / "models" / "tiny.gguf")
     assert "steering/script.py" in webui.install().replace("\\", "/")
     webui.start("--nowebui", "--portable")
     put_direction(webui, "push")

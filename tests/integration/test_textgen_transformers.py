@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from steer_plugins.engine.server import ServerEngine
+from steer_plugins.client.engine import ServerEngine
 from tests.integration.textgen_webui import PROMPT, Webui, fit, needed, opened, server_port
 
 CONVERT = """

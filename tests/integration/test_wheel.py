@@ -34,8 +34,8 @@ def test_it_carries_the_patch_the_data_and_both_integrations(wheel: Path) -> Non
         "steer_plugins/cpp_patch/core.patch",
         "steer_plugins/cpp_patch/llama-steer.h",
         "steer_plugins/cpp_patch/llama-steer.cpp",
-        "steer_plugins/traits/data/mood.json",
-        "steer_plugins/traits/data/succinctness.json",
+        "steer_plugins/training/traits/data/mood.json",
+        "steer_plugins/training/traits/data/succinctness.json",
         "steer_plugins_ollama/__init__.py",
         "steer_plugins_textgen/__init__.py",
     ):
@@ -45,8 +45,8 @@ def test_it_carries_the_patch_the_data_and_both_integrations(wheel: Path) -> Non
 
 def test_in_a_fresh_environment_it_finds_the_runtime_and_generates(wheel: Path, tmp_path: Path) -> None:
     """The environment sees the test environment's packages (bindings, demo model) but has our package from the wheel."""
-    from steer_plugins.models import default_model_path
     from steer_plugins.runtime import find_runtime
+    from steer_plugins.runtime.demo_model import default_model_path
 
     runtime = find_runtime()
     assert runtime is not None, "run: steer build"

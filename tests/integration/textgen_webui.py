@@ -25,16 +25,16 @@ import requests
 from click.testing import CliRunner
 
 from steer_plugins.cli.textgen import textgen
-from steer_plugins.engine.server import ServerEngine
+from steer_plugins.client import free_port
+from steer_plugins.client.engine import ServerEngine
 from steer_plugins.errors import SteerError
-from steer_plugins.library import Library
-from steer_plugins.models import default_model_path
 from steer_plugins.runtime import find_runtime
+from steer_plugins.runtime.demo_model import default_model_path
 from steer_plugins.runtime.locate import Runtime
-from steer_plugins.server import free_port
-from steer_plugins.training import TrainOptions, train
-from steer_plugins.traits import load_trait
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library
+from steer_plugins.training.train import TrainOptions, train
+from steer_plugins.training.traits import load_trait
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "Describe a walk in the forest."

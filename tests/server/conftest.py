@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import requests
 
-from steer_plugins import tinygguf
+from steer_plugins import testing
+from steer_plugins.client import ServerProcess
 from steer_plugins.errors import SteerError
 from steer_plugins.runtime import ensure_runtime
-from steer_plugins.server import ServerProcess
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import write_vector
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.vectorfile import write_vector
 
 PROMPT = "The weather in the old town is"
 OCTETS = {"Content-Type": "application/octet-stream"}
@@ -135,7 +135,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(arch: str = "llama", **options: Any) -> Path:
         name = "-".join([arch, *(f"{k}{v}" for k, v in sorted(options.items()))])
         if name not in made:
-            made[name] = tinygguf.write(arch, folder / f"{name}.gguf", **options)[0]
+            made[name] = testing.write(arch, folder / f"{name}.gguf", **options)[0]
         return made[name]
 
     return make

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_plugins.gate import Gate
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.gate import Gate
+from steer_plugins.steering.vector import SteeringVector
 from tests.server.conftest import PROMPT, Server, direction, make_vector
 from tests.server.test_cache import LONG, probabilities
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steer_plugins.gate import Gate
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.gate import Gate
+from steer_plugins.steering.vector import SteeringVector
 from tests.server.conftest import PROMPT, direction, make_vector
 
 FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_plugins.gate import Gate, cosine
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.gate import Gate, cosine
+from steer_plugins.steering.vector import SteeringVector
 from tests.server.conftest import EXACT, PROMPT, Server, direction, make_vector
 
 LONG = PROMPT + " and all of this goes on for a while, in many words that say little, until it ends"

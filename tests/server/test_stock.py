@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import requests
 
+from steer_plugins.client import ServerProcess
 from steer_plugins.runtime import ensure_runtime
-from steer_plugins.server import ServerProcess
 from tests.server.conftest import PROMPT, Server, make_vector
 from tests.server.test_cache import LONG, term
 

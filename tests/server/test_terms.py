@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_plugins.schedule import Schedule
+from steer_plugins.steering.schedule import Schedule
 from tests.server.conftest import PROMPT, Server, direction, make_vector
 
 BOTH = ("llama", "deepseek4")

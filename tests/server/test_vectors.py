@@ -16,9 +16,9 @@ import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steer_plugins.identity import identity_of_gguf
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import write_vector
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.identity import identity_of_gguf
+from steer_plugins.store.vectorfile import write_vector
 from tests.server.conftest import EXACT, OCTETS, PROMPT, Server, make_vector
 from tests.server.test_cache import LONG, term
 
@@ -289,7 +289,7 @@ def test_vectors_survive_sleep(own: Any, tmp_path: Path) -> None:
 def test_untested_architecture(own: Any, server_binary: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from steer_plugins.tinygguf import architectures, writer
+    from steer_plugins.testing import architectures, writer
 
     path = tmp_path / "internlm2.gguf"
     plan = replace(architectures.blueprint("llama", n_layer=2, n_ctx=256), architecture="internlm2")
@@ -306,7 +306,7 @@ def test_untested_architecture(own: Any, server_binary: Path, tmp_path: Path) ->
 
 def test_router_mode(server_binary: Path) -> None:
     """A server that spawns servers does not steer itself, and says so."""
-    from steer_plugins.server import ServerProcess
+    from steer_plugins.client import ServerProcess
 
     with ServerProcess(server_binary) as process:
         process.start(None, ["--no-models-autoload"])
@@ -317,7 +317,7 @@ def test_router_mode(server_binary: Path) -> None:
 
 
 def test_api_key_guards_the_steering_routes(server_binary: Path, tiny_model: Any) -> None:
-    from steer_plugins.server import ServerProcess
+    from steer_plugins.client import ServerProcess
 
     with ServerProcess(server_binary) as process:
         process.start(tiny_model("llama"), ["--no-warmup", "--parallel", "1", "-c", "256", "--api-key", "secret"])

@@ -9,8 +9,8 @@ import numpy as np
 from steer_plugins.bench.arms import Case, random_vector
 from steer_plugins.bench.control import Control, Plan, Results
 from steer_plugins.bench.tasks import Family, Scored, Task
-from steer_plugins.traits import Trait
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.training.traits import Trait
 
 from .fakes import FakeEngine
 

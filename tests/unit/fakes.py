@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from steer_plugins.engine.base import Activations, Engine, GenerateRequest, Generation, GenerationStream, ModelInfo
-from steer_plugins.steering import Steering
-from steer_plugins.vector import ModelIdentity
+from steer_plugins.steering.terms import Steering
+from steer_plugins.steering.vector import ModelIdentity
 
 N_LAYER, N_EMBD = 10, 4
 IDENTITY = ModelIdentity("llama", N_LAYER, N_EMBD, "a" * 64, "b" * 64, name="fake")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steer_plugins.formats import Facts
+from steer_plugins.store.formats import Facts
 
 N = 8
 ROWS = np.random.default_rng(5).normal(size=(3, N)).astype(np.float32)

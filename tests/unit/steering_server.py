@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from steer_plugins.vector import ModelIdentity
+from steer_plugins.steering.vector import ModelIdentity
 
 N_LAYER, N_EMBD = 4, 4
 IDENTITY = ModelIdentity("llama", N_LAYER, N_EMBD, "a" * 64, "b" * 64, name="fake")

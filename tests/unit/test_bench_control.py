@@ -17,7 +17,7 @@ from steer_plugins.bench.results import against_prompt
 from steer_plugins.bench.stats import harmonic_mean
 from steer_plugins.errors import DataError, VectorError
 from steer_plugins.metrics import Metric
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.vector import SteeringVector
 
 from .bench_world import FAMILY, NOUNS, PLAN, TRAIT, World, case, found, happiness, run, vector
 from .fakes import IDENTITY, N_EMBD, FakeEngine

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from steer_plugins import files as files_module
+from steer_plugins import atomic as files_module
 from steer_plugins.bench import report as report_module
 from steer_plugins.bench.costs import Costs, Measure, compare, figures, ratios_of, summary_rows
 from steer_plugins.bench.fitting import opening_pairs, prompt_pairs

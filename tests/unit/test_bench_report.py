@@ -27,9 +27,9 @@ from steer_plugins.bench.report import (
 from steer_plugins.bench.tasks import builtin_families
 from steer_plugins.cli.main import main
 from steer_plugins.errors import DataError
-from steer_plugins.library import Library
 from steer_plugins.plugins.manager import reset
-from steer_plugins.traits import load_trait
+from steer_plugins.store.library import Library
+from steer_plugins.training.traits import load_trait
 
 from .bench_world import FAMILY, PLAN, TRAIT, World, case, run, vector
 from .fakes import IDENTITY

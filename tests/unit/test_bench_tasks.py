@@ -24,7 +24,7 @@ from steer_plugins.bench.tasks import (
     score_style,
 )
 from steer_plugins.errors import DataError
-from steer_plugins.traits import bundled_traits, load_trait
+from steer_plugins.training.traits import bundled_traits, load_trait
 
 FAMILIES = {family.name: family for family in builtin_families()}
 

@@ -7,7 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from steer_plugins.calibrate import (
+from steer_plugins.engine.base import Generation
+from steer_plugins.errors import DataError
+from steer_plugins.steering.terms import Term
+from steer_plugins.training.calibrate import (
     FULL,
     QUICK,
     ContrastObjective,
@@ -24,11 +27,8 @@ from steer_plugins.calibrate import (
     window_of,
     windows_of,
 )
-from steer_plugins.calibrate.sweep import SEARCH_SLACK
-from steer_plugins.engine.base import Generation
-from steer_plugins.errors import DataError
-from steer_plugins.extract import Pair, Side, chat
-from steer_plugins.steering import Term
+from steer_plugins.training.calibrate.sweep import SEARCH_SLACK
+from steer_plugins.training.extract import Pair, Side, chat
 from tests.unit.fakes import N_LAYER, FakeEngine
 
 # Perplexity is exp(0.7 + harm * dose), so the largest dose that the guard allows is LIMIT / harm.

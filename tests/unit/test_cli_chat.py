@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from steer_plugins.cli import chat
 from steer_plugins.cli.common import EngineOptions
-from steer_plugins.grammar import parse
-from steer_plugins.library import Library
-from steer_plugins.steering import Steering, Term
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.grammar import parse
+from steer_plugins.steering.terms import Steering, Term
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library
 from tests.unit.fakes import IDENTITY, N_EMBD, FakeEngine
 
 

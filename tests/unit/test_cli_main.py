@@ -19,10 +19,10 @@ from steer_plugins.cli import common
 from steer_plugins.cli import main as cli_main
 from steer_plugins.cli.main import main
 from steer_plugins.errors import ModelError, SteerError
-from steer_plugins.library import Library
 from steer_plugins.plugins.manager import reset
-from steer_plugins.vector import ModelIdentity, SteeringVector
-from steer_plugins.vectorfile import write_vector
+from steer_plugins.steering.vector import ModelIdentity, SteeringVector
+from steer_plugins.store.library import Library
+from steer_plugins.store.vectorfile import write_vector
 
 N = 8
 MODEL = ModelIdentity("llama", 40, N, "a" * 64, "b" * 64, name="Tiny [bold]Llama[/bold]")
@@ -283,10 +283,10 @@ def test_show_of_what_is_not_there(capsys):
 
 
 def test_show_checks_the_fit_with_a_model(vector, tmp_path, capsys):
-    from steer_plugins import tinygguf
-    from steer_plugins.identity import identity_of_gguf
+    from steer_plugins import testing
+    from steer_plugins.store.identity import identity_of_gguf
 
-    (model,) = tinygguf.write("llama", tmp_path / "tiny.gguf")
+    (model,) = testing.write("llama", tmp_path / "tiny.gguf")
     identity = identity_of_gguf(model)
     fits = SteeringVector("mine", {(0, "resid_post"): np.ones(identity.n_embd)})
     Library().put(fits, identity)

@@ -20,15 +20,15 @@ import pytest
 import requests
 from click.testing import CliRunner
 
-from steer_plugins import tinygguf
+from steer_plugins import testing
 from steer_plugins.cli.main import cli
 from steer_plugins.cli.serve import Staged, split_flags
+from steer_plugins.client import ServerProcess, free_port
 from steer_plugins.errors import EngineError, ModelError, RuntimeMissing, SpecError, VectorError
-from steer_plugins.identity import identity_of_gguf
-from steer_plugins.library import Library, MissingVector
-from steer_plugins.server import ServerProcess, free_port
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import write_vector
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.identity import identity_of_gguf
+from steer_plugins.store.library import Library, MissingVector
+from steer_plugins.store.vectorfile import write_vector
 from tests.unit.steering_server import FakeServer, eventually
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for llama-server is a script with a #! line")
@@ -104,7 +104,7 @@ def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinygguf.write("llama", tmp_path_factory.mktemp("model") / "tiny.gguf")[0]
+    return testing.write("llama", tmp_path_factory.mktemp("model") / "tiny.gguf")[0]
 
 
 def said(tmp_path: Path) -> Any:
@@ -249,7 +249,7 @@ def test_no_server_outlives_a_killed_program(binary: Path, tmp_path: Path) -> No
     """Not even when the program is killed in a way it cannot answer."""
     code = (
         "import sys, time\n"
-        "from steer_plugins.server import ServerProcess\n"
+        "from steer_plugins.client import ServerProcess\n"
         "server = ServerProcess(sys.argv[1])\n"
         "server.start(None)\n"
         "server.wait_ready(30)\n"

@@ -15,13 +15,13 @@ from steer_plugins.cli import read as cli_read
 from steer_plugins.cli.main import main
 from steer_plugins.cli.train import duration, parse_layers
 from steer_plugins.errors import DataError, SpecError
-from steer_plugins.library import Library
 from steer_plugins.plugins.manager import reset
-from steer_plugins.steering import Term
-from steer_plugins.training import Training, TrainOptions, options_of
-from steer_plugins.traits import load_trait
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import read_vector
+from steer_plugins.steering.terms import Term
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library
+from steer_plugins.store.vectorfile import read_vector
+from steer_plugins.training.train import Training, TrainOptions, options_of
+from steer_plugins.training.traits import load_trait
 from tests.unit.fakes import IDENTITY, N_LAYER, FakeEngine
 
 PAIRS = [{"positive": f"so much joy {i}", "negative": f"so much woe {i}"} for i in range(10)]
@@ -250,7 +250,7 @@ def test_durations():
 
 
 def test_a_layer_without_a_direction_cannot_be_steered(engine):
-    from steer_plugins.extract import ContrastData, Pair, Side
+    from steer_plugins.training.extract import ContrastData, Pair, Side
 
     data = ContrastData("pairs", tuple(Pair(Side("joy"), Side("joy!!"), i) for i in range(5)), "0" * 64)
     engine._states = lambda text, n, layer: np.ones((n, 4), np.float32)

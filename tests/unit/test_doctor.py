@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from steer_plugins import models
 from steer_plugins.cli.doctor import doctor as command
 from steer_plugins.native import API_VERSION
+from steer_plugins.runtime import demo_model as models
 from steer_plugins.runtime import doctor, locate, tools
 from steer_plugins.runtime.bindings import Bindings, library_names
 from steer_plugins.runtime.host import HostGgml

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_plugins.errors import DataError
-from steer_plugins.extract import (
+from steer_plugins.training.extract import (
     Contrast,
     ContrastData,
     FitOptions,
@@ -27,7 +27,7 @@ from steer_plugins.extract import (
     reading,
     trait_data,
 )
-from steer_plugins.traits import load_trait
+from steer_plugins.training.traits import load_trait
 from tests.unit.fakes import N_LAYER, FakeEngine
 
 TEXTS = '{"positive": "full of joy", "negative": "full of woe"}'
@@ -134,13 +134,13 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_what_is_too_large_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("steer_plugins.extract.pairs.MAX_PAIRS", 2)
+    monkeypatch.setattr("steer_plugins.training.extract.pairs.MAX_PAIRS", 2)
     with pytest.raises(DataError, match="more than 2 pairs"):
         load_pairs(write(tmp_path, f"{TEXTS}\n" * 3))
-    monkeypatch.setattr("steer_plugins.extract.pairs.MAX_LINE_BYTES", 20)
+    monkeypatch.setattr("steer_plugins.training.extract.pairs.MAX_LINE_BYTES", 20)
     with pytest.raises(DataError, match="line 1: is longer"):
         load_pairs(write(tmp_path, TEXTS))
-    monkeypatch.setattr("steer_plugins.extract.pairs.MAX_FILE_BYTES", 20)
+    monkeypatch.setattr("steer_plugins.training.extract.pairs.MAX_FILE_BYTES", 20)
     with pytest.raises(DataError, match="is larger"):
         load_pairs(write(tmp_path, TEXTS))
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from steer_plugins.errors import DataError
-from steer_plugins.extract import Contrast, FitOptions, builtin_methods, fit_directions
-from steer_plugins.extract.base import folds
-from steer_plugins.extract.classifiers import cross_validated, lda, logistic
-from steer_plugins.extract.pca import first_component
 from steer_plugins.plugins.manager import manager
+from steer_plugins.training.extract import Contrast, FitOptions, builtin_methods, fit_directions
+from steer_plugins.training.extract.base import folds
+from steer_plugins.training.extract.classifiers import cross_validated, lda, logistic
+from steer_plugins.training.extract.pca import first_component
 
 METHODS = {method.name: method for method in builtin_methods()}
 OPTIONS = FitOptions(layers=(0,))
@@ -202,7 +202,7 @@ def test_whole_shrinkage_gives_the_mean_difference():
 
 def test_the_shrinkage_of_ledoit_and_wolf():
     # their formula, written out: distance to the scaled identity, and the mean squared error of the sample covariance
-    from steer_plugins.extract.classifiers import _ledoit_wolf
+    from steer_plugins.training.extract.classifiers import _ledoit_wolf
 
     rng = np.random.default_rng(4)
     rows = rng.standard_normal((40, 10)) * rng.uniform(0.5, 2, 10)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from steer_plugins.extract import Contrast, FitOptions, MeanDifference, builtin_methods
-from steer_plugins.extract.base import fit_directions
-from steer_plugins.extract.report import RESAMPLES, LayerReport, report_fit, suggest_window
+from steer_plugins.training.extract import Contrast, FitOptions, MeanDifference, builtin_methods
+from steer_plugins.training.extract.base import fit_directions
+from steer_plugins.training.extract.report import RESAMPLES, LayerReport, report_fit, suggest_window
 
 OPTIONS = FitOptions(layers=(4, 5, 6))
 WIDTH = 12

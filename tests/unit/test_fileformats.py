@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from steer_plugins.errors import VectorError
-from steer_plugins.fileformats import builtin_formats
-from steer_plugins.fileformats.common import losses, vector_name
-from steer_plugins.formats import NO_FACTS, Facts, Format, format_of, read_any
-from steer_plugins.vector import ModelIdentity, SteeringVector
+from steer_plugins.steering.vector import ModelIdentity, SteeringVector
+from steer_plugins.store.foreign import builtin_formats
+from steer_plugins.store.foreign.common import losses, vector_name
+from steer_plugins.store.formats import NO_FACTS, Facts, Format, format_of, read_any
 from tests.unit.fileformat_samples import (
     CONTROL,
     DS4,

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steer_plugins import tinygguf
+from steer_plugins import testing
 from steer_plugins.cli.main import main
-from steer_plugins.fileformats import builtin_formats
-from steer_plugins.formats import read_any
-from steer_plugins.identity import identity_of_gguf
-from steer_plugins.library import Library
-from steer_plugins.vector import ModelIdentity, SteeringVector
-from steer_plugins.vectorfile import write_vector
+from steer_plugins.steering.vector import ModelIdentity, SteeringVector
+from steer_plugins.store.foreign import builtin_formats
+from steer_plugins.store.formats import read_any
+from steer_plugins.store.identity import identity_of_gguf
+from steer_plugins.store.library import Library
+from steer_plugins.store.vectorfile import write_vector
 from tests.unit.fileformat_samples import ROWS, SAMPLES, N, npz, pt, put, tensor
 
 MODEL = ModelIdentity("llama", 9, N, "a" * 64, "b" * 64, name="Tiny")
@@ -52,7 +52,7 @@ def convert(folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinygguf.write("llama", tmp_path_factory.mktemp("model") / "tiny.gguf")[0]
+    return testing.write("llama", tmp_path_factory.mktemp("model") / "tiny.gguf")[0]
 
 
 def test_a_loss_is_named_and_refused(convert: Run) -> None:

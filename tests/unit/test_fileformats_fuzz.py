@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer_plugins.errors import VectorError
-from steer_plugins.fileformats import builtin_formats
-from steer_plugins.formats import Facts, read_any
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.foreign import builtin_formats
+from steer_plugins.store.formats import Facts, read_any
 from tests.unit.fileformat_samples import SAMPLES, put
 
 FORMATS = {fmt.name: fmt for fmt in builtin_formats()}

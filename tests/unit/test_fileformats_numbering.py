@@ -12,9 +12,9 @@ import pytest
 from steer_plugins.cli.main import main
 from steer_plugins.engine import local
 from steer_plugins.errors import VectorError
-from steer_plugins.fileformats.gguftensors import write_directions
-from steer_plugins.fileformats.numbering import TEXTS, Numbering, probe_numbering
-from steer_plugins.formats import read_any
+from steer_plugins.store.foreign.gguftensors import write_directions
+from steer_plugins.store.foreign.numbering import TEXTS, Numbering, probe_numbering
+from steer_plugins.store.formats import read_any
 
 N_LAYER, N_EMBD, OWN = 14, 64, 4
 
@@ -85,7 +85,7 @@ def late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     model = Blocks()
     monkeypatch.setattr(local, "LocalEngine", lambda *args, **more: model)
-    monkeypatch.setattr("steer_plugins.identity.identity_of_gguf", lambda path: None)
+    monkeypatch.setattr("steer_plugins.store.identity.identity_of_gguf", lambda path: None)
     write_directions(Path("late.gguf"), {"controlvector.model_hint": "x"}, directions(model, 1))
     write_directions(Path("alone.gguf"), {"controlvector.model_hint": "x"}, {5: np.ones(N_EMBD, np.float32)})
     write_directions(Path("narrow.gguf"), {"controlvector.model_hint": "x"}, {n: np.ones(9, np.float32) for n in (5, 6)})

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer_plugins.errors import VectorError
-from steer_plugins.fileformats import torchfile
-from steer_plugins.formats import NO_FACTS, Facts, read_any
+from steer_plugins.store.foreign import torchfile
+from steer_plugins.store.formats import NO_FACTS, Facts, read_any
 from tests.unit.fileformat_samples import ROWS, N, archive, integer, pt, tensor, text
 
 BLOCKS = Facts(at="blocks")

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_plugins import formula
 from steer_plugins.cli import common
 from steer_plugins.cli.main import main
 from steer_plugins.errors import DataError, SpecError
-from steer_plugins.gate import Gate
-from steer_plugins.gatefit import _unseen_scores, best_threshold, fit_gate, load_labelled, rates
-from steer_plugins.grammar import parse, steering_of
-from steer_plugins.library import Library
 from steer_plugins.plugins.manager import reset
-from steer_plugins.steering import Steering, Term
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import read_vector, write_vector
+from steer_plugins.steering import formula
+from steer_plugins.steering.gate import Gate
+from steer_plugins.steering.grammar import parse, steering_of
+from steer_plugins.steering.terms import Steering, Term
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library
+from steer_plugins.store.vectorfile import read_vector, write_vector
+from steer_plugins.training.gates import _unseen_scores, best_threshold, fit_gate, load_labelled, rates
 from tests.unit.fakes import IDENTITY, FakeEngine
 
 SITE = "resid_post"

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_plugins.errors import SpecError
-from steer_plugins.grammar import TermSpec, format_terms, from_json, parse, parse_options, steering_of
-from steer_plugins.schedule import Schedule
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.grammar import TermSpec, format_terms, from_json, parse, parse_options, steering_of
+from steer_plugins.steering.schedule import Schedule
+from steer_plugins.steering.vector import SteeringVector
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer_plugins.errors import ModelError
-from steer_plugins.identity import identity_of_gguf, shards_of
+from steer_plugins.store.identity import identity_of_gguf, shards_of
 
 TOKENS = ["<s>", "a", "bé", "模", ""]
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from steer_plugins import formula
 from steer_plugins.cli.main import main
-from steer_plugins.engine.server import ServerEngine
+from steer_plugins.client.engine import ServerEngine
 from steer_plugins.errors import DataError, SpecError, SteerError, VectorError
-from steer_plugins.pictures import Inspection, Reading, inspect_prompt, neutral_levels, to_html, to_page, to_png, to_terminal
-from steer_plugins.pictures.colour import NEGATIVE, POSITIVE, STRONGEST, mixed
-from steer_plugins.pictures.tokens import legible
-from steer_plugins.steering import Steering, Term
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import write_vector
+from steer_plugins.report import Inspection, Reading, inspect_prompt, neutral_levels, to_html, to_page, to_png, to_terminal
+from steer_plugins.report.colour import NEGATIVE, POSITIVE, STRONGEST, mixed
+from steer_plugins.report.tokens import legible
+from steer_plugins.steering import formula
+from steer_plugins.steering.terms import Steering, Term
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.vectorfile import write_vector
 
 from . import steering_server
 from .fakes import IDENTITY, N_LAYER, FakeEngine

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steer_plugins import library as library_module
 from steer_plugins.errors import VectorError
-from steer_plugins.library import Library, MissingVector, default_root, missing_sentence
-from steer_plugins.vector import ModelIdentity, SteeringVector
-from steer_plugins.vectorfile import read_vector, write_vector
+from steer_plugins.steering.vector import ModelIdentity, SteeringVector
+from steer_plugins.store import library as library_module
+from steer_plugins.store.library import Library, MissingVector, default_root, missing_sentence
+from steer_plugins.store.vectorfile import read_vector, write_vector
 
 N = 8
 MODEL = ModelIdentity("llama", 4, N, "a" * 64, "b" * 64, name="Tiny Llama")
@@ -194,7 +194,7 @@ def test_a_failed_put_keeps_the_old_vector(library, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("steer_plugins.files.os.fsync", full)
+    monkeypatch.setattr("steer_plugins.atomic.os.fsync", full)
     with pytest.raises(VectorError, match="No space left"):
         library.put(make(seed=2), MODEL, overwrite=True)
     assert read_vector(path) == make(seed=1)

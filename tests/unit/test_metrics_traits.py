@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from steer_plugins.metrics import builtin_metrics
 from steer_plugins.metrics.lexical import Lexicon
-from steer_plugins.traits import load_trait
+from steer_plugins.training.traits import load_trait
 
 LABELLED = {
     "creativity": (

@@ -17,7 +17,7 @@ from steer_plugins_ollama.pool import Pool
 from steer_plugins_ollama.service import Service
 from steer_plugins_ollama.store import OllamaStore
 
-from steer_plugins import Library, tinygguf
+from steer_plugins import Library, testing
 
 from .ollama_standins import StandInDaemon, running, send_chunk, send_json, start_chunks
 from .test_ollama_stores import ollama_model, vector
@@ -25,7 +25,7 @@ from .test_ollama_stores import ollama_model, vector
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinygguf.write("llama", tmp_path_factory.mktemp("m") / "tiny.gguf")[0]
+    return testing.write("llama", tmp_path_factory.mktemp("m") / "tiny.gguf")[0]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def daemon() -> Iterator[StandInDaemon]:
 
 @pytest.fixture
 def library(tmp_path: Path, gguf: Path) -> Library:
-    from steer_plugins.identity import identity_of_gguf
+    from steer_plugins.store.identity import identity_of_gguf
 
     found = Library(tmp_path / "library")
     found.put(vector("mood", gguf), identity_of_gguf(gguf))
@@ -176,7 +176,7 @@ def test_steered_requests_never_reach_ollama(
 
 
 def test_ollama_unloads_the_same_weights_first(sidecar: httpx.Client, daemon: StandInDaemon, tmp_path: Path, gguf: Path) -> None:
-    other = tinygguf.write("llama", tmp_path / "other.gguf", seed=1)[0]
+    other = testing.write("llama", tmp_path / "other.gguf", seed=1)[0]
     ollama_model(tmp_path / "store", "plain", gguf)
     ollama_model(tmp_path / "store", "steered", gguf, {"params": {"steering": "mood:0.5"}})
     ollama_model(tmp_path / "store", "other", other)

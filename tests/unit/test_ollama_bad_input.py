@@ -27,7 +27,7 @@ from steer_plugins_ollama.service import Service
 from steer_plugins_ollama.serving import ServeOptions, make_service, serve
 from steer_plugins_ollama.store import OllamaStore
 
-from steer_plugins import Library, tinygguf
+from steer_plugins import Library, testing
 from steer_plugins.errors import EngineError, SteerError
 
 from .ollama_standins import StandInDaemon, running, send_chunk, send_json, start_chunks
@@ -36,7 +36,7 @@ from .test_ollama_stores import ollama_model, vector
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinygguf.write("llama", tmp_path_factory.mktemp("m") / "tiny.gguf")[0]
+    return testing.write("llama", tmp_path_factory.mktemp("m") / "tiny.gguf")[0]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from steer_plugins_ollama.folder import FolderStore
 from steer_plugins_ollama.pool import Pool
 from steer_plugins_ollama.service import Service
 
-from steer_plugins import Library, tinygguf
+from steer_plugins import Library, testing
 
 from .ollama_standins import StandInLlama, StandInProcess, last_said, running, said
 
@@ -29,7 +29,7 @@ Kinds = dict[str, Any]
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     root = tmp_path_factory.mktemp("folder")
-    tinygguf.write("llama", root / "one.gguf")
+    testing.write("llama", root / "one.gguf")
     text = "FROM one\nSYSTEM Be kind.\nLICENSE MIT\nMESSAGE user a\nPARAMETER stop x\nPARAMETER temperature 0.5\n"
     (root / "two.modelfile").write_text(text + 'TEMPLATE """{{ .Prompt }}"""\nPARAMETER steering ""\n')
     llama = StandInLlama()

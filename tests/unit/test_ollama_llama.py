@@ -21,7 +21,7 @@ from steer_plugins_ollama.pool import Pool
 from steer_plugins_ollama.service import Service
 from steer_plugins_ollama.store import OllamaStore
 
-from steer_plugins import Library, tinygguf
+from steer_plugins import Library, testing
 
 from .ollama_standins import (
     StandInDaemon,
@@ -42,7 +42,7 @@ Serve = Callable[..., tuple[httpx.Client, StandInLlama]]
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinygguf.write("llama", tmp_path_factory.mktemp("m") / "tiny.gguf")[0]
+    return testing.write("llama", tmp_path_factory.mktemp("m") / "tiny.gguf")[0]
 
 
 @pytest.fixture

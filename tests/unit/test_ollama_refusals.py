@@ -21,7 +21,7 @@ from steer_plugins_ollama.pool import Pool
 from steer_plugins_ollama.service import Service
 from steer_plugins_ollama.store import VECTOR_MEDIA, OllamaStore, check_readable, has_models
 
-from steer_plugins import Library, tinygguf
+from steer_plugins import Library, testing
 from steer_plugins.errors import ModelError
 
 from .ollama_standins import StandInDaemon, StandInLlama, StandInProcess, last_said, running, said, send_json
@@ -32,7 +32,7 @@ CHAT = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinygguf.write("llama", tmp_path_factory.mktemp("m") / "tiny.gguf")[0]
+    return testing.write("llama", tmp_path_factory.mktemp("m") / "tiny.gguf")[0]
 
 
 @pytest.fixture

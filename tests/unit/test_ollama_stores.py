@@ -17,17 +17,17 @@ from steer_plugins_ollama.gguf import facts_of
 from steer_plugins_ollama.names import parse_name
 from steer_plugins_ollama.store import OllamaStore, store_root
 
-from steer_plugins import Library, tinygguf
+from steer_plugins import Library, testing
 from steer_plugins.errors import ModelError, SteerError
-from steer_plugins.identity import identity_of_gguf
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.identity import identity_of_gguf
 
 _MEDIA = "application/vnd.ollama.image."
 
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tinygguf.write("llama", tmp_path_factory.mktemp("m") / "tiny.gguf")[0]
+    return testing.write("llama", tmp_path_factory.mktemp("m") / "tiny.gguf")[0]
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 
 from steer_plugins.cli.main import main
 from steer_plugins.errors import SteerError, VectorError
-from steer_plugins.plots import plot_vector, save_plot
 from steer_plugins.plugins.manager import reset
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import write_vector
+from steer_plugins.report.plots import plot_vector, save_plot
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.vectorfile import write_vector
 
 pytest.importorskip("matplotlib")
 

@@ -159,7 +159,7 @@ def test_hook_calls_can_be_traced(install, monkeypatch, capsys):
 
 def test_a_format_that_cannot_look_does_not_keep_others_from_reading(install, tmp_path):
     code = """
-    from steer_plugins.formats import Format
+    from steer_plugins.store.formats import Format
     from steer_plugins.plugins import hookimpl
 
     def fail(path):
@@ -169,9 +169,9 @@ def test_a_format_that_cannot_look_does_not_keep_others_from_reading(install, tm
     def register_formats(register):
         register(Format("bad", (".safetensors",), fail, None, fail))
     """
-    from steer_plugins.formats import read_any
-    from steer_plugins.vector import SteeringVector
-    from steer_plugins.vectorfile import write_vector
+    from steer_plugins.steering.vector import SteeringVector
+    from steer_plugins.store.formats import read_any
+    from steer_plugins.store.vectorfile import write_vector
 
     install("badformat", code)
     vector = SteeringVector("v", {(0, "resid_post"): [3, 4]})
@@ -341,7 +341,7 @@ def test_the_tutorial_works_as_written(example):
 
 
 def test_the_parts_of_the_tutorial(example, monkeypatch, tmp_path):
-    from steer_plugins.formats import read_any
+    from steer_plugins.store.formats import read_any
 
     monkeypatch.syspath_prepend(example)
     assert manager().find("metrics", "exclamation")("Go! Now! Please?") == pytest.approx(2 / 3)

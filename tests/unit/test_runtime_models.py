@@ -10,9 +10,9 @@ import gguf
 import numpy as np
 import pytest
 
-from steer_plugins import models
 from steer_plugins.errors import BuildError, ModelError
-from steer_plugins.models import DEFAULT_MODEL, default_model_path, fetch_default_model
+from steer_plugins.runtime import demo_model as models
+from steer_plugins.runtime.demo_model import DEFAULT_MODEL, default_model_path, fetch_default_model
 
 
 def write_gguf(path: Path, split: tuple[int, int] | None = None, architecture: str = "llama") -> Path:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_plugins.errors import SpecError
-from steer_plugins.schedule import Schedule
-from steer_plugins.steering import Term
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.schedule import Schedule
+from steer_plugins.steering.terms import Term
+from steer_plugins.steering.vector import SteeringVector
 
 VECTOR = SteeringVector("mood", {(1, "resid_post"): np.ones(4)})
 schedules = st.builds(Schedule, st.sampled_from(["linear", "cosine"]), st.integers(1, 300), st.floats(0, 1))

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+from steer_plugins.client import vectors as remote_vectors
+from steer_plugins.client.activations import decode_read
+from steer_plugins.client.connection import is_loopback, normal_url
+from steer_plugins.client.engine import ServerEngine
 from steer_plugins.engine import GenerateRequest
-from steer_plugins.engine.remote import vectors as remote_vectors
-from steer_plugins.engine.remote.activations import decode_read
-from steer_plugins.engine.remote.http import is_loopback, normal_url
-from steer_plugins.engine.server import ServerEngine
 from steer_plugins.errors import DataError, EngineError, ModelError, SpecError, SteerError, VectorError
-from steer_plugins.library import Library, MissingVector
-from steer_plugins.steering import Term
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.terms import Term
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library, MissingVector
 from tests.unit.steering_server import BOS, IDENTITY, N_EMBD, N_LAYER, FakeServer, encode, eventually
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -375,7 +375,7 @@ def test_many_texts_go_in_portions(engine: ServerEngine, server: FakeServer, mon
     scores = engine.logprobs([(p, "ab") for p in prompts], progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (150, 150) and len(scores) == 150 and scores[0].dtype == np.float64
     assert scores[7].tolist() == [-t / 10 for t in encode("ab")]
-    monkeypatch.setattr("steer_plugins.engine.server.MAX_READ", 1000)
+    monkeypatch.setattr("steer_plugins.client.engine.MAX_READ", 1000)
     engine.read(prompts[:4], positions="all")
     assert [len(body["prompts"]) for body in server.bodies("/steering/read")][3:] == [2, 2]
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_plugins import formula
 from steer_plugins.errors import SpecError
-from steer_plugins.steering import Steering, Term, parse_term
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering import formula
+from steer_plugins.steering.terms import Steering, Term, parse_term
+from steer_plugins.steering.vector import SteeringVector
 
 N = 12
 SITE = "resid_post"

@@ -13,11 +13,11 @@ from steer_plugins_textgen import extension, hooks, settings
 
 from steer_plugins.engine.scopes import ScopeMap
 from steer_plugins.errors import SteerError
-from steer_plugins.formula import steer
-from steer_plugins.grammar import parse
-from steer_plugins.library import Library
-from steer_plugins.steering import Steering, Term
-from steer_plugins.vector import ModelIdentity, SteeringVector
+from steer_plugins.steering.formula import steer
+from steer_plugins.steering.grammar import parse
+from steer_plugins.steering.terms import Steering, Term
+from steer_plugins.steering.vector import ModelIdentity, SteeringVector
+from steer_plugins.store.library import Library
 from tests.unit import numpy_torch
 from tests.unit.textgen_webui import StandIn
 

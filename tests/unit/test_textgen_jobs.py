@@ -12,9 +12,9 @@ import pytest
 from steer_plugins_textgen import charts, jobs
 
 from steer_plugins.errors import DataError, SpecError, SteerError
-from steer_plugins.library import Library
-from steer_plugins.traits import bundled_traits, load_trait
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library
+from steer_plugins.training.traits import bundled_traits, load_trait
 from tests.unit.steering_server import IDENTITY
 from tests.unit.textgen_webui import StandIn
 

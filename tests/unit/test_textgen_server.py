@@ -14,9 +14,9 @@ import pytest
 from steer_plugins_textgen import api, extension, hooks, link, loader, replies, settings, webui
 
 from steer_plugins.errors import SpecError, SteerError
-from steer_plugins.grammar import parse
-from steer_plugins.library import Library
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.grammar import parse
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library
 from tests.unit.steering_server import IDENTITY, FakeServer
 from tests.unit.textgen_webui import StandIn
 

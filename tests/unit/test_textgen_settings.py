@@ -10,7 +10,7 @@ from steer_plugins_textgen.settings import Settings, check_preset_name
 from steer_plugins_textgen.wishes import fitting, from_page, names_only, terms_of, wish_of
 
 from steer_plugins.errors import SpecError
-from steer_plugins.grammar import TermSpec, parse
+from steer_plugins.steering.grammar import TermSpec, parse
 from tests.unit.textgen_webui import StandIn
 
 

@@ -12,9 +12,9 @@ import pytest
 from steer_plugins_textgen import extension, hooks, jobs, link, loader, replies, settings
 
 from steer_plugins.errors import SteerError
-from steer_plugins.grammar import parse
-from steer_plugins.library import Library
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.grammar import parse
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library
 from tests.unit.steering_server import IDENTITY, FakeServer
 from tests.unit.textgen_gradio import Page, install
 from tests.unit.textgen_webui import StandIn

@@ -14,11 +14,11 @@ import gguf
 import numpy as np
 import pytest
 
-from steer_plugins import tinygguf
+from steer_plugins import testing
 from steer_plugins.errors import ModelError
-from steer_plugins.tinygguf import __main__ as command
-from steer_plugins.tinygguf import writer
-from steer_plugins.tinygguf.vocab import byte_alphabet
+from steer_plugins.testing import __main__ as command
+from steer_plugins.testing import writer
+from steer_plugins.testing.vocab import byte_alphabet
 
 F32, I32 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.I32
 
@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
         key = (arch, *sorted(options.items()))
         if key not in cache:
             path = tmp_path_factory.mktemp("tiny") / "model.gguf"
-            assert tinygguf.write(arch, path, **options) == [path]
+            assert testing.write(arch, path, **options) == [path]
             cache[key] = Model(path)
         return cache[key]
 
@@ -60,13 +60,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-every_architecture = pytest.mark.parametrize("arch", tinygguf.ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("arch", testing.ARCHITECTURES)
 # What is written how does not depend on the architecture; these have every kind of tensor.
 several = pytest.mark.parametrize("arch", ["llama", "gpt-oss", "qwen35moe", "gemma", "gemma3", "deepseek2", "deepseek4"])
 
 
 def test_the_promised_architectures() -> None:
-    assert set(tinygguf.ARCHITECTURES) == set(
+    assert set(testing.ARCHITECTURES) == set(
         "llama llama4 mistral3 mistral4 qwen2 qwen2moe qwen3 qwen3moe qwen3next qwen35 qwen35moe gemma gemma2 gemma3 "
         "deepseek2 deepseek4 phi3 glm4 gpt-oss granite granitemoe olmo2 smollm3 command-r cohere2 starcoder2 exaone "
         "exaone4 stablelm".split()
@@ -79,9 +79,9 @@ def test_the_promised_architectures() -> None:
 @several
 def test_equal_arguments_give_equal_bytes_and_another_seed_other_weights(arch: str, tmp_path: Path) -> None:
     first, again, other = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "c.gguf"
-    tinygguf.write(arch, first, seed=7)
-    tinygguf.write(arch, again, seed=7)
-    tinygguf.write(arch, other, seed=8)
+    testing.write(arch, first, seed=7)
+    testing.write(arch, again, seed=7)
+    testing.write(arch, other, seed=8)
     assert digest(first) == digest(again)
     assert first.stat().st_size < 15e6
     a, c = Model(first), Model(other)
@@ -95,7 +95,7 @@ def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
         path = tmp_path / f"{hash_seed}.gguf"
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         arguments = ["llama", str(path), "--layers", "1", "--weights", "q8_0"]
-        subprocess.run([sys.executable, "-m", "steer_plugins.tinygguf", *arguments], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "steer_plugins.testing", *arguments], env=environment, check=True)
         digests.add(digest(path))
     assert len(digests) == 1
 
@@ -423,7 +423,7 @@ def test_weight_types(model: Callable[..., Model], arch: str, weights: str, quan
 @several
 def test_split_files_hold_the_same_model(model: Callable[..., Model], arch: str, tmp_path: Path) -> None:
     whole = model(arch)
-    files = tinygguf.write(arch, tmp_path / "part.gguf", split=3)
+    files = testing.write(arch, tmp_path / "part.gguf", split=3)
     assert [file.name for file in files] == [f"part-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
     assert sorted(tmp_path.iterdir()) == files
     parts = [Model(file) for file in files]
@@ -447,7 +447,7 @@ def test_split_files_hold_the_same_model(model: Callable[..., Model], arch: str,
 
 
 def test_split_name_keeps_other_dots(tmp_path: Path) -> None:
-    files = tinygguf.write("llama", tmp_path / "v4.1", n_layer=1, split=2)
+    files = testing.write("llama", tmp_path / "v4.1", n_layer=1, split=2)
     assert [file.name for file in files] == ["v4.1-00001-of-00002.gguf", "v4.1-00002-of-00002.gguf"]
 
 
@@ -558,7 +558,7 @@ def test_deepseek4_template_tokens_exist(model: Callable[..., Model]) -> None:
     assert loaded.meta["tokenizer.ggml.pre"] == "joyai-llm"
 
 
-@pytest.mark.parametrize("arch", [arch for arch in tinygguf.ARCHITECTURES if arch != "deepseek4"])
+@pytest.mark.parametrize("arch", [arch for arch in testing.ARCHITECTURES if arch != "deepseek4"])
 def test_chatml_templates(model: Callable[..., Model], arch: str) -> None:
     loaded = model(arch)
     start = "<|endoftext|>" if loaded.meta["tokenizer.ggml.add_bos_token"] else ""
@@ -589,18 +589,18 @@ def test_chatml_templates(model: Callable[..., Model], arch: str) -> None:
 )
 def test_mistakes_are_named(arch: str, options: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=named):
-        tinygguf.write(arch, tmp_path / "x.gguf", **options)
+        testing.write(arch, tmp_path / "x.gguf", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere"):
-        tinygguf.write("llama", tmp_path / "nowhere" / "x.gguf")
+        testing.write("llama", tmp_path / "nowhere" / "x.gguf")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.gguf"
-    tinygguf.write("llama", path, n_layer=1)
+    testing.write("llama", path, n_layer=1)
     before = digest(path)
 
     def full(*_: Any, **__: Any) -> None:
@@ -608,7 +608,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
     monkeypatch.setattr(writer.gguf.GGUFWriter, "write_tensors_to_file", full)
     with pytest.raises(ModelError, match="No space left on device"):
-        tinygguf.write("llama", path, seed=1)
+        testing.write("llama", path, seed=1)
     assert digest(path) == before
     assert list(tmp_path.iterdir()) == [path]
 

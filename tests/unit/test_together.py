@@ -19,10 +19,10 @@ from steer_plugins.cli.common import Together, together_options
 from steer_plugins.cli.main import cli
 from steer_plugins.cli.serve import Staged
 from steer_plugins.errors import SpecError
-from steer_plugins.grammar import parse
-from steer_plugins.steering import Steering, Term
-from steer_plugins.together import CorrelatedWarning, cap_dose, combine, correlations, dose, orthogonalise
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.combine import CorrelatedWarning, cap_dose, combine, correlations, dose, orthogonalise
+from steer_plugins.steering.grammar import parse
+from steer_plugins.steering.terms import Steering, Term
+from steer_plugins.steering.vector import SteeringVector
 from tests.unit.fakes import FakeEngine
 
 N = 16

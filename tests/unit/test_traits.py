@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from steer_plugins import traits
 from steer_plugins.errors import DataError
 from steer_plugins.metrics import builtin_metrics
-from steer_plugins.traits import MAX_FILE_BYTES, TRAIT_FORMAT, Trait, bundled_traits, load_trait
+from steer_plugins.training import traits
+from steer_plugins.training.traits import MAX_FILE_BYTES, TRAIT_FORMAT, Trait, bundled_traits, load_trait
 
 
 def example() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_plugins.errors import VectorError
-from steer_plugins.vector import ModelIdentity, SteeringVector, check_name, layer_ranges, scope_range
+from steer_plugins.steering.vector import ModelIdentity, SteeringVector, check_name, layer_ranges, scope_range
 
 N = 16
 MODEL = ModelIdentity("llama", 4, N, "a" * 64, "b" * 64, name="Tiny")

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steer_plugins import files, vectorfile
+from steer_plugins import atomic as files
 from steer_plugins.errors import VectorError
-from steer_plugins.formats import read_any
-from steer_plugins.vector import OPS, SCOPES, SITES, ModelIdentity, SteeringVector
-from steer_plugins.vectorfile import read_vector, write_vector
+from steer_plugins.steering.vector import OPS, SCOPES, SITES, ModelIdentity, SteeringVector
+from steer_plugins.store import vectorfile
+from steer_plugins.store.formats import read_any
+from steer_plugins.store.vectorfile import read_vector, write_vector
 
 N = 8
 MODEL = ModelIdentity("llama", 30, N, "a" * 64, "b" * 64, name='Tïny "quoted" \u0000 模型', n_streams=1)

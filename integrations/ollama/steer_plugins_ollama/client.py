@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 
 from steer_plugins.errors import DataError, EngineError, SteerError
-from steer_plugins.grammar import format_terms, parse
-from steer_plugins.library import Library
+from steer_plugins.steering.grammar import format_terms, parse
+from steer_plugins.store.library import Library
 
 from . import creating, expression, modelfile
 from .daemon import daemon_url, error_text, host_url, is_local

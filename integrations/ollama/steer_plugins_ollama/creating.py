@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer_plugins.errors import ModelError
-from steer_plugins.grammar import TermSpec, parse, steering_of
+from steer_plugins.steering.grammar import TermSpec, parse, steering_of
 
 from . import expression, gotemplate
 from .errors import BadRequest, NotFound
@@ -22,8 +22,8 @@ from .names import Name, parse_name
 from .pool import resolve
 
 if TYPE_CHECKING:
-    from steer_plugins.library import Library
-    from steer_plugins.vector import ModelIdentity, SteeringVector
+    from steer_plugins.steering.vector import ModelIdentity, SteeringVector
+    from steer_plugins.store.library import Library
 
 MAX_VECTORS = 64 << 20
 VECTORS = "vectors"
@@ -102,7 +102,7 @@ def _check_kinds(body: Mapping[str, Any]) -> None:
 
 def decoded(value: Any) -> dict[str, bytes]:
     """The vector files of a body. Raises BadRequest."""
-    from steer_plugins.vector import check_name
+    from steer_plugins.steering.vector import check_name
 
     if value is None:
         return {}
@@ -123,7 +123,7 @@ def check_vectors(
     steering: str, weights: Path, base: Model | None, vectors: Mapping[str, bytes], library: Library
 ) -> dict[str, SteeringVector]:
     """Look up every vector of a steering for a model, as a request would. Raises SteerError."""
-    from steer_plugins.identity import identity_of_gguf
+    from steer_plugins.store.identity import identity_of_gguf
 
     identity = identity_of_gguf(weights)
     model = base or Model(parse_name("new"), weights, "", 0, 0.0)
@@ -154,7 +154,7 @@ def carry_files(steering: str, folder: Path, identity: ModelIdentity | None, lib
     Raises:
         SteerError: a file is missing, or does not fit the model.
     """
-    from steer_plugins.grammar import format_terms
+    from steer_plugins.steering.grammar import format_terms
 
     terms: list[TermSpec] = []
     files: dict[str, bytes] = {}
@@ -171,7 +171,7 @@ def carry_files(steering: str, folder: Path, identity: ModelIdentity | None, lib
 
 def vector_bytes(vector: SteeringVector) -> bytes:
     """A vector as the file that holds it."""
-    from steer_plugins.vectorfile import write_vector
+    from steer_plugins.store.vectorfile import write_vector
 
     with tempfile.TemporaryDirectory(prefix="steer-ollama-") as folder:
         path = Path(folder) / "vector.safetensors"
@@ -183,7 +183,7 @@ def _free_name(stem: str, vector: SteeringVector, taken: Mapping[str, bytes]) ->
     import re
 
     from steer_plugins.errors import VectorError
-    from steer_plugins.vector import check_name
+    from steer_plugins.steering.vector import check_name
 
     base = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._") or "vector"
     name, number = base, 2

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from steer_plugins.errors import SpecError
-from steer_plugins.grammar import TermSpec, format_terms, from_json, parse
+from steer_plugins.steering.grammar import TermSpec, format_terms, from_json, parse
 
 from .errors import BadRequest
 

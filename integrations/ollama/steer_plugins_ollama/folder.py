@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from steer_plugins.atomic import write_atomically
 from steer_plugins.errors import EngineError, ModelError
-from steer_plugins.files import write_atomically
 
 from . import expression, modelfile
 from .errors import BadRequest, NotFound

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steer_plugins.atomic import write_atomically
 from steer_plugins.errors import SteerError
-from steer_plugins.files import write_atomically
 
 LABEL = "org.steer-plugins.ollama"
 UNIT = "steer-ollama.service"

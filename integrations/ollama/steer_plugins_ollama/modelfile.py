@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steer_plugins.errors import SpecError
-from steer_plugins.grammar import parse as parse_steering
+from steer_plugins.steering.grammar import parse as parse_steering
 
 from .errors import BadRequest
 

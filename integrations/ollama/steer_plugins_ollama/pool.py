@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steer_plugins.client import ServerProcess
 from steer_plugins.errors import EngineError, SteerError
-from steer_plugins.server import ServerProcess
 
 from . import expression
 from .errors import ApiError
@@ -24,8 +24,8 @@ from .model import Model
 from .options import FOREVER, LoadOptions, whole_number
 
 if TYPE_CHECKING:
-    from steer_plugins.library import Library
-    from steer_plugins.vector import ModelIdentity, SteeringVector
+    from steer_plugins.steering.vector import ModelIdentity, SteeringVector
+    from steer_plugins.store.library import Library
 
 log = logging.getLogger("steer.ollama")
 
@@ -296,7 +296,7 @@ class Pool:
         if not text:
             return {"steering": []}
         if runner.resolver is None:
-            from steer_plugins.library import Library
+            from steer_plugins.store.library import Library
 
             runner.resolver = await asyncio.to_thread(Resolver, runner.url, self._library or Library())
         known = runner.resolver.known(model, text)
@@ -311,7 +311,7 @@ class Resolver:
     MAX_CACHED = 256
 
     def __init__(self, url: str, library: Library) -> None:
-        from steer_plugins.engine.server import ServerEngine
+        from steer_plugins.client.engine import ServerEngine
 
         self._engine = ServerEngine(url, library=library)
         self._library = library
@@ -330,7 +330,7 @@ class Resolver:
 
     def fields(self, model: Model, text: str) -> dict[str, Any]:
         """Raises SteerError."""
-        from steer_plugins.grammar import parse, steering_of
+        from steer_plugins.steering.grammar import parse, steering_of
 
         specs = parse(text)
         files = tuple(self._file(model, name) for spec in specs for name in (spec.vector, spec.gate) if name is not None)
@@ -355,7 +355,7 @@ class Resolver:
         return text, tuple(sorted((name, str(path)) for name, path in model.vectors.items()))
 
     def _file(self, model: Model, name: str) -> Path:
-        from steer_plugins.vector import check_name
+        from steer_plugins.steering.vector import check_name
 
         return model.vectors.get(name) or self._library.path(check_name(name), self._identity)
 
@@ -377,9 +377,9 @@ def resolve(model: Model, name: str, identity: ModelIdentity, library: Library) 
     Raises:
         VectorError: it is missing (``steer ollama train`` is named) or does not fit.
     """
-    from steer_plugins.grammar import TermSpec
-    from steer_plugins.library import MissingVector
-    from steer_plugins.vectorfile import read_vector
+    from steer_plugins.steering.grammar import TermSpec
+    from steer_plugins.store.library import MissingVector
+    from steer_plugins.store.vectorfile import read_vector
 
     expression.refuse_files([TermSpec(name)])
     carried = model.vectors.get(name)
@@ -402,7 +402,7 @@ async def _given_up(process: ServerProcess, starting: asyncio.Task[None]) -> Non
 
 def _facts(process: ServerProcess) -> Facts:
     """Ask a server that is ready. A stock server answers no ``/steering``: then it cannot be used."""
-    from steer_plugins.engine.remote.http import Connection
+    from steer_plugins.client.connection import Connection
 
     connection = Connection(process.url, timeout=30.0)
     try:

@@ -21,7 +21,7 @@ from .pool import Pool
 from .store import OllamaStore
 
 if TYPE_CHECKING:
-    from steer_plugins.library import Library
+    from steer_plugins.store.library import Library
 
 log = logging.getLogger("steer.ollama")
 

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from steer_plugins.client.process import port_taken
 from steer_plugins.errors import EngineError, ModelError, SteerError
-from steer_plugins.library import Library, default_root
 from steer_plugins.runtime import ensure_runtime
-from steer_plugins.server.process import port_taken
+from steer_plugins.store.library import Library, default_root
 
 from .daemon import Daemon, daemon_url, is_local
 from .folder import FolderStore
@@ -79,7 +79,7 @@ def is_itself(url: str, host: str, port: int) -> bool:
 
 
 def _demo() -> dict[str, Path]:
-    from steer_plugins.models import default_model_path
+    from steer_plugins.runtime.demo_model import default_model_path
 
     try:
         return {"smollm2": default_model_path()}

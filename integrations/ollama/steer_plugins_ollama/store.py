@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from steer_plugins.atomic import write_atomically
 from steer_plugins.errors import EngineError, ModelError, SpecError
-from steer_plugins.files import write_atomically
 
 from . import expression
 from .errors import BadRequest, NotFound, NotSteerable

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from steer_plugins.errors import SpecError, SteerError
-from steer_plugins.library import Library
+from steer_plugins.store.library import Library
 
 from . import hooks, loader, webui, wishes
 from .link import current, current_or_none

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from steer_plugins.vector import SteeringVector, layer_ranges
+from steer_plugins.steering.vector import SteeringVector, layer_ranges
 
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 46, 14, 38

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from steer_plugins.errors import SpecError, SteerError, VectorError
-from steer_plugins.formula import coefficients
-from steer_plugins.grammar import TermSpec, steering_of
-from steer_plugins.library import Library
-from steer_plugins.steering import Steering, Term
-from steer_plugins.vector import SteeringVector, scope_range
+from steer_plugins.steering.formula import coefficients
+from steer_plugins.steering.grammar import TermSpec, steering_of
+from steer_plugins.steering.terms import Steering, Term
+from steer_plugins.steering.vector import SteeringVector, scope_range
+from steer_plugins.store.library import Library
 
 from . import webui, wishes
 from .settings import settings

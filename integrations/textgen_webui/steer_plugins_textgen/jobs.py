@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steer_plugins.errors import DataError, SpecError, SteerError
-from steer_plugins.extract import ContrastData, Pair, Side, chat
-from steer_plugins.training import Training, TrainOptions
-from steer_plugins.traits import Trait, bundled_traits, load_trait
-from steer_plugins.vector import SteeringVector, check_name
+from steer_plugins.steering.vector import SteeringVector, check_name
+from steer_plugins.training.extract import ContrastData, Pair, Side, chat
+from steer_plugins.training.train import Training, TrainOptions
+from steer_plugins.training.traits import Trait, bundled_traits, load_trait
 
 from . import webui
 from .link import Link

@@ -7,14 +7,14 @@ import time
 import uuid
 from typing import Any
 
-from steer_plugins.engine.remote.http import Connection, ServerRefusal
-from steer_plugins.engine.remote.vectors import ServerVectors
-from steer_plugins.engine.server import ServerEngine
+from steer_plugins.client.connection import Connection, ServerRefusal
+from steer_plugins.client.engine import ServerEngine
+from steer_plugins.client.vectors import ServerVectors
 from steer_plugins.errors import EngineError, SteerError
-from steer_plugins.grammar import TermSpec, steering_of
-from steer_plugins.library import Library
-from steer_plugins.steering import Steering
-from steer_plugins.vector import SteeringVector
+from steer_plugins.steering.grammar import TermSpec, steering_of
+from steer_plugins.steering.terms import Steering
+from steer_plugins.steering.vector import SteeringVector
+from steer_plugins.store.library import Library
 
 from . import webui, wishes
 

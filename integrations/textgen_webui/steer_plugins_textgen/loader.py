@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steer_plugins.errors import SteerError
-from steer_plugins.grammar import TermSpec
+from steer_plugins.steering.grammar import TermSpec
 
 from . import replies, webui, wishes
 from .link import Link, current_or_none, link_of

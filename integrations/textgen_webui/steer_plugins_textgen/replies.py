@@ -10,8 +10,8 @@ from typing import Any
 
 from steer_plugins.engine.base import GenerateRequest
 from steer_plugins.errors import DataError, EngineError, SteerError
-from steer_plugins.grammar import TermSpec
-from steer_plugins.pictures import inspect_prompt, neutral_levels, to_html
+from steer_plugins.report import inspect_prompt, neutral_levels, to_html
+from steer_plugins.steering.grammar import TermSpec
 
 from . import jobs, webui
 from .link import Link

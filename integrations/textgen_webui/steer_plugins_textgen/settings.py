@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from steer_plugins.atomic import write_atomically
 from steer_plugins.errors import SpecError, SteerError
-from steer_plugins.files import write_atomically
-from steer_plugins.grammar import TermSpec, format_terms, from_json
+from steer_plugins.steering.grammar import TermSpec, format_terms, from_json
 
 MAX_FILE = 1 << 20
 MAX_PRESETS = 500

@@ -11,8 +11,8 @@ from typing import Any
 import gradio as gr
 
 from steer_plugins.errors import SpecError, SteerError
-from steer_plugins.grammar import TermSpec, parse
-from steer_plugins.vector import OPS, check_name
+from steer_plugins.steering.grammar import TermSpec, parse
+from steer_plugins.steering.vector import OPS, check_name
 
 from . import hooks, jobs, loader, replies, webui, wording
 from .link import current, current_or_none

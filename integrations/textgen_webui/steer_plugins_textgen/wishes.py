@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from steer_plugins.errors import SpecError, SteerError
-from steer_plugins.grammar import TermSpec, from_json, parse
+from steer_plugins.steering.grammar import TermSpec, from_json, parse
 
 from . import webui
 from .settings import Settings

@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 
 from steer_plugins.errors import SteerError
-from steer_plugins.grammar import TermSpec
-from steer_plugins.library import Library
+from steer_plugins.steering.grammar import TermSpec
+from steer_plugins.store.library import Library
 
 from . import charts, hooks, jobs, loader, webui
 from .link import Link, current, current_or_none, why_not

@@ -9,9 +9,9 @@ import numpy as np
 
 from ..engine.base import Engine, Prompt
 from ..errors import DataError, VectorError
-from ..steering import Steering, Term
-from ..traits import Trait
-from ..vector import SteeringVector
+from ..steering.terms import Steering, Term
+from ..steering.vector import SteeringVector
+from ..training.traits import Trait
 
 ARMS = ("plain", "prompt", "strong prompt", "steer", "both", "random", "shuffled")
 """plain: nothing. prompt, strong prompt: a system prompt. steer: the vector. both: prompt and vector. random: a random vector
@@ -117,10 +117,10 @@ def shuffled_vector(
     Fitted as ``vector`` was as far as its provenance says, at its layers, with its scales. None if nothing can be fitted:
     the vector acts at a site where examples cannot be read, or nothing is left of the poles.
     """
-    from ..extract import builtin_methods, fit_directions, read_contrast
-    from ..extract.base import FitOptions
-    from ..extract.pairs import trait_data
-    from ..training import options_of
+    from ..training.extract import builtin_methods, fit_directions, read_contrast
+    from ..training.extract.base import FitOptions
+    from ..training.extract.pairs import trait_data
+    from ..training.train import options_of
 
     sites = {site for _, site in vector.directions}
     if len(sites) > 1 or not sites <= set(engine.info.sites):

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..calibrate import mean_perplexity
 from ..engine.base import Engine, GenerateRequest, Prompt
+from ..training.calibrate import mean_perplexity
 from .arms import IDLE, PROMPTS, Case, message
 from .plan import QUICK, Plan, Results
 from .replies import Ask, Replies, Report

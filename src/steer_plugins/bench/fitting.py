@@ -46,7 +46,7 @@ STATEMENTS = (
 
 def prompt_pairs(count: int, template: ChatTemplate | None = None) -> Pairs:
     """Prompts of the trait ``mood`` under each of its system prompts, in the model's chat format where it has one."""
-    from ..traits import load_trait
+    from ..training.traits import load_trait
 
     trait = load_trait("mood")
     found = [
@@ -113,8 +113,8 @@ def bench_fitting(
         DataError: repeng fails. EngineError: the model cannot be read.
     """
     from ..engine.local import LocalEngine
-    from ..extract import ContrastData, Pair, Side
-    from ..training import Training, TrainOptions
+    from ..training.extract import ContrastData, Pair, Side
+    from ..training.train import Training, TrainOptions
 
     rng = np.random.default_rng(seed)
     with LocalEngine(model, n_threads=n_threads, n_gpu_layers=n_gpu_layers, n_parallel=12) as engine:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..calibrate import mean_perplexity, perplexity
 from ..engine.base import Engine, GenerateRequest, Generation, Prompt
 from ..metrics import repeated_ngram_share, reply_tokens
-from ..steering import Steering
+from ..steering.terms import Steering
+from ..training.calibrate import mean_perplexity, perplexity
 from .arms import Case, is_steered, message
 from .plan import Plan
 from .stats import harmonic_mean

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
+from ..atomic import beside, finish
 from ..engine.base import Engine
 from ..errors import DataError
-from ..files import beside, finish
 from .arms import Case
 from .control import Plan, Results
 from .stats import paired
 from .tasks import Family
 
 if TYPE_CHECKING:
-    from ..vector import ModelIdentity
+    from ..steering.vector import ModelIdentity
     from .costs import Costs
 
 KINDS = ("control", "speed", "server")

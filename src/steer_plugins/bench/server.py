@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import requests
 
-from steer_plugins.bench.costs import Costs, Measure, name_by_processor
-from steer_plugins.engine.base import Progress
-from steer_plugins.errors import EngineError
-from steer_plugins.fileformats import controlvector
-from steer_plugins.server import ServerProcess
-from steer_plugins.vector import SteeringVector
-from steer_plugins.vectorfile import write_vector
+from ..client import ServerProcess
+from ..engine.base import Progress
+from ..errors import EngineError
+from ..steering.vector import SteeringVector
+from ..store.foreign import controlvector
+from ..store.vectorfile import write_vector
+from .costs import Costs, Measure, name_by_processor
 
 PARALLEL = 8
 PROMPT_TOKENS = 64
@@ -152,7 +152,7 @@ def bench_server(
     Raises:
         EngineError: a server cannot be started, or refuses a request. RuntimeMissing: there is no llama-server.
     """
-    from steer_plugins.runtime import ensure_runtime
+    from ..runtime import ensure_runtime
 
     runtime = ensure_runtime(need_server=True)
     args = ["--parallel", str(PARALLEL), "-c", str(PARALLEL * 512), "--no-kv-unified", "--cache-ram", "0", "--no-warmup"]

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from steer_plugins import native
-from steer_plugins.bench.costs import Costs, Measure, name_by_processor
-from steer_plugins.engine.base import Progress
-from steer_plugins.engine.model import LoadedModel
-from steer_plugins.engine.session import Entry, Limits, Session
-from steer_plugins.errors import EngineError
+from .. import native
+from ..engine.base import Progress
+from ..engine.model import LoadedModel
+from ..engine.session import Entry, Limits, Session
+from ..errors import EngineError
+from .costs import Costs, Measure, name_by_processor
 
 PREFILL_TOKENS = 128
 BLOCK = 8

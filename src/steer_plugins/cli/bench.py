@@ -231,7 +231,7 @@ def server(
     """
     from ..bench.report import make_cost_report
     from ..bench.server import bench_server, rows_of
-    from ..identity import identity_of_gguf
+    from ..store.identity import identity_of_gguf
 
     out.check("server")
     path = model_path(model)

@@ -117,9 +117,9 @@ def control(
 
 def _fit(engine: Engine, names: tuple[str, ...]) -> None:
     """Fit what is missing in the library, as `steer train NAME` does."""
-    from ..library import Library
-    from ..training import Training
-    from ..traits import bundled_traits, load_trait
+    from ..store.library import Library
+    from ..training.train import Training
+    from ..training.traits import bundled_traits, load_trait
     from .train import run_training
 
     library, identity = Library(), engine.info.identity
@@ -134,8 +134,8 @@ def _cases(engines: Sequence[Engine], names: tuple[str, ...], sign: int, plan: P
     """The traits that were named, else the bundled ones that are fitted to this model. Raises as the library does."""
     from ..bench.arms import case_of
     from ..bench.workers import side_by_side
-    from ..library import Library, missing_sentence
-    from ..traits import bundled_traits, load_trait
+    from ..store.library import Library, missing_sentence
+    from ..training.traits import bundled_traits, load_trait
 
     library, identity = Library(), engines[0].info.identity
     wanted = names or tuple(name for name in bundled_traits() if library.path(name, identity).is_file())

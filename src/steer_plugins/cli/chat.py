@@ -19,8 +19,8 @@ from .common import EngineOptions, Together, engine_options, together_options
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
-    from ..grammar import TermSpec
-    from ..steering import Steering
+    from ..steering.grammar import TermSpec
+    from ..steering.terms import Steering
 
 STEP = 0.1
 HELP = """\
@@ -63,7 +63,7 @@ def chat(
     Below a reply: its tokens per second, the steering that ended it, and the projection of its last token on each vector
     (one more is what strength 1 adds).
     """
-    from ..grammar import parse_options
+    from ..steering.grammar import parse_options
 
     terms = parse_options(steer)
     with engine.open() as opened:
@@ -106,14 +106,14 @@ class Sliders:
     @property
     def steering(self) -> Steering:
         """What is in force now."""
-        from ..steering import Steering
+        from ..steering.terms import Steering
 
         if self.off:
             return Steering([])
         wanted = Steering([replace(t, strength=s) for t, s in zip(self._steering.terms, self.strengths, strict=True)])
         if self._max_dose is None:
             return wanted
-        from ..together import cap_dose
+        from ..steering.combine import cap_dose
 
         return cap_dose(wanted, self._max_dose)
 
@@ -124,7 +124,7 @@ class Sliders:
 
     def text(self, mark: bool = False) -> str:
         """The expression; ``mark`` puts brackets around the chosen term."""
-        from ..grammar import format_terms
+        from ..steering.grammar import format_terms
 
         parts = [format_terms([replace(t, strength=s)]) for t, s in zip(self._terms, self.strengths, strict=True)]
         if mark and len(parts) > 1:
@@ -149,15 +149,15 @@ class Conversation:
 
     def steering_of(self, terms: Sequence[TermSpec]) -> Steering:
         """The steering that terms mean for this model. Raises SteerError."""
-        from ..grammar import steering_of
-        from ..library import Library
+        from ..steering.grammar import steering_of
+        from ..store.library import Library
 
         library, identity = Library(), self.engine.info.identity
         return steering_of(terms, lambda spec: library.resolve(spec, identity, force=self._force))
 
     def sliders_of(self, terms: Sequence[TermSpec]) -> Sliders:
         """Sliders for terms, whose vectors are made fit to act together. Raises SteerError."""
-        from ..steering import Steering
+        from ..steering.terms import Steering
 
         wanted = self.steering_of(terms)
         # a term at 0 may be moved later, so it counts here like the others
@@ -187,7 +187,7 @@ class Conversation:
 
     def command(self, name: str, rest: str) -> None:
         """Do what a line that starts with / says."""
-        from ..grammar import parse
+        from ..steering.grammar import parse
 
         rest = rest.strip()
         if name == "steer" and rest:
@@ -197,7 +197,7 @@ class Conversation:
         elif name == "steer":
             click.echo(f"steering: {self.sliders.text()}")
         elif name == "vectors":
-            from ..library import Library
+            from ..store.library import Library
 
             names = [entry.name for entry in Library().list(self.engine.info.identity)]
             click.echo(", ".join(names) or "none yet: fit one with `steer train mood`")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..engine.base import Engine
-    from ..steering import Steering
+    from ..steering.terms import Steering
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,7 +51,7 @@ class EngineOptions:
     def open(self, **more: Any) -> Engine:
         """A ServerEngine, or a LocalEngine on that model; ``more`` are further arguments of the latter's constructor."""
         if self.server is not None:
-            from ..engine.server import ServerEngine
+            from ..client.engine import ServerEngine
 
             return ServerEngine(self.server, api_key=os.environ.get("STEER_API_KEY") or None)
         from ..engine.local import LocalEngine
@@ -107,7 +107,7 @@ class Together:
         """
         import warnings
 
-        from ..together import CorrelatedWarning, combine
+        from ..steering.combine import CorrelatedWarning, combine
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CorrelatedWarning)
@@ -165,7 +165,7 @@ def _chosen_server(server: str | None, local: list[str]) -> str | None:
 def model_path(model: str | None) -> Path:
     """The file meant by ``--model``: the given one, else the demo model. Raises ModelError."""
     if model is None:
-        from .. import models
+        from ..runtime import demo_model as models
 
         return Path(models.default_model_path())
     path = Path(model).expanduser()

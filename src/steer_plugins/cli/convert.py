@@ -13,9 +13,9 @@ from ..plugins import hookimpl
 from .common import json_option, print_json
 
 if TYPE_CHECKING:
-    from ..fileformats.numbering import Numbering
-    from ..formats import Facts, Format
-    from ..vector import SteeringVector
+    from ..steering.vector import SteeringVector
+    from ..store.foreign.numbering import Numbering
+    from ..store.formats import Facts, Format
 
 #: Options that a format may take, and the fields of Facts they become.
 _FACT_OPTIONS = {
@@ -91,10 +91,10 @@ def convert(
       steer convert layer_20/params.npz cats.safetensors --feature 1234 --at 20
       steer convert verbosity.f32 verbosity.safetensors --model deepseek-v4-flash.gguf
     """
-    from ..fileformats.common import losses, reduced, remarks
-    from ..formats import format_of
-    from ..identity import identity_of_gguf
     from ..plugins.manager import manager
+    from ..store.foreign.common import losses, reduced, remarks
+    from ..store.formats import format_of
+    from ..store.identity import identity_of_gguf
 
     source = next((source / file for file in _FOLDER_FILES if (source / file).is_file()), source)
     reads: Format = format_of(source) if from_name is None else manager().find("formats", from_name)
@@ -157,7 +157,7 @@ def _writable(formats: dict[str, Format]) -> str:
 
 def _facts(fmt: Format, site: str | None, options: dict[str, Any]) -> Facts:
     """The options that the format takes. Raises SpecError for one that it does not take: it would do nothing."""
-    from ..formats import Facts
+    from ..store.formats import Facts
     from .read import _numbers
 
     for field, option in _FACT_OPTIONS.items():
@@ -173,9 +173,9 @@ def _facts(fmt: Format, site: str | None, options: dict[str, Any]) -> Facts:
 def _probe(source: Path, model: str | None) -> Numbering:
     """How the layers of a control vector are numbered. Raises UsageError without a model, VectorError without an answer."""
     from ..engine.local import LocalEngine
-    from ..fileformats.common import reading
-    from ..fileformats.gguftensors import read_directions
-    from ..fileformats.numbering import probe_numbering
+    from ..store.foreign.common import reading
+    from ..store.foreign.gguftensors import read_directions
+    from ..store.foreign.numbering import probe_numbering
 
     if model is None:
         raise click.UsageError("--gguf-layers probe asks the model: name it with --model.")
@@ -199,7 +199,7 @@ def _read(fmt: Format, source: Path, facts: Facts) -> SteeringVector:
 
 def _chosen(vector: SteeringVector, layers: str | None, site: str | None, name: str | None) -> SteeringVector:
     """What ``--layers`` and ``--site`` keep; a calibration does not survive leaving something out. Raises VectorError."""
-    from ..vector import layer_ranges
+    from ..steering.vector import layer_ranges
     from .read import parse_layer_list
 
     wanted = None if layers is None else set(parse_layer_list(layers))
@@ -216,7 +216,7 @@ def _chosen(vector: SteeringVector, layers: str | None, site: str | None, name: 
 
 
 def _report(vector: SteeringVector, facts: dict[str, Any]) -> None:
-    from ..vector import layer_ranges
+    from ..steering.vector import layer_ranges
 
     where = f"layers {layer_ranges(vector.layers)} at {', '.join(vector.sites)}"
     click.echo(

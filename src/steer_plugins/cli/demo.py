@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..engine.base import Engine, Generation
-    from ..library import Library
-    from ..vector import SteeringVector
+    from ..steering.vector import SteeringVector
+    from ..store.library import Library
 
 VECTORS = ("mood", "succinctness")
 PROMPTS = ("What is a friend?", "What is rain?")
@@ -55,7 +55,7 @@ def demo(engine: EngineOptions, as_json: bool) -> None:
     Takes the demo model and the vectors mood and succinctness from the library; the first time they are fitted, which
     takes some minutes.
     """
-    from ..library import Library
+    from ..store.library import Library
 
     err = console(stderr=True)
     library = Library()
@@ -75,12 +75,12 @@ def demo(engine: EngineOptions, as_json: bool) -> None:
 
 def answers(engine: Engine, vectors: Sequence[SteeringVector]) -> tuple[list[Row], bool]:
     """All rows, and whether each answer at strength 0 has the very tokens of one that was made without any steering."""
-    from ..calibrate import perplexity
     from ..engine.base import GenerateRequest
     from ..metrics import word_count
     from ..plugins import manager
-    from ..steering import Term
-    from ..traits import load_trait
+    from ..steering.terms import Term
+    from ..training.calibrate import perplexity
+    from ..training.traits import load_trait
     from .generate import make_prompt
 
     prompts = [make_prompt(engine, prompt, system=None, raw=False) for prompt in PROMPTS]
@@ -118,8 +118,8 @@ def _logprobs(engine: Engine, prompts: Sequence[Any], wanted: Sequence[Any], rep
 
 def _vector(engine: Engine, library: Library, name: str) -> SteeringVector:
     """The library's vector, fitted now if it is missing."""
-    from ..training import Training
-    from ..traits import load_trait
+    from ..training.train import Training
+    from ..training.traits import load_trait
 
     identity = engine.info.identity
     if library.path(name, identity).is_file():
@@ -146,7 +146,7 @@ def _show(rows: Sequence[Row], vectors: Sequence[SteeringVector], identical: boo
     from rich.padding import Padding
     from rich.text import Text
 
-    from ..traits import load_trait
+    from ..training.traits import load_trait
 
     out = console()
     width = min(out.width, 80)

@@ -12,7 +12,7 @@ from .common import EngineOptions, Together, engine_options, json_option, print_
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
-    from ..steering import Steering
+    from ..steering.terms import Steering
 
 
 @hookimpl
@@ -98,7 +98,7 @@ def generate(
 
 def check_spelling(steer: tuple[str, ...]) -> None:
     """Raise SpecError for a ``--steer`` that cannot be read, before a model is loaded for it."""
-    from ..grammar import parse_options
+    from ..steering.grammar import parse_options
 
     parse_options(steer)
 
@@ -111,7 +111,7 @@ def read_prompt(prompt: str) -> str:
 def make_prompt(engine: Engine, text: str, *, system: str | None, raw: bool) -> str | list[dict[str, str]]:
     """Chat messages, or the text itself when it is meant raw or the model knows no chat."""
     from ..errors import DataError
-    from ..extract import chat
+    from ..training.extract import chat
 
     if not text.strip() and not raw:
         raise DataError("the prompt is empty: write what the model should answer")
@@ -131,8 +131,8 @@ def find_steering(
     together: Together = Together(),  # noqa: B008
 ) -> Steering:
     """The steering of ``--steer`` options: names from the library for the engine's model, or files."""
-    from ..grammar import parse_options, steering_of
-    from ..library import Library
+    from ..steering.grammar import parse_options, steering_of
+    from ..store.library import Library
 
     library, identity = Library(), engine.info.identity
     wanted = steering_of(parse_options(steer), lambda spec: library.resolve(spec, identity, force=force))

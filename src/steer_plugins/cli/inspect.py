@@ -14,7 +14,7 @@ from .generate import check_spelling, find_steering, make_prompt, read_prompt
 from .read import parse_layer_list
 
 if TYPE_CHECKING:
-    from ..pictures import Inspection
+    from ..report import Inspection
 
 REPLY_TOKENS = 40
 """How much of a steered reply is read unless said otherwise: most vectors act on the reply alone."""
@@ -73,8 +73,8 @@ def inspect(
       steer inspect --vector mood "My dog died, but the sun is out"
       steer inspect --vector mood --steer mood:-1 "Describe a walk in the forest" --out walk.html
     """
-    from ..library import Library
-    from ..pictures import inspect_prompt
+    from ..report import inspect_prompt
+    from ..store.library import Library
 
     check_spelling(steer)
     wanted = None if layers is None else parse_layer_list(layers)
@@ -111,20 +111,20 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if out.is_dir() or (out.exists() and not overwrite):
         raise DataError(f"{out} exists: choose another file with --out, or replace it with --overwrite")
     if out.suffix.lower() == ".png":
-        from ..pictures.png import check_matplotlib
+        from ..report.png import check_matplotlib
 
         check_matplotlib()
 
 
 def _write(found: Inspection, out: Path) -> None:
-    from ..files import write_atomically
-    from ..pictures import to_page, to_png
+    from ..atomic import write_atomically
+    from ..report import to_page, to_png
 
     write_atomically(out, to_page(found).encode() if out.suffix.lower() == ".html" else to_png(found))
 
 
 def _print(found: Inspection) -> None:
-    from ..pictures import to_terminal
+    from ..report import to_terminal
 
     screen = console()
     # sixteen colours are too few to tell a hint from nothing

@@ -33,9 +33,9 @@ def plot(vector: str, model: str | None, out: Path | None, overwrite: bool, as_j
       steer plot mood
       steer plot ./calm.safetensors --out calm.png
     """
-    from ..identity import identity_of_gguf
-    from ..library import Library
-    from ..plots import save_plot
+    from ..report.plots import save_plot
+    from ..store.identity import identity_of_gguf
+    from ..store.library import Library
 
     found = Library().resolve(vector, None if model is None else identity_of_gguf(model))
     path = Path(f"{found.name}.png") if out is None else out

@@ -120,7 +120,7 @@ def write_activations(
     import numpy as np
     from safetensors.numpy import save
 
-    from ..files import write_atomically
+    from ..atomic import write_atomically
 
     tensors = {f"layer.{il}": np.ascontiguousarray(value, np.float32) for il, value in sorted(found.values.items())}
     tensors["tokens"] = np.asarray(found.tokens, np.int32)

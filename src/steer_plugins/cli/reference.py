@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..files import write_atomically
+from ..atomic import write_atomically
 from ..plugins.manager import COMMAND_PLUGINS
 from .main import cli
 

@@ -20,9 +20,9 @@ from ..plugins import hookimpl
 from .common import Together, console, json_option, model_path, together_options
 
 if TYPE_CHECKING:
-    from ..library import Library
-    from ..server import ServerProcess
-    from ..vector import ModelIdentity, SteeringVector
+    from ..client import ServerProcess
+    from ..steering.vector import ModelIdentity, SteeringVector
+    from ..store.library import Library
 
 # with these llama-server finds its model by itself
 _ELSEWHERE = ("-hf", "-hfr", "--hf-repo", "-mu", "--model-url", "-dr", "--docker-repo", "--models-dir", "--models-preset")
@@ -72,9 +72,9 @@ def serve(
       steer serve model.gguf -c 8192 -ngl 99 --parallel 4
       steer serve model.gguf --steering "mood:0.5" --vector calm=./calm.safetensors
     """
-    from ..library import Library
+    from ..client import ServerProcess
     from ..runtime import ensure_runtime
-    from ..server import ServerProcess
+    from ..store.library import Library
 
     if "-h" in flags:
         click.echo(click.get_current_context().get_help())
@@ -156,7 +156,7 @@ class Staged:
     """
 
     def __init__(self, folder: Path, library: Library, model: Path, *, force: bool = False) -> None:
-        from ..identity import identity_of_gguf
+        from ..store.identity import identity_of_gguf
 
         self._folder, self._library, self._force = folder, library, force
         self._identity: ModelIdentity = identity_of_gguf(model)
@@ -179,7 +179,7 @@ class Staged:
 
     def add(self, spec: str) -> None:
         """``NAME=FILE``. Raises SpecError or VectorError."""
-        from ..vector import check_name
+        from ..steering.vector import check_name
 
         name, equals, file = spec.partition("=")
         if not equals or not file:
@@ -189,15 +189,15 @@ class Staged:
         self._write(name, vector.replace(name=name))  # what is said about it uses the name that the user gave it
 
     def _write(self, name: str, vector: SteeringVector) -> None:
-        from ..vectorfile import write_vector
+        from ..store.vectorfile import write_vector
 
         write_vector(vector, self._folder / f"{name}.safetensors")
         self._vectors[name] = vector
 
     def flags(self, steering: str | None, together: Together = Together()) -> list[str]:  # noqa: B008
         """The flags that make llama-server load the folder, and steer by a text of the grammar unless a request says how."""
-        from ..gate import Gate
-        from ..grammar import parse, steering_of
+        from ..steering.gate import Gate
+        from ..steering.grammar import parse, steering_of
 
         terms = parse(steering) if steering is not None else []
         found: dict[str, SteeringVector] = {}
@@ -219,7 +219,7 @@ class Staged:
 
     def _along(self, name: str, vector: SteeringVector) -> str:
         """Put a vector that has no name of the user's (a file's, or one made here) into the folder, under ``name``."""
-        from ..vectorfile import write_vector
+        from ..store.vectorfile import write_vector
 
         write_vector(vector, self._folder / f"{name}.safetensors")
         return name

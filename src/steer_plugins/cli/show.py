@@ -11,8 +11,8 @@ from ..plugins import hookimpl
 from .common import cell_text, json_option, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..library import Entry, Library
-    from ..vector import SteeringVector
+    from ..steering.vector import SteeringVector
+    from ..store.library import Entry, Library
 
 
 @hookimpl
@@ -34,8 +34,8 @@ def show(vector: str | None, model: str | None, as_json: bool) -> None:
       steer show mood
       steer show ./calm.safetensors --json
     """
-    from ..identity import identity_of_gguf
-    from ..library import Library
+    from ..store.identity import identity_of_gguf
+    from ..store.library import Library
 
     library = Library()
     identity = None if model is None else identity_of_gguf(model)
@@ -65,7 +65,7 @@ def describe(vector: SteeringVector) -> dict[str, Any]:
 
 
 def _show_library(library: Library, entries: list[Entry], as_json: bool) -> None:
-    from ..vector import layer_ranges
+    from ..steering.vector import layer_ranges
 
     rows: list[dict[str, Any]] = []
     for entry in entries:

@@ -92,7 +92,7 @@ def textgen() -> None:
 @data_option
 def install(folder: Path, user_data_dir: Path | None) -> None:
     """Put the extension's script into a webui. Start the webui with --extensions steering afterwards."""
-    from ..files import write_atomically
+    from ..atomic import write_atomically
 
     place = _place(folder, user_data_dir)
     script = place.script

@@ -16,10 +16,10 @@ from .common import EngineOptions, console, engine_options, json_option, print_j
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
-    from ..extract import ContrastData
-    from ..training import Training
-    from ..traits import Trait
-    from ..vector import SteeringVector
+    from ..steering.vector import SteeringVector
+    from ..training.extract import ContrastData
+    from ..training.train import Training
+    from ..training.traits import Trait
 
 _LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
@@ -105,8 +105,8 @@ def train(
       steer train mood --model other.gguf --out mood.safetensors
       steer train --again mood
     """
-    from ..library import Library
-    from ..training import Training, TrainOptions
+    from ..store.library import Library
+    from ..training.train import Training, TrainOptions
 
     if again is not None:
         given = [p for p in _OF_THE_FIT if ctx.get_parameter_source(p) is not ParameterSource.DEFAULT]
@@ -154,8 +154,8 @@ def _train_again(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    from ..library import Library
-    from ..training import check_source, options_of, train_again
+    from ..store.library import Library
+    from ..training.train import check_source, options_of, train_again
 
     library = Library()
     with engine.open(n_parallel=N_PARALLEL) as opened:
@@ -189,7 +189,7 @@ def _train_again(
 
 def source_of(vector: SteeringVector, pairs: str | None, trait_name: str | None) -> Trait | ContrastData:
     """What a vector was fitted to: as named, a trait of the package, or the pairs file of that name in this folder."""
-    from ..traits import bundled_traits
+    from ..training.traits import bundled_traits
 
     source = (vector.provenance or {})["source"]
     if pairs is not None or trait_name is not None:
@@ -212,7 +212,7 @@ class Target:
     """Where the vector goes; checked before the work and written after it."""
 
     def __init__(self, name: str, out: Path | None, overwrite: bool, library: Any) -> None:
-        from ..vector import check_name
+        from ..steering.vector import check_name
 
         self.name, self.out, self.overwrite, self.library = check_name(name), out, overwrite, library
 
@@ -234,7 +234,7 @@ class Target:
         if self.out is None:
             path: Path = self.library.put(vector, engine.info.identity, overwrite=self.overwrite)
             return path
-        from ..vectorfile import write_vector
+        from ..store.vectorfile import write_vector
 
         write_vector(vector, self.out)
         return self.out
@@ -242,8 +242,8 @@ class Target:
 
 def load_source(name: str, pairs: str | None, trait_name: str | None) -> Trait | ContrastData:
     """What to learn from. Raises DataError if it is not said once, or cannot be used."""
-    from ..extract import load_pairs
-    from ..traits import bundled_traits, load_trait
+    from ..training.extract import load_pairs
+    from ..training.traits import bundled_traits, load_trait
 
     if pairs is not None and trait_name is not None:
         raise click.UsageError("Give --pairs or --trait, not both.")
@@ -299,8 +299,8 @@ def run_training(training: Training) -> SteeringVector:
 
 def print_report(vector: SteeringVector, path: Path) -> None:
     """What was found, for people."""
-    from ..grammar import TermSpec, format_terms
-    from ..vector import layer_ranges
+    from ..steering.grammar import TermSpec, format_terms
+    from ..steering.vector import layer_ranges
 
     spec = spec_of(vector, path)
     out = console()

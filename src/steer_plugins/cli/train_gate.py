@@ -12,7 +12,7 @@ from ..plugins import hookimpl
 from .common import EngineOptions, console, engine_options, json_option, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..vector import SteeringVector
+    from ..steering.vector import SteeringVector
 
 
 @hookimpl
@@ -67,8 +67,8 @@ def train_gate(
       steer train-gate medical --prompts medical.jsonl
       steer generate --steer "caution:0.8?response{medical}" "Is this mole dangerous?"
     """
-    from ..gatefit import fit_gate, load_labelled
-    from ..library import Library
+    from ..store.library import Library
+    from ..training.gates import fit_gate, load_labelled
     from .train import Target, parse_layers
 
     data = load_labelled(prompts)
@@ -100,8 +100,8 @@ def train_gate(
 
 
 def _print_report(vector: SteeringVector, path: Path) -> None:
-    from ..gate import Gate
-    from ..grammar import TermSpec, format_terms
+    from ..steering.gate import Gate
+    from ..steering.grammar import TermSpec, format_terms
     from .train import spec_of
 
     gate = Gate.of(vector)

@@ -1,6 +1,6 @@
 """Engines: what reads, generates and scores, with steering."""
 
-from steer_plugins.engine.base import (
+from .base import (
     Activations,
     Engine,
     GenerateRequest,

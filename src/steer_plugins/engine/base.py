@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_plugins.steering import Steering
-from steer_plugins.vector import ModelIdentity, SteeringVector
+from ..steering.terms import Steering
+from ..steering.vector import ModelIdentity, SteeringVector
 
 Prompt = str | list[dict[str, str]] | list[int]
 """Raw text (special tokens are parsed), chat messages (``role``, ``content``), or token ids."""

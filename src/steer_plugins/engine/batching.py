@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_plugins import native
-from steer_plugins.engine.base import Activations, Progress
-from steer_plugins.engine.session import Entry, SequenceSteering, Session, chunks, shared_prefix
-from steer_plugins.engine.trie import MAX_OUTPUTS, OnLogits, groups_of, read_trie, rows_needed, run_trie
-from steer_plugins.errors import DataError, EngineError
-from steer_plugins.steering import Steering
+from .. import native
+from ..errors import DataError, EngineError
+from ..steering.terms import Steering
+from .base import Activations, Progress
+from .session import Entry, SequenceSteering, Session, chunks, shared_prefix
+from .trie import MAX_OUTPUTS, OnLogits, groups_of, read_trie, rows_needed, run_trie
 
 TRUNK = 0
 """The sequence that holds what the texts of a group have in common."""

@@ -6,7 +6,7 @@ import datetime
 import json
 from typing import Any
 
-from steer_plugins.errors import DataError, ModelError
+from ..errors import DataError, ModelError
 
 
 class ChatTemplate:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from steer_plugins.engine.base import ModelInfo
-from steer_plugins.errors import SpecError
-from steer_plugins.gate import MIN_PROMPT, Gate
-from steer_plugins.steering import Steering
+from ..errors import SpecError
+from ..steering.gate import MIN_PROMPT, Gate
+from ..steering.terms import Steering
+from .base import ModelInfo
 
 Read = Callable[[Sequence[list[int]], Gate, Steering], list[npt.NDArray[np.float32]]]
 """``read(texts, gate, steering)``: for each text the state [n_embd] that the gate looks at, with the steering applied."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer_plugins import native
-from steer_plugins.engine.base import as_steering
-from steer_plugins.engine.tables import UNKNOWN_EDIT, SequenceSteering, SteeringTables
-from steer_plugins.errors import EngineError
-from steer_plugins.identity import identity_of_gguf
-from steer_plugins.runtime import activate, ensure_runtime
-from steer_plugins.steering import Steering
-from steer_plugins.vector import ModelIdentity
+from .. import native
+from ..errors import EngineError
+from ..runtime import activate, ensure_runtime
+from ..steering.terms import Steering
+from ..steering.vector import ModelIdentity
+from ..store.identity import identity_of_gguf
+from .base import as_steering
+from .tables import UNKNOWN_EDIT, SequenceSteering, SteeringTables
 
 llama_cpp = activate(ensure_runtime())
 _Llama: Any = llama_cpp.Llama  # a name that exists only after the line above has chosen the library

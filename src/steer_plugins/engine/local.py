@@ -11,8 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_plugins import native
-from steer_plugins.engine.base import (
+from .. import native
+from ..errors import DataError, EngineError, SpecError
+from ..runtime import activate, ensure_runtime
+from ..steering.gate import Gate
+from ..steering.terms import Steering
+from ..steering.vector import SteeringVector
+from .base import (
     Activations,
     GenerateRequest,
     Generation,
@@ -21,19 +26,14 @@ from steer_plugins.engine.base import (
     Prompt,
     as_steering,
 )
-from steer_plugins.engine.batching import Text, log_softmax_at, read_texts, run_texts, wanted_positions
-from steer_plugins.engine.gates import check_gates, decide
-from steer_plugins.engine.model import LoadedModel, shared_log
-from steer_plugins.engine.reply import Reply, prefill
-from steer_plugins.engine.session import Limits, Session, cleaned
-from steer_plugins.engine.stream import LocalStream
-from steer_plugins.engine.tables import check_fits
-from steer_plugins.engine.tokens import TokenEngine
-from steer_plugins.errors import DataError, EngineError, SpecError
-from steer_plugins.gate import Gate
-from steer_plugins.runtime import activate, ensure_runtime
-from steer_plugins.steering import Steering
-from steer_plugins.vector import SteeringVector
+from .batching import Text, log_softmax_at, read_texts, run_texts, wanted_positions
+from .gates import check_gates, decide
+from .model import LoadedModel, shared_log
+from .reply import Reply, prefill
+from .session import Limits, Session, cleaned
+from .stream import LocalStream
+from .tables import check_fits
+from .tokens import TokenEngine
 
 DEFAULT_CTX = 4096
 """Context of one request unless asked otherwise: a model that advertises a million tokens does not take them."""
@@ -78,7 +78,7 @@ class LocalEngine(TokenEngine):
         llama_cpp = activate(ensure_runtime())
         shared_log(llama_cpp).verbose = verbose
         if model is None:
-            from steer_plugins.models import default_model_path
+            from ..runtime.demo_model import default_model_path
 
             model = default_model_path()
         self._open: LoadedModel | None = LoadedModel(llama_cpp, Path(model), n_gpu_layers=n_gpu_layers)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steer_plugins import native
-from steer_plugins.engine.base import Prompt
-from steer_plugins.engine.chat import ChatTemplate, check_messages
-from steer_plugins.errors import DataError, ModelError
-from steer_plugins.identity import identity_of_gguf
+from .. import native
+from ..errors import DataError, ModelError
+from ..store.identity import identity_of_gguf
+from .base import Prompt
+from .chat import ChatTemplate, check_messages
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _LEVEL_ERROR = 4

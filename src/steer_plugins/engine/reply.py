@@ -6,11 +6,11 @@ import codecs
 from functools import cached_property
 from typing import Any
 
-from steer_plugins.engine.base import GenerateRequest, Generation, as_steering
-from steer_plugins.engine.batching import MIN_SHARED
-from steer_plugins.engine.sampler import Sampler
-from steer_plugins.engine.session import COPY_COST, Entry, SequenceSteering, Session, held_prefix
-from steer_plugins.errors import SpecError
+from ..errors import SpecError
+from .base import GenerateRequest, Generation, as_steering
+from .batching import MIN_SHARED
+from .sampler import Sampler
+from .session import COPY_COST, Entry, SequenceSteering, Session, held_prefix
 
 
 class Reply:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from steer_plugins.engine.base import GenerateRequest
-from steer_plugins.errors import SpecError
+from ..errors import SpecError
+from .base import GenerateRequest
 
 
 class Sampler:

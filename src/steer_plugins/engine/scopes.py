@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steer_plugins.errors import SpecError
-from steer_plugins.steering import Steering
-from steer_plugins.vector import scope_range
+from ..errors import SpecError
+from ..steering.terms import Steering
+from ..steering.vector import scope_range
 
 
 class Phases:

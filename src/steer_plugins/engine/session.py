@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_plugins import native
-from steer_plugins.engine.model import LoadedModel, shared_log
-from steer_plugins.engine.tables import UNKNOWN_EDIT, SequenceSteering, SteeringTables
-from steer_plugins.errors import EngineError
+from .. import native
+from ..errors import EngineError
+from .model import LoadedModel, shared_log
+from .tables import UNKNOWN_EDIT, SequenceSteering, SteeringTables
 
 __all__ = [
     "COPY_COST",

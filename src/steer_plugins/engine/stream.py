@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_plugins import native
-from steer_plugins.engine.base import GenerateRequest, Generation, GenerationStream, as_steering
-from steer_plugins.engine.reply import Reply
-from steer_plugins.engine.session import SequenceSteering, Session, cleaned
-from steer_plugins.engine.tables import check_fits
-from steer_plugins.errors import EngineError
-from steer_plugins.vector import SteeringVector
+from .. import native
+from ..errors import EngineError
+from ..steering.vector import SteeringVector
+from .base import GenerateRequest, Generation, GenerationStream, as_steering
+from .reply import Reply
+from .session import SequenceSteering, Session, cleaned
+from .tables import check_fits
 
 if TYPE_CHECKING:
-    from steer_plugins.engine.local import LocalEngine
+    from .local import LocalEngine
 
 
 class LocalStream(GenerationStream):

@@ -9,11 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
-from steer_plugins import native
-from steer_plugins.engine.scopes import Phases, ScopeMap
-from steer_plugins.errors import EngineError, SpecError, VectorError
-from steer_plugins.steering import Steering, Term
-from steer_plugins.vector import ModelIdentity, SteeringVector
+from .. import native
+from ..errors import EngineError, SpecError, VectorError
+from ..steering.terms import Steering, Term
+from ..steering.vector import ModelIdentity, SteeringVector
+from .scopes import Phases, ScopeMap
 
 MAX_COLUMNS = 256
 MAX_CONFIGS = 1024

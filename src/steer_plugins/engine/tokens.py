@@ -6,8 +6,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from steer_plugins.engine.base import Activations, Engine, GenerateRequest, Progress, Prompt
-from steer_plugins.errors import SpecError
+from ..errors import SpecError
+from .base import Activations, Engine, GenerateRequest, Progress, Prompt
 
 
 class TokenEngine(Engine):

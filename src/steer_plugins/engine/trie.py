@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from steer_plugins.engine.session import Entry, Session, chunks, shared_prefix
-from steer_plugins.errors import EngineError
+from ..errors import EngineError
+from .session import Entry, Session, chunks, shared_prefix
 
 TRUNK = 0
 """The sequence that holds the path which the next texts may begin with."""

@@ -1,6 +1,6 @@
 """The ctypes binding of ``cpp_patch/llama-steer.h``. Knows numbers, sequence ids and pointers; nothing of vectors or text."""
 
-from steer_plugins.native.binding import (
+from .binding import (
     API_VERSION,
     OPS,
     SITES,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from steer_plugins.errors import EngineError, ModelError, RuntimeMissing
+from ..errors import EngineError, ModelError, RuntimeMissing
 
 API_VERSION = 2
 SITES: dict[str, int] = {"resid_post": 0, "attn_out": 1, "ffn_out": 2}

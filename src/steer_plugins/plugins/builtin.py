@@ -10,14 +10,14 @@ from .hookspecs import hookimpl
 if TYPE_CHECKING:
     from ..bench.report import BenchReport
     from ..bench.tasks import Family
-    from ..formats import Format
+    from ..store.formats import Format
 
 
 @hookimpl
 def register_formats(register: Callable[[Format], None]) -> None:
     """The package's own safetensors file, and the formats of others."""
-    from ..fileformats import builtin_formats
-    from ..formats import STEER_VECTOR
+    from ..store.foreign import builtin_formats
+    from ..store.formats import STEER_VECTOR
 
     for one in (STEER_VECTOR, *builtin_formats()):
         register(one)
@@ -26,7 +26,7 @@ def register_formats(register: Callable[[Format], None]) -> None:
 @hookimpl
 def register_methods(register: Callable[[str, object], None]) -> None:
     """The package's own extraction methods."""
-    from ..extract import builtin_methods
+    from ..training.extract import builtin_methods
 
     for method in builtin_methods():
         register(method.name, method)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ..bench.report import BenchReport
     from ..bench.tasks import Family
-    from ..formats import Format
+    from ..store.formats import Format
 
 hookspec = pluggy.HookspecMarker("steer_plugins")
 hookimpl = pluggy.HookimplMarker("steer_plugins")
@@ -25,12 +25,12 @@ def register_commands(cli: click.Group) -> None:
 
 @hookspec
 def register_methods(register: Callable[[str, object], None]) -> None:
-    """Register extraction methods: ``register(name, method)``, a ``steer_plugins.extract.base.Method``."""
+    """Register extraction methods: ``register(name, method)``, a ``steer_plugins.training.extract.base.Method``."""
 
 
 @hookspec
 def register_formats(register: Callable[[Format], None]) -> None:
-    """Register vector file formats: ``register(Format(...))``, a ``steer_plugins.formats.Format``."""
+    """Register vector file formats: ``register(Format(...))``, a ``steer_plugins.store.formats.Format``."""
 
 
 @hookspec

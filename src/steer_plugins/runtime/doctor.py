@@ -229,8 +229,8 @@ def _devices(report: Report, runtime: Runtime | None) -> None:
 
 
 def _model(report: Report, model: Path | None) -> None:
-    from ..identity import identity_of_gguf, shards_of  # numpy: not for `steer --help`
-    from ..models import default_model_path
+    from ..store.identity import identity_of_gguf, shards_of  # numpy: not for `steer --help`
+    from .demo_model import default_model_path
 
     report.facts["model"] = None
     try:
@@ -275,7 +275,7 @@ def _tools(report: Report, runtime: Runtime | None) -> None:
 def _library(report: Report) -> None:
     """The folder of steering vectors."""
     try:
-        from ..library import Library  # type: ignore[import-not-found,unused-ignore]
+        from ..store.library import Library  # type: ignore[import-not-found,unused-ignore]
 
         folder = Path(Library().root)
     except Exception as error:  # a broken library folder must not hide the rest of the report

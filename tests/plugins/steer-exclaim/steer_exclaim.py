@@ -31,8 +31,8 @@ def register_commands(cli):
 def register_formats(register):
     # Imported here and not above: numpy would slow down every start of `steer`.
     from steer_plugins.errors import VectorError
-    from steer_plugins.formats import Format
-    from steer_plugins.vector import SteeringVector
+    from steer_plugins.steering.vector import SteeringVector
+    from steer_plugins.store.formats import Format
 
     def sniff(path):
         with open(path, "rb") as file:

@@ -1,0 +1,163 @@
+"""The library: a folder for each user, in it a folder for each model, in it a file for each vector."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..atomic import write_atomically
+from ..errors import VectorError
+from ..steering.vector import ModelIdentity, SteeringVector, check_name
+from .formats import Facts, read_any
+from .vectorfile import read_vector, write_vector
+
+_SUFFIX = ".safetensors"
+# What ends like this is a file that is missing, and no name to fit a vector under.
+_FILE_SUFFIXES = (_SUFFIX, ".gguf", ".pt", ".pth", ".npz", ".svec", ".f32", ".json")
+
+
+class MissingVector(VectorError):
+    """The library has no vector of this name for this model; ``str()`` is :func:`missing_sentence`."""
+
+
+def missing_sentence(name: str, identity: ModelIdentity | None) -> str:
+    """What every surface says when a vector is missing: which one, for which model, and how to fit it."""
+    model = f"for this model ({identity.label})" if identity else "in the library"
+    return f"No vector {name!r} {model}: fit it with: steer train {name}"
+
+
+def default_root() -> Path:
+    """Where vectors are kept: ``STEER_LIBRARY``, else the place this system has for a user's data."""
+    if os.environ.get("STEER_LIBRARY"):
+        return Path(os.environ["STEER_LIBRARY"]).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "steer-plugins" / "vectors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A vector in the library: its name, its file, and the model of its folder (None if ``model.json`` is unreadable)."""
+
+    name: str
+    path: Path
+    identity: ModelIdentity | None
+
+    def read(self) -> SteeringVector:
+        """The vector, under the name of its file. Raises VectorError."""
+        vector = read_vector(self.path)
+        return vector if vector.name == self.name else vector.replace(name=self.name)
+
+
+class Library:
+    """Vectors by model and name. Nothing is created before the first :meth:`put`."""
+
+    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
+        self.root = default_root() if root is None else Path(root)
+
+    def path(self, name: str, identity: ModelIdentity) -> Path:
+        """The file of a vector, whether it exists or not. Raises VectorError for a bad name."""
+        return self.root / identity.key / (check_name(name) + _SUFFIX)
+
+    def get(self, name: str, identity: ModelIdentity, *, force: bool = False) -> SteeringVector:
+        """The vector ``name`` of the model. Raises MissingVector, or VectorError if the file does not fit the model."""
+        path = self.path(name, identity)
+        if not path.is_file():
+            raise MissingVector(missing_sentence(name, identity))
+        return _fitted(Entry(name, path, identity).read(), identity, force)
+
+    def put(self, vector: SteeringVector, identity: ModelIdentity, *, overwrite: bool = False, force: bool = False) -> Path:
+        """Keep ``vector`` for the model and return its file. A vector without an identity gets the model's.
+
+        Raises VectorError if it does not fit the model, or if the name is taken and ``overwrite`` is not set.
+        """
+        vector.check_fits(identity, force=force)
+        path = self.path(vector.name, identity)
+        if path.exists() and not overwrite:
+            raise VectorError(f"the library already has {vector.name!r} for {identity.label}: remove it or choose a name")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            card = path.parent / "model.json"
+            if not card.exists():
+                write_atomically(card, (json.dumps(identity.to_dict(), indent=2) + "\n").encode())
+        except OSError as error:
+            raise VectorError(f"cannot write to the library {self.root}: {error.strerror or error}") from None
+        write_vector(vector.replace(identity=identity), path)
+        return path
+
+    def list(self, identity: ModelIdentity | None = None) -> list[Entry]:
+        """The vectors of one model, or of all, sorted by model and name. Files are not opened, folders are."""
+        folders = [self.root / identity.key] if identity else sorted(self.root.iterdir()) if self.root.is_dir() else []
+        entries = []
+        for folder in folders:
+            if not folder.is_dir():
+                continue
+            model = identity or _read_card(folder / "model.json")
+            for path in sorted(folder.glob(f"*{_SUFFIX}")):
+                if _is_name(path.stem):  # half-written and foreign files are nobody's vectors
+                    entries.append(Entry(path.stem, path, model))
+        return entries
+
+    def remove(self, name: str, identity: ModelIdentity) -> None:
+        """Delete a vector. Raises MissingVector if there is none."""
+        try:
+            self.path(name, identity).unlink()
+        except FileNotFoundError:
+            raise MissingVector(missing_sentence(name, identity)) from None
+        except OSError as error:
+            raise VectorError(f"cannot remove {name!r} from the library: {error.strerror or error}") from None
+
+    def resolve(self, spec: str | os.PathLike[str], identity: ModelIdentity | None, *, force: bool = False) -> SteeringVector:
+        """The vector meant by a library name or by a path to a file of any known format.
+
+        A name that the library has for this model comes first; ``./mood`` always is a file. Without an identity, a
+        name is looked up for all models and must be of one only. Raises MissingVector when there is neither, and
+        VectorError when the vector belongs to another model; ``force`` accepts one that differs in its norms only, and
+        returns its vector under the identity of this one.
+        """
+        text = os.fspath(spec)
+        if _is_name(text):
+            if identity is not None and self.path(text, identity).is_file():
+                return self.get(text, identity, force=force)
+            if identity is None:
+                found = [entry for entry in self.list() if entry.name == text]
+                if len(found) > 1:
+                    models = ", ".join(entry.identity.label if entry.identity else entry.path.parent.name for entry in found)
+                    raise VectorError(f"{text!r} is in the library for several models ({models}): name one with --model")
+                if found:
+                    return found[0].read()
+        path = Path(text)
+        if not path.is_file() and _is_name(text) and path.suffix.lower() not in _FILE_SUFFIXES:
+            raise MissingVector(missing_sentence(text, identity))
+        vector = read_any(path, Facts(identity=identity))
+        return vector if identity is None else _fitted(vector, identity, force)
+
+
+def _fitted(vector: SteeringVector, identity: ModelIdentity, force: bool) -> SteeringVector:
+    vector.check_fits(identity, force=force)
+    # A forced vector belongs to this model from here on, so that no engine has to be told about the force again.
+    return vector if vector.identity in (None, identity) or not force else vector.replace(identity=identity)
+
+
+def _is_name(text: str) -> bool:
+    try:
+        check_name(text)
+    except VectorError:
+        return False
+    return True
+
+
+def _read_card(path: Path) -> ModelIdentity | None:
+    try:
+        if path.stat().st_size > 1 << 20:
+            return None
+        return ModelIdentity.from_dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, RecursionError, VectorError):
+        return None

@@ -1,0 +1,1 @@
+"""From a behaviour to a vector: traits and pairs (``traits``), directions (``extract``), doses (``calibrate``), gates."""
