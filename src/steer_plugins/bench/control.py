@@ -73,9 +73,7 @@ class Control(Replies):
             found = side_by_side(workers, lambda worker, job: job(worker), plain)
             self._plain.update(zip(("neutral", "choices"), found, strict=True))
         floors = dict(side_by_side(workers, lambda worker, family: (family.name, worker._floor(family)), self.families))
-        turns = side_by_side(
-            workers, lambda worker, talk: worker._conversations(*talk, ("plain",), 0.0)["plain"], talks.values()
-        )
+        turns = side_by_side(workers, lambda worker, talk: worker._conversations(*talk, ("plain",), 0.0)["plain"], talks.values())
         self._plain["turns"] = dict(zip(talks, turns, strict=True))
 
         def work(worker: Control, case: Case) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -281,9 +279,7 @@ class Control(Replies):
             found[arm] = turns
         return found
 
-    def _conversations(
-        self, case: Case, family: Family, arms: Sequence[str], strength: float
-    ) -> dict[str, list[dict[int, str]]]:
+    def _conversations(self, case: Case, family: Family, arms: Sequence[str], strength: float) -> dict[str, list[dict[int, str]]]:
         """For each arm the replies by conversation, for each turn; conversations end where the context does."""
         questions = [task.prompt for task in family.tasks]
         order = np.random.default_rng(self.plan.seed + 1).permutation(len(questions))
@@ -292,9 +288,7 @@ class Control(Replies):
         }
         found: dict[str, list[dict[int, str]]] = {arm: [] for arm in arms}
         for turn in range(self.plan.turns):
-            asked = [
-                str(questions[order[(c * self.plan.turns + turn) % len(order)]]) for c in range(self.plan.conversations)
-            ]
+            asked = [str(questions[order[(c * self.plan.turns + turn) % len(order)]]) for c in range(self.plan.conversations)]
             prompts = {
                 (arm, c): message(self.engine, asked[c], case.system(arm), history) for (arm, c), history in histories.items()
             }

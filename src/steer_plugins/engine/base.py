@@ -160,9 +160,7 @@ class Engine(ABC):
         """Generate piece by piece; iterate over the result for text, ``.steer(...)`` changes it on the way."""
 
     @abstractmethod
-    def generate_many(
-        self, requests: Sequence[GenerateRequest], *, progress: Progress | None = None
-    ) -> list[Generation]:
+    def generate_many(self, requests: Sequence[GenerateRequest], *, progress: Progress | None = None) -> list[Generation]:
         """Generate for several requests at once, each steered on its own. ``progress`` counts requests."""
 
     @abstractmethod
@@ -198,9 +196,7 @@ class Engine(ABC):
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 

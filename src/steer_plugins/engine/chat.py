@@ -33,9 +33,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ModelError(f"The model's chat template is not valid Jinja ({error}): give a raw prompt instead.") from None
 
-    def render(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, thinking: bool | None = None
-    ) -> str:
+    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, thinking: bool | None = None) -> str:
         """Text of a conversation. ``thinking`` sets the template's switches of that name; None leaves its default.
 
         Raises:
@@ -43,9 +41,7 @@ class ChatTemplate:
         """
         extra: dict[str, Any] = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens, **extra
-            )
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens, **extra)
         except self._error as error:
             raise DataError(f"The model's chat template refuses these messages: {error}.") from None
 

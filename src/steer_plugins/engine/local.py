@@ -282,9 +282,7 @@ class LocalEngine(TokenEngine):
             raise EngineError("No reply is being generated, so there is nothing to steer.")
         self._running.steer(steering)
 
-    def generate_many(
-        self, requests: Sequence[GenerateRequest], *, progress: Progress | None = None
-    ) -> list[Generation]:
+    def generate_many(self, requests: Sequence[GenerateRequest], *, progress: Progress | None = None) -> list[Generation]:
         jobs = []
         for request in requests:
             tokens = self._fitting(self.tokenize(request.prompt, thinking=request.thinking), room=1)
@@ -381,9 +379,7 @@ class LocalEngine(TokenEngine):
         session.steer.on_read(callback)
         self._read_callback = (callback, chosen, site)
 
-    def on_add(
-        self, callback: Callable[[native.AddTokens], None] | None, vectors: Sequence[SteeringVector] = ()
-    ) -> None:
+    def on_add(self, callback: Callable[[native.AddTokens], None] | None, vectors: Sequence[SteeringVector] = ()) -> None:
         """Call ``callback(tokens)`` before each ubatch of :meth:`stream`; None takes it away.
 
         The callback fills ``tokens.c[:, j]``: how much of ``vectors[j]`` each token gets, in units of strength, on top of

@@ -16,9 +16,7 @@ from .session import COPY_COST, Entry, SequenceSteering, Session, held_prefix
 class Reply:
     """One reply in the making, on one sequence of a session."""
 
-    def __init__(
-        self, session: Session, sequence: int, request: GenerateRequest, prompt: list[int], n_ctx: int
-    ) -> None:
+    def __init__(self, session: Session, sequence: int, request: GenerateRequest, prompt: list[int], n_ctx: int) -> None:
         if request.max_tokens < 1:
             raise SpecError(f"max_tokens is {request.max_tokens}: ask for at least 1.")
         self.session = session

@@ -77,9 +77,7 @@ class Session(SteeringTables):
         self.pointer = c.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             reason = log.errors[-1] if log.errors else "no reason given"
-            raise EngineError(
-                f"A context of {params.n_ctx} tokens could not be made ({reason}): use a smaller --n-ctx."
-            )
+            raise EngineError(f"A context of {params.n_ctx} tokens could not be made ({reason}): use a smaller --n-ctx.")
         self.memory = c.llama_get_memory(self.pointer)
         super().__init__(model, native.SteerContext(model.library, self.pointer, model.steer.n_embd))
         self._batch = c.llama_batch_init(limits.n_batch, 0, limits.n_seq)

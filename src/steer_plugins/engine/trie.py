@@ -188,9 +188,7 @@ def read_trie(
         trunk = at(len(batch.texts) - 1, range(batch.next)) if whole else {}
 
 
-def _compute(
-    session: Session, texts: Sequence[TokenText], batch: Batch, outputs: bool, on_logits: OnLogits | None
-) -> None:
+def _compute(session: Session, texts: Sequence[TokenText], batch: Batch, outputs: bool, on_logits: OnLogits | None) -> None:
     for sequence, (i, kept) in enumerate(zip(batch.texts, batch.kept, strict=True), start=1):
         session.forget(sequence)
         if kept:

