@@ -31,10 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "integrations" / "ollama"), str(ROOT)]
 
-from steer_plugins import (
-    Library,  # noqa: E402
-    testing,  # noqa: E402
-)
+from steer_plugins import Library, testing  # noqa: E402
 from steer_plugins.steering.vector import SteeringVector  # noqa: E402
 from steer_plugins.store.identity import identity_of_gguf  # noqa: E402
 from tests.integration.ollama_sidecar import FLAGS, sidecar  # noqa: E402
