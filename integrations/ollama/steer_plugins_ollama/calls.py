@@ -12,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from . import expression, llama, options, replies
+from .bodies import read_body
 from .daemon import Forwarded
 from .llama import Piece
 from .model import STEERING, Model, rfc3339
 from .service import Service
-from .streams import Streamed, Whole, line, read_body
+from .streams import Streamed, Whole, line
 
 
 def now() -> str:
@@ -170,11 +171,11 @@ async def reply(request: Request) -> Response:
     """``POST /api/chat`` and ``/api/generate``."""
     service: Service = request.app.state.service
     chat = request.url.path.endswith("chat")
-    raw, body = await read_body(request)
+    body = await read_body(request)
     model = await service.mine(body, steering_in(body))
     if model is None:
         assert service.daemon is not None
-        return Forwarded(service.daemon, request, raw)
+        return Forwarded(service.daemon, request, body)
     call = make_call(service, model, body, chat=chat)
     if not body.get("messages" if chat else "prompt"):
         if call.keep == 0 and body.get("keep_alive") is not None:

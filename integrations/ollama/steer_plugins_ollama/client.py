@@ -17,6 +17,7 @@ from steer_plugins.steering.grammar import format_terms, parse
 from steer_plugins.store.library import Library
 
 from . import creating, expression, modelfile
+from .bodies import whole
 from .daemon import daemon_url, error_text, host_url, is_local
 from .errors import BadRequest
 from .model import STEERING
@@ -58,7 +59,7 @@ class Api:
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON that a route answers."""
         try:
-            response = self._client.request(method, self.url + path, json=body)
+            response = self._client.request(method, self.url + path, json=whole(body))
         except httpx.HTTPError as error:
             raise self._broken(error) from None
         if response.status_code >= 400:
@@ -68,7 +69,7 @@ class Api:
     def lines(self, path: str, body: Any) -> Iterator[dict[str, Any]]:
         """The objects of a streamed answer."""
         try:
-            with self._client.stream("POST", self.url + path, json=body) as response:
+            with self._client.stream("POST", self.url + path, json=whole(body)) as response:
                 if response.status_code >= 400:
                     raise BadRequest(error_text(response.read()))
                 for text in response.iter_lines():

@@ -15,6 +15,7 @@ import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
+from .bodies import dumps
 from .errors import BadRequest, Unavailable
 from .streams import Streamed, watch
 
@@ -161,13 +162,19 @@ class Forwarded(Streamed):
     also while it has not answered yet.
 
     Args:
-        body: what was read of the request already; None: it is streamed.
+        body: what was read of the request, which is all that is passed on then; None: it is streamed.
+
+    Raises:
+        BadRequest: the path has dots for folders, so that it would be another one behind the sidecar.
     """
 
-    def __init__(self, daemon: Daemon, request: Request, body: bytes | None = None) -> None:
+    def __init__(self, daemon: Daemon, request: Request, body: Mapping[str, Any] | None = None) -> None:
         style = "openai" if request.url.path.startswith("/v1/") else "ollama"
         super().__init__(self._parts(), style=style)
-        self._daemon, self._request, self._body = daemon, request, body
+        if not {".", ".."}.isdisjoint(request.url.path.split("/")):
+            raise BadRequest(f"invalid path: {request.url.path[:200]!r}")
+        self._daemon, self._request = daemon, request
+        self._body = None if body is None else dumps(body)
         given = int(request.headers.get("content-length") or 0) > 0 or "transfer-encoding" in request.headers
         self._has_stream = body is None and given
         self._sent = asyncio.Event()
@@ -199,7 +206,7 @@ class Forwarded(Streamed):
             headers = [(k, v) for k, v in headers if k.lower() != b"content-length"]
         path = request.scope.get("raw_path") or request.url.path.encode()
         query = request.scope.get("query_string") or b""
-        url = self._daemon.url + path.decode("ascii") + ("?" + query.decode("ascii") if query else "")
+        url = self._daemon.url + "".join(chr(c) if c < 128 else f"%{c:02X}" for c in (path + b"?" + query if query else path))
         # Go reuses connections; one that it closed meanwhile fails at once, and what has no stream can be sent again
         for attempt in (1, 2):
             content = self._stream() if self._has_stream else self._body

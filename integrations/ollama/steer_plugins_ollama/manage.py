@@ -16,6 +16,7 @@ from steer_plugins import __version__
 from steer_plugins.errors import EngineError, SteerError
 
 from . import creating, replies
+from .bodies import read_body
 from .daemon import Forwarded
 from .describe import entry_of_ps, entry_of_tags, parameter_text, shown
 from .errors import BadRequest, NotFound, Unavailable
@@ -24,7 +25,7 @@ from .model import STEERING, Model
 from .names import parse_name
 from .service import Service
 from .store import OllamaStore
-from .streams import Streamed, Whole, error_answer, line, read_body
+from .streams import Streamed, Whole, error_answer, line
 
 #: What a sidecar without Ollama says its version is: that of the API it follows.
 API_VERSION = "0.12.0"
@@ -49,7 +50,7 @@ async def running(request: Request) -> Response:
 async def show(request: Request) -> Response:
     """``POST /api/show``: what Ollama says, and the steering."""
     service: Service = request.app.state.service
-    raw, body = await read_body(request)
+    body = await read_body(request)
     name = body.get("model") or body.get("name")
     if service.daemon is None:
         found = await asyncio.to_thread(shown, await service.find(name or ""), bool(body.get("verbose")))
@@ -68,7 +69,7 @@ async def show(request: Request) -> Response:
 async def create(request: Request) -> Response:
     """``POST /api/create``: checked, then stored by Ollama or in the folder."""
     service: Service = request.app.state.service
-    _, body = await read_body(request)
+    body = await read_body(request)
     replies.checked_messages(body.get("messages"))
     steps = _created(service, body)
     if body.get("stream", True) is False:
@@ -159,13 +160,13 @@ async def tags(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     """``DELETE /api/delete``."""
     service: Service = request.app.state.service
-    raw, body = await read_body(request)
+    body = await read_body(request)
     name = str(body.get("model") or body.get("name") or "")
     with contextlib.suppress(SteerError):
         model = await service.find(name)
         await forget(service, model)
     if service.daemon is not None:
-        return Forwarded(service.daemon, request, raw)
+        return Forwarded(service.daemon, request, body)
     assert isinstance(service.store, FolderStore)
     await asyncio.to_thread(service.store.delete, name)
     return Response(status_code=200)
@@ -185,7 +186,7 @@ async def forget(service: Service, model: Model) -> None:
 async def copy(request: Request) -> Response:
     """``POST /api/copy`` of a folder."""
     service: Service = request.app.state.service
-    _, body = await read_body(request)
+    body = await read_body(request)
     assert isinstance(service.store, FolderStore)
     await asyncio.to_thread(service.store.copy, str(body.get("source") or ""), parse_name(body.get("destination")))
     return Response(status_code=200)
@@ -224,12 +225,12 @@ async def blobs(request: Request) -> Response:
 async def embed(request: Request) -> Response:
     """Embeddings are Ollama's: weights that are loaded here are let go of first."""
     service: Service = request.app.state.service
-    raw, body = await read_body(request)
+    body = await read_body(request)
     if service.daemon is None:
         raise BadRequest("this sidecar serves no embeddings: ask Ollama, or a llama-server with --embeddings")
     with contextlib.suppress(SteerError):
         await service.pool.release_weights((await service.find(str(body.get("model") or ""))).gguf)
-    return Forwarded(service.daemon, request, raw)
+    return Forwarded(service.daemon, request, body)
 
 
 async def root(request: Request) -> Response:

@@ -19,12 +19,13 @@ from starlette.responses import JSONResponse, Response
 from steer_plugins.errors import SteerError
 
 from . import llama, options, replies
+from .bodies import read_body
 from .calls import Call, make_call, steering_in
 from .daemon import Forwarded
 from .errors import BadRequest
 from .model import STEERING, Model
 from .service import Service
-from .streams import Streamed, Whole, read_body
+from .streams import Streamed, Whole
 
 #: OpenAI's names of sampling options, as Ollama's.
 _OPTIONS = {
@@ -48,11 +49,11 @@ async def handle(request: Request) -> Response:
     """One of :data:`PATHS`."""
     service: Service = request.app.state.service
     path = request.url.path
-    raw, body = await read_body(request)
+    body = await read_body(request)
     model = await service.mine(body, steering_in(body))
     if model is None:
         assert service.daemon is not None
-        return Forwarded(service.daemon, request, raw)
+        return Forwarded(service.daemon, request, body)
     for key in ("options", "stream_options", "response_format"):
         if not isinstance(body.get(key) or {}, dict):
             raise BadRequest(f"{key} must be an object")

@@ -16,6 +16,7 @@ from steer_plugins.atomic import write_atomically
 from steer_plugins.errors import EngineError, ModelError, SpecError
 
 from . import expression
+from .bodies import loads
 from .errors import BadRequest, NotFound, NotSteerable
 from .model import STEERING, Model
 from .names import Name, parse_name
@@ -187,8 +188,8 @@ class OllamaStore:
         for layer in layers:
             if layer["mediaType"] == _MEDIA + kind:
                 try:
-                    value = json.loads(self._text(name, layer))
-                except (ValueError, RecursionError):
+                    value = loads(self._text(name, layer).encode())
+                except ValueError:
                     value = None
                 if not isinstance(value, shape):
                     raise ModelError(f"the {kind} of {name!r} are damaged: create the model again")

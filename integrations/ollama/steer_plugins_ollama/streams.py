@@ -1,4 +1,4 @@
-"""The bodies of requests, and answers that notice when the client has gone, and that never end in silence."""
+"""Answers that notice when the client has gone, and that never end in silence."""
 
 from __future__ import annotations
 
@@ -16,32 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from steer_plugins.errors import SteerError
 
-from .errors import BadRequest, Ending, status_of
+from .errors import Ending, status_of
 
 log = logging.getLogger("steer.ollama")
-
-MAX_BODY = 256 << 20
-"""Bytes of a request that is not passed on."""
-
-
-async def read_body(request: Request) -> tuple[bytes, dict[str, Any]]:
-    """The body and its JSON object. Raises BadRequest."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY:
-            raise BadRequest(f"the request is longer than {MAX_BODY >> 20} MiB")
-        parts.append(part)
-    raw = b"".join(parts)
-    if not raw.strip():
-        raise BadRequest("missing request body")
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the request is no JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise BadRequest("the request must be a JSON object")
-    return raw, body
 
 
 def line(value: Mapping[str, Any]) -> bytes:
