@@ -113,7 +113,7 @@ def test_a_fine_tune_needs_force(library, tmp_path):
         library.get("mood", MODEL)
 
 
-@pytest.mark.parametrize("name", ["../mood", "a/b", "Mood", "con", "", "x" * 65, "..", "mood\0"])
+@pytest.mark.parametrize("name", ["../mood", "a/b/c", "A/b", "Mood", "con", "", "x" * 65, "..", "mood\0"])
 def test_names_are_checked_before_they_become_paths(library, name):
     for attempt in (library.path, library.get, library.remove):
         with pytest.raises(VectorError, match="is not a vector name"):
@@ -161,7 +161,7 @@ def test_resolve_names_and_files(library, tmp_path, monkeypatch):
     # A plain word that the library lacks may still be a file.
     write_vector(make("terse"), "terse")
     assert library.resolve("terse", MODEL) == make("terse")
-    for spec in ("gone.safetensors", "./mood2", "a/b"):
+    for spec in ("gone.safetensors", "./mood2", "a/b/c", Path("a/b")):
         with pytest.raises(VectorError, match="no vector file"):
             library.resolve(spec, MODEL)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from ..atomic import file_sha256 as file_sha256
+from ..atomic import try_lock, unlock
 from ..errors import BuildError
-
-_LOCK_OFFSET = 1 << 30  # Windows locks bytes, not files: lock one far behind the text, which stays readable
 
 
 def cache_dir() -> Path:
@@ -52,15 +52,6 @@ def digest(*parts: bytes | str) -> str:
         data = part.encode("utf-8") if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
-    return state.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's content."""
-    state = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            state.update(block)
     return state.hexdigest()
 
 
@@ -123,7 +114,7 @@ class CacheLock:
         stream = os.fdopen(handle, "r+b", buffering=0)
         told = False
         try:
-            while not _try_lock(stream):
+            while not try_lock(stream):
                 if not told and self._on_wait is not None:
                     holder = self.path.read_bytes()[:64].decode("ascii", "replace").strip()
                     self._on_wait(f"another steer build is running{f' (process {holder})' if holder else ''}; waiting")
@@ -143,35 +134,6 @@ class CacheLock:
             # The file stays: removing it would let a waiter lock a name that a third process creates anew.
             self._file.seek(0)
             self._file.truncate()
-            _unlock(self._file)
+            unlock(self._file)
             self._file.close()
             self._file = None
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(stream: IO[bytes]) -> bool:
-        stream.seek(_LOCK_OFFSET)
-        try:
-            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-    def _unlock(stream: IO[bytes]) -> None:
-        stream.seek(_LOCK_OFFSET)
-        msvcrt.locking(stream.fileno(), msvcrt.LK_UNLCK, 1)
-
-else:
-    import fcntl
-
-    def _try_lock(stream: IO[bytes]) -> bool:
-        try:
-            fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _unlock(stream: IO[bytes]) -> None:
-        fcntl.flock(stream.fileno(), fcntl.LOCK_UN)

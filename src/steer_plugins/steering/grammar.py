@@ -20,13 +20,13 @@ from ..errors import SpecError, VectorError
 from .gate import Gate
 from .schedule import Schedule
 from .terms import Steering, Term, parse_term
-from .vector import OPS, SCOPES, SteeringVector, scope_range
+from .vector import OPS, SCOPES, SteeringVector, is_hub_name, scope_range
 
 MAX_TERMS = 64
 MAX_TEXT = 10_000
 
 _SPACE = re.compile(r"\s*")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[a-z0-9-]+/[a-z0-9][a-z0-9._-]*|[A-Za-z0-9_][A-Za-z0-9._-]*")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _LAYERS = re.compile(r"([0-9]{1,6})(?:(-)([0-9]{1,6})?)?")
@@ -110,7 +110,8 @@ def _as_file(text: str) -> tuple[str | None, float]:
     if text.lstrip()[:1] in ('"', "!", "-", ""):
         return None, 1.0
     head = re.sub(r":[^:/\\]*$", "", text)
-    if re.search(r"[/\\]", head) or head.endswith((".safetensors", ".gguf")):
+    named = [part for part in re.split(r"[\s:@?%#\[\]{}!]+", head) if not is_hub_name(part)]
+    if any(re.search(r"[/\\]", part) for part in named) or head.endswith((".safetensors", ".gguf")):
         if re.search(r"\s[+-]\s|[?%@{\[]", text) and not Path(text).is_file() and not Path(head).is_file():
             how = "in an expression write its path in quotes, as in '\"./calm.gguf\":0.5 + mood'"
             raise SpecError(f"{text!r:.90} is no file: {how}")
@@ -233,7 +234,7 @@ def steering_of(terms: str | Sequence[TermSpec], resolve: Callable[[str], Steeri
 
 
 def _name(name: str) -> str:
-    return name if _PLAIN_NAME.fullmatch(name) else json.dumps(name, ensure_ascii=False)
+    return name if _PLAIN_NAME.fullmatch(name) or is_hub_name(name) else json.dumps(name, ensure_ascii=False)
 
 
 def _number(value: float) -> str:
@@ -328,7 +329,10 @@ class _Parser:
             if not name:
                 raise self.fail("an empty name", start)
             return str(name)
+        start = self._at
         match = self.match(_NAME, 'expected a vector\'s name, such as mood, or a file in "quotes"')
+        if "/" in match[0] and not is_hub_name(match[0]):
+            raise self.fail('expected owner/name, or a file in "quotes"', start)
         return match[0]
 
     def number(self) -> float:

@@ -27,6 +27,9 @@ OPS = ("add", "project", "clamp", "renorm")
 SCOPES = ("all", "prompt", "response", "thinking", "answer")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_HUB_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,37}[a-z0-9])?/[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+#: What ends like this is a file, and no name.
+FILE_SUFFIXES = (".safetensors", ".gguf", ".pt", ".pth", ".npz", ".svec", ".f32", ".json")
 _RANGE = re.compile(r"([0-9]{1,10})-([0-9]{1,10})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Device names that Windows reserves in every folder, whatever the suffix.
@@ -45,6 +48,11 @@ def check_name(name: object) -> str:
     if name.split(".")[0] in _RESERVED:
         raise VectorError(f"{name!r} is not a vector name: Windows reserves it for a device, so choose another")
     return name
+
+
+def is_hub_name(text: str) -> bool:
+    """True for ``owner/name``, which names what was pulled from a hub; a path with a file's suffix is none."""
+    return _HUB_NAME.fullmatch(text) is not None and not text.endswith(FILE_SUFFIXES)
 
 
 def scope_range(scope: str) -> tuple[int, int | None] | None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..atomic import write_atomically
 from ..errors import VectorError
-from ..steering.vector import ModelIdentity, SteeringVector, check_name
+from ..steering.vector import FILE_SUFFIXES, ModelIdentity, SteeringVector, check_name, is_hub_name
 from .formats import Facts, read_any
+from .pulled import Item, Pulled
 from .vectorfile import read_vector, write_vector
 
 _SUFFIX = ".safetensors"
-# What ends like this is a file that is missing, and no name to fit a vector under.
-_FILE_SUFFIXES = (_SUFFIX, ".gguf", ".pt", ".pth", ".npz", ".svec", ".f32", ".json")
 
 
 class MissingVector(VectorError):
@@ -24,9 +25,10 @@ class MissingVector(VectorError):
 
 
 def missing_sentence(name: str, identity: ModelIdentity | None) -> str:
-    """What every surface says when a vector is missing: which one, for which model, and how to fit it."""
+    """What every surface says when a vector is missing: which one, for which model, and how to fit it or to pull it."""
     model = f"for this model ({identity.label})" if identity else "in the library"
-    return f"No vector {name!r} {model}: fit it with: steer train {name}"
+    way_out = f"pull it with: steer hub pull {name}" if is_hub_name(name) else f"fit it with: steer train {name}"
+    return f"No vector {name!r} {model}: {way_out}"
 
 
 def default_root() -> Path:
@@ -44,14 +46,20 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """A vector in the library: its name, its file, and the model of its folder (None if ``model.json`` is unreadable)."""
+    """A vector in the library: its name, its file, and the model of its folder (None if ``model.json`` is unreadable).
+
+    ``read_pulled``: for what came from a hub, reads it with its hash compared.
+    """
 
     name: str
     path: Path
     identity: ModelIdentity | None
+    read_pulled: Callable[[], SteeringVector] | None = None
 
     def read(self) -> SteeringVector:
-        """The vector, under the name of its file. Raises VectorError."""
+        """The vector, under the name of its file; a pulled one keeps its publisher's. Raises VectorError."""
+        if self.read_pulled is not None:
+            return self.read_pulled()
         vector = read_vector(self.path)
         return vector if vector.name == self.name else vector.replace(name=self.name)
 
@@ -61,13 +69,21 @@ class Library:
 
     def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
         self.root = default_root() if root is None else Path(root)
+        self.pulled = Pulled(self.root / "hub")
 
     def path(self, name: str, identity: ModelIdentity) -> Path:
-        """The file of a vector, whether it exists or not. Raises VectorError for a bad name."""
+        """The file of a vector, whether it exists or not; of ``owner/name``, what was pulled.
+
+        Raises VectorError for a bad name, MissingVector for one that was not pulled.
+        """
+        if is_hub_name(name):
+            return self.pulled.vector_file(self._item(name, identity))
         return self.root / identity.key / (check_name(name) + _SUFFIX)
 
     def get(self, name: str, identity: ModelIdentity, *, force: bool = False) -> SteeringVector:
         """The vector ``name`` of the model. Raises MissingVector, or VectorError if the file does not fit the model."""
+        if is_hub_name(name):
+            return _fitted(self.pulled.read(self._item(name, identity)), identity, force)
         path = self.path(name, identity)
         if not path.is_file():
             raise MissingVector(missing_sentence(name, identity))
@@ -93,7 +109,7 @@ class Library:
         return path
 
     def list(self, identity: ModelIdentity | None = None) -> list[Entry]:
-        """The vectors of one model, or of all, sorted by model and name. Files are not opened, folders are."""
+        """The vectors of one model, or of all, sorted by model and name, then what was pulled. Vector files are not opened."""
         folders = [self.root / identity.key] if identity else sorted(self.root.iterdir()) if self.root.is_dir() else []
         entries = []
         for folder in folders:
@@ -103,10 +119,15 @@ class Library:
             for path in sorted(folder.glob(f"*{_SUFFIX}")):
                 if _is_name(path.stem):  # half-written and foreign files are nobody's vectors
                     entries.append(Entry(path.stem, path, model))
+        for item in self.pulled.vectors(identity=identity):
+            path = self.pulled.path(item.files["vector"])
+            entries.append(Entry(item.name, path, item.model, functools.partial(self.pulled.read, item)))
         return entries
 
     def remove(self, name: str, identity: ModelIdentity) -> None:
-        """Delete a vector. Raises MissingVector if there is none."""
+        """Delete a vector. Raises MissingVector if there is none, VectorError for one that was pulled."""
+        if is_hub_name(name):
+            raise VectorError(f"{name!r} was pulled from a hub: remove it with: steer hub remove {name}")
         try:
             self.path(name, identity).unlink()
         except FileNotFoundError:
@@ -117,12 +138,17 @@ class Library:
     def resolve(self, spec: str | os.PathLike[str], identity: ModelIdentity | None, *, force: bool = False) -> SteeringVector:
         """The vector meant by a library name or by a path to a file of any known format.
 
-        A name that the library has for this model comes first; ``./mood`` always is a file. Without an identity, a
+        A name that the library has for this model, or ``owner/name`` that was pulled, comes first; ``./mood`` always is a
+        file. Nothing is fetched from anywhere. Without an identity, a
         name is looked up for all models and must be of one only. Raises MissingVector when there is neither, and
         VectorError when the vector belongs to another model; ``force`` accepts one that differs in its norms only, and
         returns its vector under the identity of this one.
         """
         text = os.fspath(spec)
+        if isinstance(spec, str) and is_hub_name(text) and (self.pulled.vectors(text) or not Path(text).is_file()):
+            item = self._item(text, identity)
+            vector = self.pulled.read(item)
+            return vector if identity is None else _fitted(vector, identity, force)
         if _is_name(text):
             if identity is not None and self.path(text, identity).is_file():
                 return self.get(text, identity, force=force)
@@ -134,10 +160,23 @@ class Library:
                 if found:
                     return found[0].read()
         path = Path(text)
-        if not path.is_file() and _is_name(text) and path.suffix.lower() not in _FILE_SUFFIXES:
+        if not path.is_file() and _is_name(text) and path.suffix.lower() not in FILE_SUFFIXES:
             raise MissingVector(missing_sentence(text, identity))
         vector = read_any(path, Facts(identity=identity))
         return vector if identity is None else _fitted(vector, identity, force)
+
+    def _item(self, name: str, identity: ModelIdentity | None) -> Item:
+        """What was pulled under a name, for this model. Raises MissingVector, or VectorError if a model has to be named."""
+        found = self.pulled.vectors(name)
+        fitting = [item for item in found if identity is None or (item.model and item.model.mismatch(identity) is None)]
+        if len(fitting) > 1:
+            models = ", ".join(item.model.label for item in fitting if item.model)
+            raise VectorError(f"{name!r} was pulled for several models ({models}): name one with --model")
+        if not fitting and len(found) == 1:
+            return found[0]  # for another model: what fits it not is said by name, or forced
+        if not fitting:
+            raise MissingVector(missing_sentence(name, identity))
+        return fitting[0]
 
 
 def _fitted(vector: SteeringVector, identity: ModelIdentity, force: bool) -> SteeringVector:
