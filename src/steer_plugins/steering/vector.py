@@ -30,7 +30,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _HUB_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,37}[a-z0-9])?/[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 #: What ends like this is a file, and no name.
 FILE_SUFFIXES = (".safetensors", ".gguf", ".pt", ".pth", ".npz", ".svec", ".f32", ".json")
-_RANGE = re.compile(r"([0-9]{1,10})-([0-9]{1,10})?")
+_RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Device names that Windows reserves in every folder, whatever the suffix.
 _RESERVED = frozenset(["con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for d in range(10))])

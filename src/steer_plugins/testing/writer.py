@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -36,15 +37,16 @@ def write(
     n_layer: int | None = None,
     n_ctx: int = 2048,
     split: int = 1,
+    chat_template: str | None = None,
 ) -> list[Path]:
     """Write a tiny random model and return its file, or its files in order.
 
     ``arch`` is one of :data:`~steer_plugins.testing.ARCHITECTURES` and ``weights`` one of :data:`WEIGHTS`.
     ``n_layer`` replaces the architecture's default depth; ``n_ctx`` is the trained context length, in tokens, that
-    the file states. With ``split`` > 1 the tensors are spread over that many files, named like ``path`` without
-    ``.gguf`` followed by ``-00001-of-0000N.gguf``; the first holds the metadata and is the one to load. Equal
-    arguments give equal bytes; another ``seed`` gives other weights. Files are written beside and then renamed, so
-    no half-written model is ever seen.
+    the file states; ``chat_template`` (Jinja) replaces the architecture's own. With ``split`` > 1 the tensors are
+    spread over that many files, named like ``path`` without ``.gguf`` followed by ``-00001-of-0000N.gguf``; the first
+    holds the metadata and is the one to load. Equal arguments give equal bytes; another ``seed`` gives other weights.
+    Files are written beside and then renamed, so no half-written model is ever seen.
 
     Raises :class:`~steer_plugins.errors.ModelError` for an unknown architecture or option, or when the folder
     cannot be written.
@@ -52,6 +54,8 @@ def write(
     if weights not in WEIGHTS:
         raise ModelError(f"Unknown weight type {weights!r} for a tiny model; choose one of {', '.join(WEIGHTS)}.")
     plan = blueprint(arch, n_layer=n_layer, n_ctx=n_ctx)
+    if chat_template is not None:
+        plan = replace(plan, chat_template=chat_template)
     if not 1 <= split <= len(plan.tensors):
         raise ModelError(f"{len(plan.tensors)} tensors cannot be split into {split} files; choose a number in between.")
 
