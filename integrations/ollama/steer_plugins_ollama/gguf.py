@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from steer_plugins.errors import ModelError
-
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
-_MAX = 1_000_000
-_MAX_STRING = 64 << 20
+from steer_plugins.store.gguf import read_gguf
+from steer_plugins.store.identity import shards_of
 
 # general.file_type, as llama.cpp numbers them
 _FILE_TYPES = {
@@ -26,8 +22,8 @@ _FILE_TYPES = {
 
 
 @dataclass(frozen=True)
-class Facts:
-    """``values``: the metadata's scalars and texts, arrays as None; ``parameters``: how many weights it has."""
+class GGUFFacts:
+    """``values``: the metadata's scalars and texts, arrays as None; ``parameters``: how many weights the model has."""
 
     values: dict[str, Any]
     parameters: int
@@ -60,86 +56,17 @@ class Facts:
         return value if isinstance(value, int) else 0
 
 
-def facts_of(path: Path) -> Facts:
-    """The facts of a GGUF file. Raises ModelError with one sentence."""
+def facts_of(path: Path) -> GGUFFacts:
+    """The facts of the model in a GGUF file, of which there may be several shards. Raises ModelError with one sentence."""
     try:
-        stat = path.stat()
-        return _facts(path, stat.st_size, stat.st_mtime_ns)
+        stamps = tuple((shard, stat.st_size, stat.st_mtime_ns) for shard in shards_of(path) for stat in (shard.stat(),))
     except OSError as error:
         raise ModelError(f"cannot read the model file {path}: {error.strerror or error}") from None
+    return _facts(stamps)
 
 
-@functools.lru_cache(maxsize=64)
-def _facts(path: Path, size: int, mtime: int) -> Facts:
-    with open(path, "rb", buffering=1 << 20) as file:
-        try:
-            return _Reader(path, file, size).read()
-        except (struct.error, UnicodeDecodeError, EOFError):
-            raise ModelError(f"{path} is truncated or damaged: its header goes on after its last byte") from None
-
-
-class _Reader:
-    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
-        self.path, self.file, self.size = path, file, size
-
-    def read(self) -> Facts:
-        if self.file.read(4) != b"GGUF":
-            raise ModelError(f"{self.path} is no GGUF file")
-        version = self.number("<I")
-        if version not in (2, 3):
-            raise ModelError(f"{self.path} is GGUF version {version}: versions 2 and 3 can be read")
-        n_tensors, n_values = self.number("<Q"), self.number("<Q")
-        if max(n_tensors, n_values) > _MAX:
-            raise EOFError
-        values: dict[str, Any] = {}
-        for _ in range(n_values):
-            key = self.text()
-            values[key] = self.value(self.number("<I"))
-        total = 0
-        for _ in range(n_tensors):
-            self.text()
-            n_dims = self.number("<I")
-            if n_dims > 8:
-                raise EOFError
-            total += math.prod(self.number("<Q") for _ in range(n_dims))
-            self.number("<I")
-            self.number("<Q")
-        return Facts(values, total)
-
-    def take(self, count: int) -> bytes:
-        data = self.file.read(count)
-        if len(data) != count:
-            raise EOFError
-        return data
-
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
-
-    def text(self) -> str:
-        length = self.number("<Q")
-        if length > min(_MAX_STRING, self.size):
-            raise EOFError
-        return self.take(length).decode("utf-8", "replace")
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.text()
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
-        if kind != _ARRAY:
-            raise EOFError
-        inner, count = self.number("<I"), self.number("<Q")
-        if inner in _SCALARS:
-            skip = count * struct.calcsize(_SCALARS[inner])
-            if skip > self.size:
-                raise EOFError
-            self.file.seek(skip, 1)
-        elif inner == _STRING and count <= 16 * _MAX:
-            for _ in range(count):
-                length = self.number("<Q")
-                if length > self.size:
-                    raise EOFError
-                self.file.seek(length, 1)
-        else:
-            raise EOFError
-        return None
+@functools.lru_cache(maxsize=256)
+def _facts(shards: tuple[tuple[Path, int, int], ...]) -> GGUFFacts:
+    headers = [read_gguf(path) for path, _, _ in shards]
+    weights = sum(math.prod(tensor.dims) for header in headers for tensor in header.tensors.values())
+    return GGUFFacts(headers[0].values, weights)

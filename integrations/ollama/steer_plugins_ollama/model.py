@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .gguf import Facts, facts_of
+from .gguf import GGUFFacts, facts_of
 from .names import Name
 
 STEERING = "steering"
@@ -42,7 +42,7 @@ class Model:
         return self.gguf, self.adapters, self.projectors
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> GGUFFacts:
         """Raises ModelError."""
         return facts_of(self.gguf)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import re
 import tempfile
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ import numpy as np
 
 from ...errors import VectorError
 from ...steering.vector import ModelIdentity
-from ..identity import _GGML_F32, _Parser
+from ..gguf import GGML_F32, read_gguf
 from .common import MAX_BYTES, check_finite, clip, head, save
 
 _DIRECTION = re.compile(r"direction\.([1-9][0-9]{0,4})")
@@ -50,25 +48,19 @@ def read_directions(path: Path) -> DirectionFile:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise VectorError(f"it is larger than a vector file can be ({MAX_BYTES} bytes)")
+    header = read_gguf(path)
+    found: dict[int, np.ndarray] = {}
+    spans = []
     with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise VectorError("it is not a GGUF file")
-        with contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as data:
-            parser = _Parser(path, data, size)
-            header = parser.parse()
-            alignment = header.values.get("general.alignment", 32)
-            base = parser.at + -parser.at % alignment
-            found: dict[int, np.ndarray] = {}
-            spans = []
-            for name, tensor in header.tensors.items():
-                match = _DIRECTION.fullmatch(name)
-                if not match:
-                    raise VectorError(f"it has a tensor {clip(name)}: directions are named direction.N, with N from 1")
-                if tensor.ggml_type != _GGML_F32 or len(tensor.dims) != 1 or tensor.dims[0] < 1:
-                    raise VectorError(f"tensor {name} is no float32 array of n_embd numbers")
-                start = base + tensor.offset
-                spans.append((start, start + 4 * tensor.dims[0]))
-                found[int(match[1])] = np.frombuffer(data[slice(*spans[-1])], "<f4").astype(np.float32)
+        for name, tensor in header.tensors.items():
+            match = _DIRECTION.fullmatch(name)
+            if not match:
+                raise VectorError(f"it has a tensor {clip(name)}: directions are named direction.N, with N from 1")
+            if tensor.ggml_type != GGML_F32 or len(tensor.dims) != 1 or tensor.dims[0] < 1:
+                raise VectorError(f"tensor {name} is no float32 array of n_embd numbers")
+            spans.append((tensor.offset, tensor.offset + 4 * tensor.dims[0]))
+            file.seek(tensor.offset)
+            found[int(match[1])] = np.frombuffer(file.read(4 * tensor.dims[0]), "<f4").astype(np.float32)
     if not found:
         raise VectorError("it holds no direction")
     spans.sort()
