@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def _steering_of(parsed: modelfile.Modelfile, folder: Path) -> tuple[str | None,
 
 
 def _path(text: str, folder: Path) -> Path:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     return path if path.is_absolute() else folder / path
 
 

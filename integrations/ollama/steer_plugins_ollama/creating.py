@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -160,7 +161,7 @@ def carry_files(steering: str, folder: Path, identity: ModelIdentity | None, lib
     files: dict[str, bytes] = {}
     for term in parse(steering):
         if any(mark in term.vector for mark in "/\\") or term.vector.endswith((".safetensors", ".gguf")):
-            path = Path(term.vector).expanduser()
+            path = Path(os.path.expanduser(term.vector))
             vector = library.resolve(str(path if path.is_absolute() else folder / path), identity)
             name = _free_name(path.stem, vector, files)
             files[name] = vector_bytes(vector.replace(name=name))

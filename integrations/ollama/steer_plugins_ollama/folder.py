@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import secrets
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from steer_plugins.atomic import write_atomically
-from steer_plugins.errors import EngineError, ModelError
+from steer_plugins.errors import EngineError, ModelError, SteerError
 
 from . import expression, modelfile
-from .errors import BadRequest, NotFound
+from .errors import BadName, BadRequest, NotFound
+from .gguf import check_answers, facts_of
+from .log import tell_once
 from .model import STEERING, Model
 from .names import HOST, NAMESPACE, Name, parse_name
 from .store import MAX_TEXT_BLOB
@@ -29,25 +33,36 @@ MAX_DEPTH = 16
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 _VECTOR_LINE = re.compile(r"#\s*steer-vector (\S+) sha256:([0-9a-f]{64})\s*")
 _SUFFIX = ".modelfile"
+_LATER_SHARD = re.compile(r"-(?!00001-)[0-9]{5}-of-[0-9]{5}\.gguf$", re.IGNORECASE)
 
 
 class FolderStore:
     """Models of a folder. ``extra``: GGUFs from elsewhere, by name (the demo model)."""
 
     def __init__(self, root: Path, extra: Mapping[str, Path] | None = None) -> None:
-        self.root = root
+        self.root = Path(os.path.expanduser(root)).absolute()
         self.extra = dict(extra or {})
+        self._writing = threading.Lock()
 
     # ---- reading ----
 
     def names(self) -> list[Name]:
+        """The models that can answer. Of files that cannot the log tells once."""
         found: dict[str, Name] = {}
-        for text in [*self.extra, *(p.stem for p in self._ggufs()), *(unquote(p.stem) for p in self._modelfiles())]:
+        files = [*self.extra.items(), *((p.stem, p) for p in self._ggufs()), *((unquote(p.stem), p) for p in self._modelfiles())]
+        for text, path in files:
             try:
                 name = parse_name(text)
-            except BadRequest:
-                continue  # a file whose name no model can have
-            found[str(name)] = name
+                key = str(name).lower()
+                if key in found and path.suffix.lower() != _SUFFIX:
+                    raise ModelError(f"another file means the model {found[key]} too")
+                self.get(text)
+            except BadName:
+                tell_once(f"{path.name} is not served: a model's name has letters, digits, '.', '_' and '-' only, so rename it")
+            except SteerError as error:
+                tell_once(f"{path.name} is not served: {error}")
+            else:
+                found.setdefault(key, name)
         return [found[key] for key in sorted(found)]
 
     def get(self, name: str) -> Model:
@@ -65,18 +80,32 @@ class FolderStore:
         return self.root / "blobs" / f"sha256-{match[1]}"
 
     def _ggufs(self) -> list[Path]:
-        return sorted(p for p in self.root.glob("*.gguf") if p.is_file()) if self.root.is_dir() else []
+        """The GGUF files, of a model in several shards the first one."""
+        return [p for p in self._files_with(".gguf") if not _LATER_SHARD.search(p.name)]
 
     def _modelfiles(self) -> list[Path]:
-        return sorted(p for p in self.root.glob(f"*{_SUFFIX}") if p.is_file()) if self.root.is_dir() else []
+        return self._files_with(_SUFFIX)
+
+    def _files_with(self, suffix: str) -> list[Path]:
+        try:
+            found = sorted(self.root.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ModelError(f"the folder {self.root} cannot be read: {error.strerror}") from None
+        return [p for p in found if p.suffix.lower() == suffix and not p.name.startswith(".") and p.is_file()]
+
+    def _modelfile_of(self, name: Name) -> Path | None:
+        """The Modelfile of a model; as in Ollama, the case of names does not matter."""
+        return next((p for p in self._modelfiles() if _same(unquote(p.stem), name)), None)
 
     def _get(self, text: str, depth: int) -> Model:
         name = parse_name(text)
         if depth > MAX_DEPTH:
             raise ModelError(f"the Modelfile of {text!r} is FROM itself: name another model there")
-        for path in self._modelfiles():
-            if _same(unquote(path.stem), name):
-                return self._from_modelfile(name, path, depth)
+        found = self._modelfile_of(name)
+        if found is not None:
+            return self._from_modelfile(name, found, depth)
         for path in self._ggufs():
             if _same(path.stem, name):
                 return self._plain(name, path)
@@ -86,20 +115,23 @@ class FolderStore:
         raise NotFound(f"model {text!r} not found")
 
     def _plain(self, name: Name, path: Path) -> Model:
+        check_answers(path)
         try:
             stat = path.stat()
         except OSError as error:
             raise ModelError(f"cannot read the model file {path}: {error.strerror}") from None
-        digest = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-        return Model(name, path, digest, stat.st_size, stat.st_mtime)
+        digest = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode("utf-8", "replace")).hexdigest()
+        return Model(name, path, digest, facts_of(path).size, stat.st_mtime)
 
     def _from_modelfile(self, name: Name, path: Path, depth: int) -> Model:
         try:
             if path.stat().st_size > MAX_TEXT_BLOB:
                 raise ModelError(f"{path.name} is too large for a Modelfile")
-            text = modelfile.decode(path.read_bytes(), errors="replace")
+            text = modelfile.decode(path.read_bytes())
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ModelError(f"{path.name} is not UTF-8: save it as UTF-8") from None
         try:
             parsed = modelfile.parse(text)
         except modelfile.ModelfileError as error:
@@ -132,7 +164,7 @@ class FolderStore:
         )
 
     def _source(self, name: Name, source: str, depth: int) -> Model:
-        path = (self.root / source).expanduser() if re.search(r"[/\\]|\.gguf$", source) or source.startswith("~") else None
+        path = self._path(source) if re.search(r"[/\\]|^~|\.gguf$", source, re.IGNORECASE) else None
         if path is not None and path.is_file():
             return self._plain(name, path)
         if _same(source, name):  # `smollm.modelfile` may be FROM the GGUF of the same name
@@ -145,10 +177,14 @@ class FolderStore:
             raise BadRequest(f"the model {str(name)!r} is FROM {source!r}, which is neither a model nor a file here") from None
 
     def _file(self, source: str) -> Path:
-        path = (self.root / source).expanduser()
+        path = self._path(source)
         if not path.is_file():
             raise ModelError(f"the file {source!r} is missing in {self.root}")
         return path
+
+    def _path(self, source: str) -> Path:
+        """The file that a Modelfile means."""
+        return self.root / os.path.expanduser(source)
 
     # ---- writing ----
 
@@ -162,9 +198,9 @@ class FolderStore:
         return self.root / "blobs" / f".upload-{secrets.token_hex(8)}"
 
     def modelfile_path(self, name: Name) -> Path:
-        """The file of a created model."""
+        """The file of a created model: that which is there, else a new one."""
         short = str(name).removesuffix(":latest")
-        return self.root / f"{quote(short, safe='')}{_SUFFIX}"
+        return self._modelfile_of(name) or self.root / f"{quote(short, safe='')}{_SUFFIX}"
 
     def create(self, name: Name, body: Mapping[str, Any], vectors: Mapping[str, bytes] | None = None) -> None:
         """Write a model from a checked ``/api/create`` body, whose steering is combined already.
@@ -190,25 +226,41 @@ class FolderStore:
         wanted: dict[str, Any] = {
             "template": body.get("template") or (base.template if base else None),
             "system": body.get("system") or (base.system if base else None),
-            "adapters": [*(str(p) for p in (base.adapters if base else ())), *adapters],
+            "adapters": [*map(self._inside, base.adapters if base else ()), *adapters],
             "parameters": parameters,
             "messages": list(body.get("messages") or (base.messages if base else ())),
             "licenses": [*(base.licenses if base else ()), *licenses],
-            "projectors": [str(p) for p in (base.projectors if base else ())],
+            "projectors": [*map(self._inside, base.projectors if base else ())],
         }
+        inherited = {key: path.stem for key, path in (base.vectors if base else {}).items()}
+        self._write(name, source, wanted, inherited, vectors or {})
+
+    def _write(
+        self,
+        name: Name,
+        source: str,
+        wanted: Mapping[str, Any],
+        inherited: Mapping[str, str],
+        vectors: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Write a Modelfile in full. ``inherited``: digests of vectors that are here. Raises BadRequest or EngineError."""
         text = modelfile.render(source, **wanted)
         _check_same(text, source, wanted)
-        carried = {key: hashlib.sha256(data).hexdigest() for key, data in (vectors or {}).items()}
-        inherited = {key: path.stem for key, path in (base.vectors if base else {}).items()}
-        head = "".join(f"# steer-vector {key} sha256:{digest}\n" for key, digest in {**inherited, **carried}.items())
-        try:
-            for key, data in (vectors or {}).items():
-                self.vector_path(carried[key]).parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.vector_path(carried[key]), data)
-            self.root.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.modelfile_path(name), (head + text).encode())
-        except OSError as error:
-            raise EngineError(f"{name} cannot be stored in {self.root}: {error.strerror or error}") from None
+        carried = {hashlib.sha256(data).hexdigest(): (key, data) for key, data in (vectors or {}).items()}
+        named = {**inherited, **{key: digest for digest, (key, _) in carried.items()}}
+        head = "".join(f"# steer-vector {key} sha256:{digest}\n" for key, digest in named.items())
+        with self._writing:
+            try:
+                for digest, (_, data) in carried.items():
+                    self.vector_path(digest).parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(self.vector_path(digest), data)
+                self.root.mkdir(parents=True, exist_ok=True)
+                path = self.modelfile_path(name)
+                before = path.read_bytes() if path.is_file() else b""
+                write_atomically(path, (head + text).encode())
+                self._collect(before)
+            except OSError as error:
+                raise EngineError(f"{name} cannot be stored in {self.root}: {error.strerror or error}") from None
 
     def _base(self, body: Mapping[str, Any]) -> tuple[Model | None, str]:
         files = body.get("files") or {}
@@ -220,11 +272,11 @@ class FolderStore:
         if not isinstance(source, str) or not source:
             raise BadRequest("neither 'from' or 'files' was specified")
         base = self.get(source)
-        try:
-            inside = base.gguf.relative_to(self.root).as_posix()
-            return base, f"./{inside}"
-        except ValueError:
-            return base, str(base.gguf)
+        return base, self._inside(base.gguf)
+
+    def _inside(self, path: Path) -> str:
+        """A file as a Modelfile names it: from the folder where it is in there, so that the folder can be moved."""
+        return f"./{path.relative_to(self.root).as_posix()}" if path.is_relative_to(self.root) else str(path)
 
     def _relative(self, digest: Any) -> str:
         path = self.blob_path(str(digest))
@@ -233,14 +285,26 @@ class FolderStore:
         return f"./blobs/{path.name}"
 
     def copy(self, source: str, target: Name) -> None:
-        """Raises NotFound, or EngineError when the folder cannot be written."""
+        """Write a model under another name, in full: what its Modelfile says about itself would mean something else there.
+
+        Raises:
+            NotFound: there is no such model.
+            EngineError: the folder cannot be written.
+        """
         model = self.get(source)
-        path = self.modelfile_path(model.name)
-        try:
-            text = path.read_text("utf-8", errors="replace") if path.is_file() else f"FROM {str(model.name)}\n"
-            write_atomically(self.modelfile_path(target), text.encode())
-        except OSError as error:
-            raise EngineError(f"{target} cannot be stored in {self.root}: {error.strerror or error}") from None
+        if _same(str(target), model.name):
+            return  # as Ollama does
+        steering = {} if model.steering is None else {STEERING: model.steering}
+        wanted = {
+            "template": model.template,
+            "system": model.system,
+            "adapters": [*map(self._inside, model.adapters)],
+            "parameters": {**model.parameters, **steering},
+            "messages": list(model.messages),
+            "licenses": [one for one in model.licenses if expression.of_license(one) is None],
+            "projectors": [*map(self._inside, model.projectors)],
+        }
+        self._write(target, self._inside(model.gguf), wanted, {key: path.stem for key, path in model.vectors.items()})
 
     def delete(self, text: str) -> None:
         """Remove a model that was created here, and the uploads that only it used. GGUFs of the folder are not ours to delete.
@@ -249,25 +313,35 @@ class FolderStore:
             NotFound: there is no such model.
             BadRequest: it is a GGUF of the folder.
         """
-        model = self.get(text)
-        path = next((p for p in self._modelfiles() if _same(unquote(p.stem), model.name)), None)
-        if path is None:
-            raise BadRequest(f"{str(model.name)!r} is the file {model.gguf}: delete it yourself if that is what you want")
-        try:
-            text = path.read_text("utf-8", errors="replace")
-            path.unlink()
-            self._collect(text)
-        except OSError as error:
-            raise EngineError(f"{path} cannot be deleted: {error.strerror or error}") from None
+        with self._writing:
+            path = self._modelfile_of(parse_name(text))
+            if path is None:
+                model = self.get(text)
+                raise BadRequest(f"{str(model.name)!r} is the file {model.gguf}: delete it yourself if that is what you want")
+            try:
+                before = path.read_bytes()
+                path.unlink()
+                self._collect(before)
+            except OSError as error:
+                raise EngineError(f"{path} cannot be deleted: {error.strerror or error}") from None
 
-    def _collect(self, deleted: str) -> None:
-        """Remove the uploads that a deleted Modelfile names and no other does."""
-        texts = "".join(p.read_text("utf-8", errors="replace") for p in self._modelfiles())
+    def _collect(self, before: bytes) -> None:
+        """Remove the uploads that a Modelfile which is gone names, and that nothing else here uses.
+
+        The other Modelfiles are searched as bytes, also those that cannot be read as Modelfiles, and UTF-16 without its zeros.
+        """
+        deleted = _searchable(before)
+        kept = b"\n".join(_searchable(p.read_bytes()) for p in self._modelfiles())
+        linked = {p.resolve() for p in self._ggufs()}
         for folder, mark in (("blobs", "{0.name}"), ("vectors", "{0.stem}")):
             for path in (self.root / folder).glob("*"):
-                name = mark.format(path)
-                if not path.name.startswith(".") and name in deleted and name not in texts:
+                name = mark.format(path).lower().encode("utf-8", "replace")
+                if not path.name.startswith(".") and name in deleted and name not in kept and path.resolve() not in linked:
                     path.unlink()
+
+
+def _searchable(raw: bytes) -> bytes:
+    return raw.replace(b"\0", b"").lower()
 
 
 def _check_same(text: str, source: str, wanted: Mapping[str, Any]) -> None:

@@ -23,10 +23,11 @@ _FILE_TYPES = {
 
 @dataclass(frozen=True)
 class GGUFFacts:
-    """``values``: the metadata's scalars and texts, arrays as None; ``parameters``: how many weights the model has."""
+    """``values``: the metadata's scalars and texts, arrays as None; ``parameters``: how many weights it has; ``size``: bytes."""
 
     values: dict[str, Any]
     parameters: int
+    size: int
 
     @property
     def architecture(self) -> str:
@@ -69,4 +70,18 @@ def facts_of(path: Path) -> GGUFFacts:
 def _facts(shards: tuple[tuple[Path, int, int], ...]) -> GGUFFacts:
     headers = [read_gguf(path) for path, _, _ in shards]
     weights = sum(math.prod(tensor.dims) for header in headers for tensor in header.tensors.values())
-    return GGUFFacts(headers[0].values, weights)
+    return GGUFFacts(headers[0].values, weights, sum(size for _, size, _ in shards))
+
+
+_OTHERS = {"controlvector": "a control vector", "clip": "a projector", "adapter": "an adapter", "imatrix": "an importance matrix"}
+
+
+def check_answers(path: Path) -> None:
+    """Raise ModelError for a GGUF file that is damaged, or is something else than a language model."""
+    facts = facts_of(path)
+    kind = str(facts.values.get("general.type"))
+    other = _OTHERS.get(facts.architecture) or _OTHERS.get(kind) or ("" if facts.parameters else "a header without weights")
+    if not other and not (facts.number("block_count") and "tokenizer.ggml.tokens" in facts.values):
+        other = "something else"
+    if other:
+        raise ModelError(f"{path.name} is {other}, not a language model")

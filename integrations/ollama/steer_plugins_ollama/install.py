@@ -89,7 +89,7 @@ def plan(options: Sequence[str], *, platform: str | None = None, environ: Mappin
     kept = {key: env[key] for key in KEPT if env.get(key)}
     for key in PATHS:
         if key in kept:  # the service starts elsewhere
-            kept[key] = str(Path(kept[key]).expanduser().absolute())
+            kept[key] = os.path.abspath(os.path.expanduser(kept[key]))
     if platform == "darwin":
         path = agent_path()
         return Plan(path, launchd_agent(command, kept), after=(("launchctl", "load", "-w", str(path)),))

@@ -82,9 +82,9 @@ class Modelfile:
     ignored: list[str] = field(default_factory=list)
 
 
-def decode(raw: bytes, errors: str = "strict") -> str:
+def decode(raw: bytes) -> str:
     """The text of a file: UTF-8, or UTF-16 with its mark, as PowerShell's ``>`` writes it. Raises UnicodeDecodeError."""
-    return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", errors)
+    return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
 
 
 def parse(text: str) -> Modelfile:

@@ -23,6 +23,7 @@ from .bodies import read_body
 from .calls import Call, make_call, steering_in
 from .daemon import Forwarded
 from .errors import BadRequest
+from .log import tell_once
 from .model import STEERING, Model
 from .service import Service
 from .streams import Streamed, Whole
@@ -148,7 +149,7 @@ def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any]:
         if history := _history(model):
             body["input"] = [*history, *(asked if isinstance(asked, list) else [{"role": "user", "content": asked}])]
     if model.template and path != "/v1/chat/completions":
-        replies.tell_once(f"{model.name}: {path} uses the chat template of its GGUF, not its TEMPLATE")
+        tell_once(f"{model.name}: {path} uses the chat template of its GGUF, not its TEMPLATE")
     return body
 
 

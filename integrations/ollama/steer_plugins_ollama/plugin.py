@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -140,11 +141,12 @@ def serve_options(words: tuple[str, ...]) -> list[str]:
         return list(words)
     found = [*words[: words.index("--")]] if "--" in words else list(words)
     flags = words[len(found) :]
+    there = Path(os.path.expanduser(folder)).absolute()
     for number, word in enumerate(found):
         if word == "--folder":
-            found[number + 1] = str(folder.expanduser().absolute())
+            found[number + 1] = str(there)
         elif word.startswith("--folder="):
-            found[number] = f"--folder={folder.expanduser().absolute()}"
+            found[number] = f"--folder={there}"
     return [*found, *flags]
 
 

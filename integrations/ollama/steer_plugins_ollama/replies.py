@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
@@ -15,15 +14,13 @@ import httpx
 from . import gotemplate, llama, options
 from .errors import ApiError, BadRequest
 from .llama import Piece, TooLong
+from .log import tell_once
 from .model import Model
 from .pool import Pool, Runner
-
-log = logging.getLogger("steer.ollama")
 
 ROLES = ("system", "user", "assistant", "tool")
 THINK_LEVELS = ("low", "medium", "high", "max")
 T = TypeVar("T")
-_told: set[str] = set()
 _IMAGE_MARK = re.compile(r"\[img-([0-9]{1,4})\]")
 
 
@@ -148,13 +145,6 @@ def template_of(model: Model, runner: Runner) -> gotemplate.Template | None:
     except gotemplate.TemplateError as error:
         tell_once(f"the TEMPLATE of {model.name} is not understood ({error}): the chat template of its GGUF is used")
         return None
-
-
-def tell_once(text: str) -> None:
-    """Log a warning, the first time only."""
-    if text not in _told:
-        _told.add(text)
-        log.warning("%s", text)
 
 
 # ---- chat ----

@@ -64,12 +64,12 @@ def make_service(wanted: ServeOptions) -> tuple[Service, str]:
             OllamaStore(root), pool, library, daemon=Daemon(url), serve_all=wanted.serve_all, environ=wanted.environ
         )
         return service, f"Ollama at {url} (its models: {root})"
-    folder = wanted.folder or default_folder()
-    if wanted.folder is not None and not folder.is_dir():
-        raise ModelError(f"there is no folder {folder}: make it and put GGUF files into it")
-    extra = {} if wanted.folder else _demo()
-    what = f"the folder {folder}" + "".join(f" and the demo model {name}" for name in extra)
-    return Service(FolderStore(folder, extra), pool, library, environ=wanted.environ), what
+    store = FolderStore(wanted.folder or default_folder(), {} if wanted.folder else _demo())
+    if wanted.folder is not None and not store.root.is_dir():
+        raise ModelError(f"there is no folder {store.root}: make it and put GGUF files into it")
+    store.names()  # the log tells now which files are not served
+    what = f"the folder {store.root}" + "".join(f" and the demo model {name}" for name in store.extra)
+    return Service(store, pool, library, environ=wanted.environ), what
 
 
 def is_itself(url: str, host: str, port: int) -> bool:

@@ -35,7 +35,7 @@ def store_root(environ: Mapping[str, str] | None = None) -> Path:
     """Where Ollama keeps models: ``OLLAMA_MODELS``, else the user's folder, else that of the Linux service."""
     env = os.environ if environ is None else environ
     if env.get("OLLAMA_MODELS"):
-        return Path(env["OLLAMA_MODELS"]).expanduser()
+        return Path(os.path.expanduser(env["OLLAMA_MODELS"]))
     home = Path.home() / ".ollama" / "models"
     service = Path("/usr/share/ollama/.ollama/models")
     if sys.platform == "linux" and not has_models(home) and has_models(service):
