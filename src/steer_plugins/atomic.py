@@ -6,11 +6,11 @@ import contextlib
 import hashlib
 import os
 import secrets
-import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
 
-_LOCK_OFFSET = 1 << 30  # Windows locks bytes, not files: lock one far behind the text, which stays readable
+from filelock import FileLock, Timeout
 
 
 def file_sha256(path: Path) -> str:
@@ -58,34 +58,15 @@ def finish(new: Path, path: str | os.PathLike[str]) -> None:
         raise
 
 
-if sys.platform == "win32":
-    import msvcrt
+def lock(path: str | os.PathLike[str], on_wait: Callable[[], None] | None = None) -> AbstractContextManager[object]:
+    """Lock ``path`` between processes, until the context that is returned ends; the system unlocks it when the holder dies.
 
-    def try_lock(stream: IO[bytes]) -> bool:
-        """Lock an open file for this process; False if another has it. The system drops it when the holder dies."""
-        stream.seek(_LOCK_OFFSET)
-        try:
-            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-    def unlock(stream: IO[bytes]) -> None:
-        """Let go of what :func:`try_lock` took."""
-        stream.seek(_LOCK_OFFSET)
-        msvcrt.locking(stream.fileno(), msvcrt.LK_UNLCK, 1)
-
-else:
-    import fcntl
-
-    def try_lock(stream: IO[bytes]) -> bool:
-        """Lock an open file for this process; False if another has it. The system drops it when the holder dies."""
-        try:
-            fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def unlock(stream: IO[bytes]) -> None:
-        """Let go of what :func:`try_lock` took."""
-        fcntl.flock(stream.fileno(), fcntl.LOCK_UN)
+    The file stays. ``on_wait()`` is called once, when another process has it. Raises OSError.
+    """
+    file = FileLock(path)
+    try:
+        return file.acquire(timeout=0)
+    except Timeout:
+        if on_wait is not None:
+            on_wait()
+    return file.acquire()

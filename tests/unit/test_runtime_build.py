@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from steer_plugins.cli.build import build as build_command
 from steer_plugins.errors import BuildError
 from steer_plugins.runtime import bindings, locate, plan, tools
 from steer_plugins.runtime.build import build_runtime, check_patch
-from steer_plugins.runtime.cache import CacheLock
+from steer_plugins.runtime.cache import cache_lock
 from steer_plugins.runtime.libraries import link_libraries
 from steer_plugins.runtime.plan import BuildOptions, CMakeArguments, parse_cmake_arguments, plan_build
 from steer_plugins.runtime.syntax import syntax_command
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the toy cmake is a s
 # It "compiles" by copying the sources' text into the libraries, and counts how often each file was compiled.
 CMAKE = """#!{python}
 import os, shutil, sys, time
+from collections.abc import Iterator
 from pathlib import Path
 args = sys.argv[1:]
 if os.environ.get("TOY_SLEEP") and "--build" in args:
@@ -250,7 +253,7 @@ def test_an_error_while_staging_leaves_nothing(toy: Toy, monkeypatch: pytest.Mon
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_atomic", full)
+    monkeypatch.setattr(module, "write_atomically", full)
     with pytest.raises(BuildError, match="disk is full"):
         build_runtime(toy.options())
     assert toy.runtimes() == []
@@ -280,6 +283,7 @@ INTERRUPTED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from tests.unit import test_runtime_build as t
+from collections.abc import Iterator
 from pathlib import Path
 t.module.probe = t.toy_probe
 t.plan.find_bindings = lambda: None
@@ -303,7 +307,7 @@ def test_ctrl_c(toy: Toy) -> None:
         child.send_signal(signal.SIGINT)
         assert child.stdout is not None and child.stdout.read() == "stopped\n"
     assert toy.runtimes() == [] and locate.find_runtime() is None
-    with CacheLock(toy.cache / "build.lock", on_wait=lambda text: pytest.fail(text)):
+    with cache_lock(toy.cache / "build.lock", on_wait=lambda text: pytest.fail(text)):
         pass
     assert not build_runtime(toy.options()).reused
 
@@ -311,15 +315,16 @@ def test_ctrl_c(toy: Toy) -> None:
 def test_two_builds_do_not_collide(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
-    class Waiting(CacheLock):
-        def __enter__(self) -> CacheLock:
-            # another process built it while this one waited
-            monkeypatch.setattr(module, "CacheLock", CacheLock)
-            build_runtime(toy.options())
-            said.append("built")
-            return super().__enter__()
+    @contextlib.contextmanager
+    def waiting(*args: Any) -> Iterator[None]:
+        # another process built it while this one waited
+        monkeypatch.setattr(module, "cache_lock", cache_lock)
+        build_runtime(toy.options())
+        said.append("built")
+        with cache_lock(*args):
+            yield
 
-    monkeypatch.setattr(module, "CacheLock", Waiting)
+    monkeypatch.setattr(module, "cache_lock", waiting)
     assert build_runtime(toy.options()).reused and said == ["built"]
 
 

@@ -113,8 +113,9 @@ def removal(*, platform: str | None = None, environ: Mapping[str, str] | None = 
 
 
 def unit_path(environ: Mapping[str, str]) -> Path:
-    """Where the systemd user unit belongs."""
-    base = Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    """Where the systemd user unit belongs. As everywhere, a relative path in ``XDG_CONFIG_HOME`` is ignored."""
+    named = environ.get("XDG_CONFIG_HOME", "")
+    base = Path(named) if os.path.isabs(named) else Path.home() / ".config"
     return base / "systemd" / "user" / UNIT
 
 

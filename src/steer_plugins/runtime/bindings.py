@@ -9,7 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cache import digest, file_sha256
+from ..atomic import file_sha256
+from .cache import digest
 
 PINNED_VERSION = "0.3.36"
 DISTRIBUTION = "llama-cpp-python"

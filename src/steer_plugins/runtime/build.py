@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..atomic import file_sha256, write_atomically
 from ..errors import BuildError, RuntimeMissing
 from . import tools
 from .bindings import DISTRIBUTION, PINNED_VERSION, find_library, ggml_files, is_ggml
-from .cache import CacheLock, cache_dir, file_sha256, make_dir, remove_tree, write_atomic
+from .cache import cache_dir, cache_lock, make_dir, remove_tree
 from .host import HostGgml, lost_devices, read_host, require_same_ggml, source_ggml, write_cmake_package
 from .libraries import base_name, free_from_place, is_shared_library, link_libraries, probe
 from .locate import RUNTIME_FILE, Runtime, read_runtime
@@ -128,7 +129,7 @@ def build_runtime(options: BuildOptions, reporter: Reporter | None = None) -> Bu
         cache = make_dir(cache_dir())
         if not options.stock_twin and (found := _finished(plan, cache)) and not options.force:
             return BuildResult(found, time.monotonic() - started, reused=True)
-        with CacheLock(cache / "build.lock", reporter.say):
+        with cache_lock(cache / "build.lock", reporter.say):
             _clean_leftovers(cache)
             # Another process may have built it while we waited.
             found = None if options.force else _finished(plan, cache)
@@ -453,7 +454,7 @@ class _Build:
         remove_tree(stage)
         try:
             meta = {**self._stage(stage, patch), "key": key}
-            write_atomic(stage / RUNTIME_FILE, (json.dumps(meta, indent=2) + "\n").encode())
+            write_atomically(stage / RUNTIME_FILE, (json.dumps(meta, indent=2) + "\n").encode())
             old = final.with_name(f".old-{key}-{os.getpid()}")
             if final.exists():
                 os.replace(final, old)

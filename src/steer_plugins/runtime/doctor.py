@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..atomic import file_sha256
 from ..errors import BuildError, ModelError, RuntimeMissing
 from . import tools
 from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, ggml_files
-from .cache import cache_dir, file_sha256
+from .cache import cache_dir
 from .host import host_of, same_host
 from .libraries import probe
 from .locate import INSTALL_BINDINGS, WHEEL_NAME, Runtime, cached_runtimes, find_runtime, installed_runtime, is_current

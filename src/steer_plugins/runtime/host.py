@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..atomic import file_sha256, write_atomically
 from ..errors import BuildError
 from .bindings import DISTRIBUTION, Bindings, find_any_library, ggml_files
-from .cache import digest, file_sha256, make_dir, write_atomic
+from .cache import digest, make_dir
 from .elf import read_dynamic
 from .sources import SourceOrigin
 
@@ -257,8 +258,8 @@ def write_cmake_package(prefix: Path, host: HostGgml, include: Path, tensor: int
         paths[key] = _cmake(path)
     options = "-Wl,--allow-shlib-undefined" if sys.platform.startswith("linux") else ""
     text = _CONFIG.format(include=_cmake(include), options=options, **paths)
-    write_atomic(folder / "check.c", _CHECK.format(tensor=int(tensor)).encode())
-    write_atomic(folder / "ggml-config.cmake", text.encode())
+    write_atomically(folder / "check.c", _CHECK.format(tensor=int(tensor)).encode())
+    write_atomically(folder / "ggml-config.cmake", text.encode())
 
 
 def _cmake(path: Path) -> str:

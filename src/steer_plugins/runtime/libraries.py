@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .cache import file_sha256, make_dir
+from ..atomic import file_sha256
+from .cache import make_dir
 from .elf import make_relative, read_dynamic
 
 

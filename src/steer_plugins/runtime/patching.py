@@ -17,8 +17,9 @@ from typing import Any
 
 import patch_ng
 
+from ..atomic import write_atomically
 from ..errors import BuildError
-from .cache import digest, remove_tree, write_atomic, write_if_changed
+from .cache import digest, remove_tree, write_if_changed
 
 LIBRARY_FOLDER = "src"
 SERVER_FOLDER = "tools/server"
@@ -270,11 +271,13 @@ class PatchedTree:
         added = {path for path in plan if self.original(path) is None}
         before = self._added()
         # Said before it is done: after a crash the next run still knows which files are ours.
-        write_atomic(self._added_file, "\n".join(sorted(added | before)).encode())
+        self.pristine.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._added_file, "\n".join(sorted(added | before)).encode())
         for path in plan:
             keep = self.pristine / path
             if path not in added and not keep.exists():
-                write_atomic(keep, (self.root / path).read_bytes())
+                keep.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(keep, (self.root / path).read_bytes())
         written = [path for path, content in plan.items() if write_if_changed(self.root / path, content)]
         for path in sorted(before - added):
             remove_tree(self.root / path)
@@ -282,7 +285,7 @@ class PatchedTree:
         for path in self._kept():
             if path not in plan and write_if_changed(self.root / path, (self.pristine / path).read_bytes()):
                 written.append(path)
-        write_atomic(self._added_file, "\n".join(sorted(added)).encode())
+        write_atomically(self._added_file, "\n".join(sorted(added)).encode())
         return written
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, RuntimeMissing
-from .cache import CacheLock, cache_dir, remove_tree
+from .cache import cache_dir, cache_lock, remove_tree
 from .host import host_of, same_host
 from .locate import cached_runtimes, find_cached_runtime, is_current, runtime_at
 from .process import Reporter
@@ -47,7 +47,7 @@ def prune_runtimes(reporter: Reporter | None = None) -> Pruned:
     result = Pruned()
     if not root.is_dir():
         return result
-    with CacheLock(cache_dir() / "build.lock", reporter.say):
+    with cache_lock(cache_dir() / "build.lock", reporter.say):
         used = _in_use()
         for folder in sorted(root.iterdir()):
             if folder in used:

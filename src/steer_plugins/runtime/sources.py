@@ -11,9 +11,10 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..atomic import file_sha256
 from ..errors import BuildError
 from .bindings import DISTRIBUTION, PINNED_VERSION
-from .cache import digest, file_sha256, make_dir, remove_tree
+from .cache import digest, make_dir, remove_tree
 
 # The sdist of the version the patch is made for; other versions are checked against the index's own hash by pip.
 SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}

@@ -24,8 +24,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..atomic import file_sha256
 from ..errors import BuildError
-from .cache import file_sha256, make_dir
+from .cache import make_dir
 from .elf import make_relative, read_dynamic
 from .libraries import is_shared_library, probe
 from .locate import RUNTIME_FILE, RUNTIME_PACKAGE, WHEEL_NAME, Runtime

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from platformdirs import user_data_path
 
 from ..atomic import write_atomically
 from ..errors import VectorError
@@ -33,15 +34,10 @@ def missing_sentence(name: str, identity: ModelIdentity | None) -> str:
 
 def default_root() -> Path:
     """Where vectors are kept: ``STEER_LIBRARY``, else the place this system has for a user's data."""
-    if os.environ.get("STEER_LIBRARY"):
-        return Path(os.environ["STEER_LIBRARY"]).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "steer-plugins" / "vectors"
+    named = os.environ.get("STEER_LIBRARY")
+    if named:
+        return Path(named).expanduser().absolute()
+    return user_data_path("steer-plugins", appauthor=False, roaming=True) / "vectors"
 
 
 @dataclass(frozen=True)

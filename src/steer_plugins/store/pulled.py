@@ -10,13 +10,12 @@ import contextlib
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..atomic import file_sha256, try_lock, unlock, write_atomically
+from ..atomic import file_sha256, lock, write_atomically
 from ..errors import VectorError
 from ..steering.vector import ModelIdentity, SteeringVector, is_hub_name
 from .vectorfile import read_vector
@@ -184,19 +183,11 @@ class Pulled:
         """One process at a time; the system drops the lock when its holder dies. Raises VectorError."""
         try:
             (self.root / "files").mkdir(parents=True, exist_ok=True)
-            stream = open(self.root / "lock", "a+b", buffering=0)
+            held = lock(self.root / "lock", on_wait)
         except OSError as error:
             raise VectorError(f"cannot write to {self.root}: {error.strerror or error}") from None
-        with stream:
-            if not try_lock(stream):
-                if on_wait is not None:
-                    on_wait()
-                while not try_lock(stream):
-                    time.sleep(0.05)
-            try:
-                yield
-            finally:
-                unlock(stream)
+        with held:
+            yield
 
     def write(self, state: dict[str, Any]) -> None:
         """Replace the record, then sweep files that nothing names. Only while :meth:`locked`. Raises VectorError."""
