@@ -16,6 +16,7 @@ import numpy as np
 
 from steer_plugins import native
 from steer_plugins.native import NativeTerm
+from steer_plugins.runtime.waiting import with_short_waits
 
 CORE = ("llama", "qwen2", "qwen3", "gemma3", "deepseek2", "deepseek4")
 """Architectures for the tests with many cases; test_architectures.py runs its shorter list over all of them."""
@@ -317,7 +318,7 @@ def child_environment(runtime: Any, lib_dir: Path | None = None) -> dict[str, st
     folder = str(lib_dir or runtime.lib_dir)
     paths = [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
     return {
-        **os.environ,
+        **with_short_waits(os.environ),
         "LLAMA_CPP_LIB_PATH": folder,
         "MTMD_CPP_LIB": folder,
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),

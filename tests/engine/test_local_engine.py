@@ -40,6 +40,26 @@ def engines(float32_cache: None, tiny: Callable[..., Path]) -> Iterator[Callable
         engine.close()
 
 
+# ---- scoring ----
+
+
+@pytest.mark.parametrize("arch", BOTH)
+def test_distributions_hold_what_logprobs_tells(engines: Any, arch: str) -> None:
+    """Each row is a distribution over the vocabulary, of the unsteered or the steered model."""
+    engine = engines(arch)
+    items = [(PROMPT, " and then it rained"), (LONG, [60, 61, 62]), (PROMPT, [])]
+    term = Term(vector(engine), 1.0)
+    for steering in (None, term):
+        found = engine.distributions(items, steering=steering)
+        for (_, answer), rows, told in zip(items, found, engine.logprobs(items, steering=steering), strict=True):
+            tokens = engine._model.continuation(answer)
+            assert rows.shape == (len(tokens), engine.info.n_vocab) and rows.dtype == np.float32
+            assert np.allclose(np.logaddexp.reduce(rows.astype(np.float64), axis=1), 0.0, atol=1e-5)
+            assert np.allclose(rows[np.arange(len(tokens)), tokens], told, atol=1e-5)
+    plain, moved_ = (engine.distributions(items[:1], steering=s)[0] for s in (None, term))
+    assert np.abs(plain - moved_).max() > 0.1
+
+
 # ---- reading ----
 
 

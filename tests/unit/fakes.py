@@ -27,6 +27,8 @@ class FakeEngine(Engine):
     ``reply``: may replace how replies are made, ``(prompt, pull, dose, max_tokens) -> (text, finish_reason)``.
     """
 
+    has_distributions = True
+
     def __init__(self, *, gains: Sequence[float] | None = None, harm: float = 1.0, chat: bool = True) -> None:
         self.info = ModelInfo(
             path="fake.gguf",
@@ -141,6 +143,12 @@ class FakeEngine(Engine):
             mood = ("joy" in text) - ("woe" in text)
             found.append(np.full(len(text), -self._nll.get(text, 2.0) + mood * pull))
         return found
+
+    def distributions(self, items: Any, *, steering: Any = None, **more: Any) -> list[np.ndarray]:
+        """Of a vocabulary of two, whose second token gains what steering pulls."""
+        pull, _ = self._pull(steering)
+        row = np.array([0.0, pull]) - np.logaddexp(0.0, pull)
+        return [np.tile(row.astype(np.float32), (len(answer), 1)) for _, answer in items]
 
     def stream(self, request: GenerateRequest) -> GenerationStream:
         reply = self.generate_many([request])[0]

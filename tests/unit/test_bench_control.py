@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from steer_plugins.bench.arms import ARMS, case_of, message, random_vector, shuffled_vector
-from steer_plugins.bench.control import QUICK, SWING, TURN_TOKENS, Control, Plan
+from steer_plugins.bench.control import QUICK, SWING, TURN_TOKENS, Control, Plan, divergence
 from steer_plugins.bench.replies import SCORED_TOKENS
 from steer_plugins.bench.report import summary_rows
 from steer_plugins.bench.results import against_prompt
@@ -264,8 +264,23 @@ def test_side_effects() -> None:
     assert effects["strength"] == 0.5
     assert effects["plain"]["accuracy"][0] == effects["prompt"]["accuracy"][0] == 1.0
     assert effects["steer"]["accuracy"][0] == 0.0 and effects["steer"]["accuracy_change"][0] == -1.0
-    assert effects["steer"]["kl"][0] == pytest.approx(0.5, abs=1e-3) and effects["prompt"]["kl"][0] == 0.0
+    # two tokens, even odds against odds of 1 to e^pull
+    expected = np.log(0.5) - np.mean([0.0, 0.5]) + np.logaddexp(0.0, 0.5)
+    assert effects["steer"]["kl"][0] == pytest.approx(expected, abs=1e-4) and effects["prompt"]["kl"][0] == 0.0
     assert "kl" not in effects["plain"]
+    sided = Sided()
+    sided.has_distributions = False
+    assert all("kl" not in effect for effect in found(run(sided))["side_effects"].values() if isinstance(effect, dict))
+
+
+def test_divergence() -> None:
+    rng = np.random.default_rng(0)
+    p, q = (rng.normal(size=(5, 1000)).astype(np.float32) for _ in range(2))
+    p, q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (p, q))
+    exact = np.sum(np.exp(p.astype(np.float64)) * (p.astype(np.float64) - q), axis=1).mean()
+    assert divergence(p, q) == pytest.approx(exact, rel=1e-4) and divergence(p, p) == 0.0
+    # the least difference that float32 can hold is still not below 0
+    assert 0.0 <= divergence(p, np.nextafter(p, np.float32(0))) < 1e-6
 
 
 def test_models_without_a_chat_template() -> None:

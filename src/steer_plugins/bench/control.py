@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..engine.base import Engine, GenerateRequest, Prompt
 from ..training.calibrate import mean_perplexity
@@ -309,7 +310,8 @@ class Control(Replies):
         return len(self.engine.tokenize(prompt)) + TURN_TOKENS < self.engine.info.n_ctx
 
     def _side_effects(self, case: Case, strength: float) -> dict[str, Any]:
-        """Multiple choice by log-probability, and how far neutral replies become less likely, for each arm."""
+        """Multiple choice by log-probability, and how far the next tokens of neutral replies are from the plain model's (where
+        the engine tells whole distributions), for each arm."""
         questions = read_choices()[: self.plan.choices]
         neutral, plain = self._plain["neutral"], self._plain["choices"]
         found: dict[str, Any] = {}
@@ -320,11 +322,11 @@ class Control(Replies):
             part = {"accuracy": estimate(right, self.plan.seed).to_list()}
             part["accuracy_change"] = paired(right, plain, self.plan.seed).to_list()
             if neutral and arm != "plain":
-                moved = self.engine.logprobs(
+                moved = self.engine.distributions(
                     [(message(self.engine, text, case.system(arm)), tokens) for text, tokens, _ in neutral],
                     steering=case.steering(arm, strength),
                 )
-                kl = [float(np.mean(before - other)) for (_, _, before), other in zip(neutral, moved, strict=True)]
+                kl = [divergence(before, other) for (_, _, before), other in zip(neutral, moved, strict=True)]
                 part["kl"] = estimate(kl, self.plan.seed).to_list()
             found[arm] = part
         return found
@@ -347,7 +349,9 @@ class Control(Replies):
         return right
 
     def _neutral(self) -> list[tuple[str, list[int], Any]]:
-        """Neutral requests, replies drawn from the plain model as it is, and their log-probabilities there."""
+        """Neutral requests, replies drawn from the plain model as it is, and what it expects at each of their tokens."""
+        if not self.engine.has_distributions:
+            return []
         texts = data_lines("neutral.txt")[: self.plan.neutral]
         prompts = [message(self.engine, text, None) for text in texts]
         replies = self.engine.generate_many(
@@ -357,8 +361,17 @@ class Control(Replies):
             ]
         )
         there = [(t, p, r.tokens) for t, p, r in zip(texts, prompts, replies, strict=True) if r.tokens]
-        plain = self.engine.logprobs([(p, tokens) for _, p, tokens in there]) if there else []
+        plain = self.engine.distributions([(p, tokens) for _, p, tokens in there]) if there else []
         return [(t, tokens, values) for (t, _, tokens), values in zip(there, plain, strict=True)]
+
+
+def divergence(plain: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+    """KL(plain ‖ other) in nats, mean over positions; both are natural log probabilities [n_positions, n_vocab]. Never below 0:
+    it is summed over the vocabulary, not estimated from the tokens that were drawn (Kullback and Leibler 1951)."""
+    p, q = (one.astype(np.float64) for one in (plain, other))
+    # terms that are each at least 0, whatever the rounding: p log(p/q) - p + q
+    terms = np.exp(p) * (p - q) - np.exp(p) + np.exp(q)
+    return float(np.maximum(terms, 0.0).sum(axis=1).mean())
 
 
 def _pooled(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import EngineError, RuntimeMissing, SteerError
+from ..runtime.waiting import with_short_waits
 from .connection import Connection, ServerRefusal
 
 LOG_LINES = 400
@@ -79,7 +80,7 @@ class ServerProcess:
         Args:
             model: the GGUF file; None when ``args`` say what to load.
             args: further flags of llama-server.
-            env: variables on top of this process's own.
+            env: variables on top of this process's own, and of :mod:`..runtime.waiting`.
 
         Raises:
             EngineError: it runs already, the port is taken, or the program cannot be started.
@@ -98,7 +99,7 @@ class ServerProcess:
         self._lines.clear()
         self._device = ""
         guard = Path(__file__).with_name("guard.py")
-        environment = {**os.environ, **(env or {})}
+        environment = with_short_waits({**os.environ, **(env or {})})
         try:
             self._child = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(guard), str(self._grace), *command],

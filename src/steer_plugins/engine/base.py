@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import EngineError
 from ..steering.terms import Steering
 from ..steering.vector import ModelIdentity, SteeringVector
 
@@ -101,6 +102,8 @@ class Engine(ABC):
     info: ModelInfo
     mixed_positions: bool = False
     """Whether :meth:`read_pairs` also takes ``positions`` as a list of words, one for each item."""
+    has_distributions: bool = False
+    """Whether :meth:`distributions` can be asked for."""
 
     @abstractmethod
     def tokenize(self, prompt: Prompt, *, thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:
@@ -173,6 +176,23 @@ class Engine(ABC):
         progress: Progress | None = None,
     ) -> list[npt.NDArray[np.float64]]:
         """Natural log probability of each continuation token, given the prompt and the tokens before it."""
+
+    def distributions(
+        self,
+        items: Sequence[tuple[Prompt, str | list[int]]],
+        *,
+        steering: Any = None,
+        thinking: bool | None = None,
+        progress: Progress | None = None,
+    ) -> list[npt.NDArray[np.float32]]:
+        """Natural log probabilities of the whole vocabulary at each continuation token: float32 [n_tokens, n_vocab] an item.
+
+        Four bytes for each entry of the vocabulary and token: ask for few texts at a time.
+
+        Raises:
+            EngineError: this engine tells those of given tokens only (:attr:`has_distributions` is False).
+        """
+        raise EngineError("this engine tells the log probabilities of given tokens only: use the model in this process")
 
     @abstractmethod
     def close(self) -> None:

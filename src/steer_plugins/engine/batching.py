@@ -362,5 +362,14 @@ def wanted_positions(positions: str | Sequence[int], n_prompt: int, n_total: int
 
 def log_softmax_at(logits: npt.NDArray[np.float32], token: int) -> float:
     """Natural log probability of a token, summed in float64."""
+    return float(logits[token]) - _log_total(logits)
+
+
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Natural log probabilities of all tokens: float32 like ``logits``, their sum taken in float64."""
+    return logits - np.float32(_log_total(logits))
+
+
+def _log_total(logits: npt.NDArray[np.float32]) -> float:
     top = float(logits.max())
-    return float(logits[token]) - top - float(np.log(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
+    return top + float(np.log(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))

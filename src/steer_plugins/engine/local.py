@@ -26,7 +26,7 @@ from .base import (
     Prompt,
     as_steering,
 )
-from .batching import Text, log_softmax_at, read_texts, run_texts, wanted_positions
+from .batching import Text, log_softmax, log_softmax_at, read_texts, run_texts, wanted_positions
 from .gates import check_gates, decide
 from .model import LoadedModel, shared_log
 from .reply import Reply, prefill
@@ -60,6 +60,7 @@ class LocalEngine(TokenEngine):
     """
 
     mixed_positions = True
+    has_distributions = True
 
     def __init__(
         self,
@@ -209,16 +210,42 @@ class LocalEngine(TokenEngine):
         thinking: bool | None = None,
         progress: Progress | None = None,
     ) -> list[npt.NDArray[np.float64]]:
-        texts = []
-        for item in items:
-            tokens, n_prompt = self._pair(item, thinking)
-            texts.append(Text(tokens, n_prompt, [], list(range(n_prompt - 1, len(tokens) - 1))))
-        results = [np.zeros(len(t.tokens) - t.n_prompt, np.float64) for t in texts]
+        pairs = [self._pair(item, thinking) for item in items]
+        results = [np.zeros(len(tokens) - n_prompt, np.float64) for tokens, n_prompt in pairs]
 
-        def on_logits(i: int, position: int, logits: npt.NDArray[np.float32]) -> None:
-            text = texts[i]
-            results[i][position + 1 - text.n_prompt] = log_softmax_at(logits, text.tokens[position + 1])
+        def keep(i: int, place: int, logits: npt.NDArray[np.float32]) -> None:
+            tokens, n_prompt = pairs[i]
+            results[i][place] = log_softmax_at(logits, tokens[n_prompt + place])
 
+        self._score(pairs, keep, steering, progress)
+        return results
+
+    def distributions(
+        self,
+        items: Sequence[tuple[Prompt, str | list[int]]],
+        *,
+        steering: Any = None,
+        thinking: bool | None = None,
+        progress: Progress | None = None,
+    ) -> list[npt.NDArray[np.float32]]:
+        pairs = [self._pair(item, thinking) for item in items]
+        results = [np.zeros((len(tokens) - n_prompt, self.info.n_vocab), np.float32) for tokens, n_prompt in pairs]
+
+        def keep(i: int, place: int, logits: npt.NDArray[np.float32]) -> None:
+            results[i][place] = log_softmax(logits)
+
+        self._score(pairs, keep, steering, progress)
+        return results
+
+    def _score(
+        self,
+        pairs: Sequence[tuple[list[int], int]],
+        keep: Callable[[int, int, npt.NDArray[np.float32]], None],
+        steering: Any,
+        progress: Progress | None,
+    ) -> None:
+        """Call ``keep(pair, place, logits)`` with what predicts each token after the prompt; ``place`` counts from 0."""
+        texts = [Text(tokens, n, [], list(range(n - 1, len(tokens) - 1))) for tokens, n in pairs]
         done = 0
 
         def report(n: int, total: int) -> None:
@@ -227,17 +254,14 @@ class LocalEngine(TokenEngine):
 
         for decided, chosen in self._parted(as_steering(steering), [t.tokens[: t.n_prompt] for t in texts]):
             session = self._session("texts", max(len(t.tokens) for t in texts))
+
+            def on_logits(k: int, position: int, logits: npt.NDArray[np.float32], chosen: list[int] = chosen) -> None:
+                keep(chosen[k], position + 1 - texts[chosen[k]].n_prompt, logits)
+
             with cleaned(session):
                 session.steer.set_taps([], [])
-                run_texts(
-                    session,
-                    [texts[i] for i in chosen],
-                    decided,
-                    on_logits=lambda k, position, logits: on_logits(chosen[k], position, logits),  # noqa: B023
-                    progress=report,
-                )
+                run_texts(session, [texts[i] for i in chosen], decided, on_logits=on_logits, progress=report)
             done += len(chosen)
-        return results
 
     # ---- gates ----
 

@@ -19,6 +19,7 @@ from .bindings import DISTRIBUTION, PINNED_VERSION, find_bindings, find_library,
 from .cache import cache_dir
 from .patching import load_patch_set
 from .probe import load_modules
+from .waiting import short_waits
 
 RUNTIME_FILE = "runtime.json"
 # What `steer build --wheel` makes.
@@ -248,8 +249,9 @@ def ensure_runtime(quiet: bool = False, need_server: bool = False) -> Runtime:
 def activate(runtime: Runtime) -> ModuleType:
     """Import llama_cpp on the runtime's libraries and return it; fine to call again.
 
-    ``LLAMA_CPP_LIB_PATH`` and ``MTMD_CPP_LIB`` are set for this process. Raises RuntimeMissing: no bindings, bindings
-    of another version, llama_cpp already loaded with other libraries, or libraries without the patch.
+    ``LLAMA_CPP_LIB_PATH`` and ``MTMD_CPP_LIB`` are set for this process; its threads wait as :mod:`.waiting` says.
+    Raises RuntimeMissing: no bindings, bindings of another version, llama_cpp already loaded with other libraries, or
+    libraries without the patch.
     """
     bindings = find_bindings()
     if bindings is None:
@@ -268,7 +270,8 @@ def activate(runtime: Runtime) -> ModuleType:
         os.environ["LLAMA_CPP_LIB_PATH"] = str(runtime.lib_dir)
         os.environ["MTMD_CPP_LIB"] = str(runtime.lib_dir)
     try:
-        module = importlib.import_module("llama_cpp")
+        with short_waits():
+            module = importlib.import_module("llama_cpp")
         loaded = importlib.import_module("llama_cpp.llama_cpp")._lib
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
