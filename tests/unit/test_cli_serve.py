@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,7 +41,8 @@ args, mode, out = sys.argv[1:], os.environ.get("FAKE_MODE", ""), os.environ["FAK
 host, port = args[args.index("--host") + 1], int(args[args.index("--port") + 1])
 vectors = args[args.index("--steering-dir") + 1] if "--steering-dir" in args else None
 with open(out + ".part", "w") as file:
-    json.dump({"args": args, "pid": os.getpid(), "vectors": sorted(os.listdir(vectors)) if vectors else None}, file)
+    seen = sorted(name for name in os.environ if name.startswith(("LLAMA_", "AIP_")))
+    json.dump({"args": args, "pid": os.getpid(), "vectors": sorted(os.listdir(vectors)) if vectors else None, "env": seen}, file)
 os.replace(out + ".part", out)
 print("load_model: using device FAKE0 (Fake GPU (TM)) - 24 GB free", flush=True)
 if mode == "crash":
@@ -68,6 +70,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(503, "Loading model")
             return
         body = json.dumps({"status": "ok"})
+        if mode.startswith("/") and not self.path.startswith(mode) or mode == "another":
+            self.send_error(404)
+            return
         if self.path == "/steering":
             devices = [{"name": "CPU", "description": "x", "type": "cpu"}, {"name": "CUDA0", "description": "Big", "type": "gpu"}]
             body = json.dumps({"model": {"devices": devices, "n_gpu_layers": int(os.environ["FAKE_LAYERS"])}})
@@ -236,6 +241,71 @@ def test_a_port_in_use(binary: Path) -> None:
     assert free_port() != 0
     with pytest.raises(EngineError, match="cannot listen on 203.0.113.1"):
         ServerProcess(binary, host="203.0.113.1", port=80).start(None)
+
+
+@posix
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_a_server_with_a_prefix_and_a_key(binary: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    flags = ["--api-prefix", "/x/y", "--api-key", "one,two"] if how == "flag" else []
+    for name, value in (("LLAMA_ARG_API_PREFIX", "/x/y"), ("LLAMA_API_KEY", "one,two")) if how == "variable" else ():
+        monkeypatch.setenv(name, value)
+    with ServerProcess(binary) as server:
+        server.start(None, flags, {"FAKE_MODE": "/x/y"})
+        server.wait_ready(30)
+        assert server.url.endswith(f":{server.port}/x/y") and server.api_key == "one"
+
+
+@posix
+def test_a_file_of_keys(binary: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("\nthree\nfour\n")
+    with ServerProcess(binary) as server:
+        server.start(None, ["--api-key-file", str(tmp_path / "keys")])
+        assert server.api_key == "three"
+    with pytest.raises(EngineError, match="file of API keys .* cannot be read"):
+        ServerProcess(binary).start(None, ["--api-key-file", str(tmp_path / "nothing")])
+
+
+@posix
+def test_another_program_at_the_port_is_not_waited_for(binary: Path) -> None:
+    with ServerProcess(binary) as server:
+        server.start(None, env={"FAKE_MODE": "another"})
+        with pytest.raises(EngineError, match="not the llama-server that was started"):
+            server.wait_ready(30)
+
+
+@posix
+@pytest.mark.parametrize(
+    ("flags", "env", "part"),
+    [
+        (["--port", "1"], {}, "--port"),
+        (["--host", "10.9.9.9"], {}, "--host"),
+        (["--ssl-key-file", "k"], {}, "--ssl-key-file: the server is asked over plain HTTP"),
+        ([], {"LLAMA_ARG_SSL_CERT_FILE": "c"}, "LLAMA_ARG_SSL_CERT_FILE: the server is asked over plain HTTP"),
+        (["--api-prefix", "x"], {}, "must begin with a slash"),
+        ([], {"LLAMA_ARG_API_PREFIX": "/x/"}, "must begin with a slash and not end with one"),
+    ],
+)
+def test_flags_and_variables_that_would_hide_the_server(
+    binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], env: dict[str, str], part: str
+) -> None:
+    """A sentence at once, and nothing is started: they all ended in a wait for a server that listens elsewhere."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EngineError, match=re.escape(part)):
+        ServerProcess(binary).start(None, flags)
+    assert not (tmp_path / "said.json").exists()
+
+
+@posix
+def test_variables_for_other_programs_do_not_reach_the_server(
+    binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AIP_MODE", "AIP_HTTP_PORT", "LLAMA_SERVER_ROUTER_PORT", "LLAMA_ARG_THREADS", "LLAMA_ARG_TOP_K"):
+        monkeypatch.setenv(name, "1")
+    with ServerProcess(binary) as server:
+        server.start(None, env={"LLAMA_ARG_TOP_K": None, "LLAMA_ARG_TOP_P": "0.5"})
+        server.wait_ready(30)
+        assert said(tmp_path)["env"] == ["LLAMA_ARG_THREADS", "LLAMA_ARG_TOP_P"]
 
 
 def test_addresses(tmp_path: Path) -> None:

@@ -70,20 +70,25 @@ class ServerProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._device = ""
-        self._api_key: str | None = None
+        self.api_key: str | None = None
+        """The key that the server asks for, once it is started: the first of ``--api-key`` or ``LLAMA_API_KEY``."""
+        self._prefix = ""
 
     # ---- life ----
 
-    def start(self, model: str | os.PathLike[str] | None, args: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+    def start(
+        self, model: str | os.PathLike[str] | None, args: Sequence[str] = (), env: Mapping[str, str | None] | None = None
+    ) -> None:
         """Start the server; returns at once, see :meth:`wait_ready`.
 
         Args:
             model: the GGUF file; None when ``args`` say what to load.
             args: further flags of llama-server.
-            env: variables on top of this process's own, and of :mod:`..runtime.waiting`.
+            env: variables on top of this process's own, and of :mod:`..runtime.waiting`; None takes one away.
 
         Raises:
-            EngineError: it runs already, the port is taken, or the program cannot be started.
+            EngineError: it runs already, the port is taken, flags or variables have it listen where it could not be found, or
+                the program cannot be started.
         """
         if self.running:
             raise EngineError(f"The server at {self.url} runs already: stop it first.")
@@ -95,11 +100,13 @@ class ServerProcess:
         if model is not None:
             command += ["--model", os.fspath(model)]
         command += args
-        self._api_key = _value_of(args, "--api-key")
+        environment = with_short_waits(_environment(env or {}))
+        _check_address(args, environment)
+        self.api_key = _api_key(args, environment)
+        self._prefix = _setting(args, environment, "--api-prefix", "LLAMA_ARG_API_PREFIX") or ""
         self._lines.clear()
         self._device = ""
         guard = Path(__file__).with_name("guard.py")
-        environment = with_short_waits({**os.environ, **(env or {})})
         try:
             self._child = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(guard), str(self._grace), *command],
@@ -129,13 +136,17 @@ class ServerProcess:
         self._check_alive()
         started = time.monotonic()
         # a short silence is no news here: a loading server may be slow to answer
-        connection = Connection(self.url, api_key=self._api_key, timeout=10.0)
+        connection = Connection(self.url, api_key=self.api_key, timeout=10.0)
         try:
             while True:
                 self._check_alive()
-                with contextlib.suppress(EngineError, ServerRefusal):  # not listening yet, or still loading
+                try:
                     connection.get("/health")
                     return
+                except ServerRefusal as refusal:
+                    raise EngineError(f"what answers at {self.url} is not the llama-server that was started: {refusal}") from None
+                except EngineError:
+                    pass  # not listening yet, or still loading
                 passed = time.monotonic() - started
                 if passed > timeout:
                     raise EngineError(
@@ -191,7 +202,7 @@ class ServerProcess:
     def url(self) -> str:
         """Where it can be reached from this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}{self._prefix}"
 
     @property
     def log_tail(self) -> list[str]:
@@ -206,7 +217,7 @@ class ServerProcess:
         return self._device or "CPU"
 
     def _ask_device(self) -> str:
-        connection = Connection(self.url, api_key=self._api_key, timeout=10.0)
+        connection = Connection(self.url, api_key=self.api_key, timeout=10.0)
         try:
             model = connection.get("/steering")["model"]
             if int(model.get("n_gpu_layers") or 0) == 0:
@@ -301,7 +312,46 @@ def _socket(host: str) -> socket.socket:
     return socket.socket(family, socket.SOCK_STREAM)
 
 
-def _value_of(args: Sequence[str], flag: str) -> str | None:
-    """The value of a flag in llama-server's arguments; the first of several keys parted by commas."""
+#: Whole families of variables by which another program tells llama-server where to listen and what to be.
+_FOREIGN = ("AIP_", "LLAMA_SERVER_")
+
+
+def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """This process's variables with some changed, and without those of hosts that start llama-server in another way."""
+    found: dict[str, str | None] = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
+    return {key: value for key, value in {**found, **changes}.items() if value is not None}
+
+
+def _check_address(args: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Raise EngineError for what would have the server listen elsewhere than it is looked for."""
+    for flag in ("--host", "--port"):
+        if flag in args:
+            raise EngineError(f"{flag} cannot be among the flags of llama-server here: give it to the program that starts it")
+    for flag, variable in (("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE"), ("--ssl-cert-file", "LLAMA_ARG_SSL_CERT_FILE")):
+        if _setting(args, environment, flag, variable) is not None:
+            named = flag if flag in args else variable
+            raise EngineError(
+                f"{named}: the server is asked over plain HTTP, so leave this out and put a TLS proxy in front of it"
+            )
+    prefix = _setting(args, environment, "--api-prefix", "LLAMA_ARG_API_PREFIX")
+    if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
+        raise EngineError(f"the API prefix {prefix!r} must begin with a slash and not end with one, such as /llama")
+
+
+def _api_key(args: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """The first key that the server will take, None where it takes any request."""
+    given = _setting(args, environment, "--api-key", "LLAMA_API_KEY")
+    if given:
+        return given.split(",")[0]
+    path = _setting(args, environment, "--api-key-file", "LLAMA_ARG_API_KEY_FILE")
+    try:
+        lines = Path(path).read_text("utf-8").splitlines() if path else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"the file of API keys {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return next((line for line in lines if line), None)
+
+
+def _setting(args: Sequence[str], environment: Mapping[str, str], flag: str, variable: str) -> str | None:
+    """What a flag of llama-server's is set to, or else its variable; None where it is not set."""
     found = [following for one, following in zip(args, args[1:], strict=False) if one == flag]
-    return found[-1].split(",")[0] if found else None
+    return found[-1] if found else environment.get(variable) or None
