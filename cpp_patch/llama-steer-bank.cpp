@@ -48,7 +48,7 @@ static void allocate_sums(llama_steer_state & st, std::vector<group> & groups, i
     }
 }
 
-void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn, int32_t dyn, const column * col) {
+void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn, int32_t dyn, const steer_vector * col) {
     std::vector<float> v(st.n_embd);
     for (const auto & sl : slots) {
         const auto & g = groups[sl.group];
@@ -71,7 +71,7 @@ void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups,
 }
 
 static void allocate_dyn(const llama_steer_state & st, std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn,
-        const std::vector<int32_t> & dyn_cols, const std::map<int32_t, column> & columns) {
+        const std::vector<int32_t> & dyn_cols, const std::map<int32_t, steer_vector> & vectors) {
     if (n_dyn == 0) {
         return;
     }
@@ -88,18 +88,18 @@ static void allocate_dyn(const llama_steer_state & st, std::vector<group> & grou
         g.buf_dyn = std::move(buf);
     }
     for (int32_t d = 0; d < (int32_t) dyn_cols.size(); ++d) {
-        auto it = columns.find(dyn_cols[d]);
-        if (it != columns.end()) {
+        auto it = vectors.find(dyn_cols[d]);
+        if (it != vectors.end()) {
             upload_dyn(st, groups, slots, n_dyn, d, &it->second);
         }
     }
 }
 
-// Bring the device side to the given places, row capacity and projecting columns, reserve compute buffers for the new graph,
+// Bring the device side to the given places, row capacity and projecting vectors, reserve compute buffers for the new graph,
 // and only then let go of the old side. On any failure the old side is in force again.
 void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
-        const std::map<int32_t, column> & columns) {
-    st.not_in_callback("Making room for new layers or a new projecting column");
+        const std::map<int32_t, steer_vector> & vectors) {
+    st.not_in_callback("Making room for new layers or a new projecting vector");
 
     std::vector<slot>        slots;
     std::map<place, int32_t> slot_of;
@@ -133,7 +133,7 @@ void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int
 
     const int32_t n_rows = std::max(st.n_rows, 8);
     allocate_sums(st, groups, n_rows);
-    allocate_dyn(st, groups, slots, n_dyn, dyn_cols, columns);
+    allocate_dyn(st, groups, slots, n_dyn, dyn_cols, vectors);
 
     auto swap_all = [&]() {
         std::swap(st.slots,   slots);
@@ -223,27 +223,27 @@ void term_coefficients(const llama_steer_term & t, const direction & d, double &
     }
 }
 
-void check_renorm(const std::map<int32_t, column> & columns, const std::vector<llama_steer_term> & terms) {
+void check_renorm(const std::map<int32_t, steer_vector> & vectors, const std::vector<llama_steer_term> & terms) {
     for (const auto & t : terms) {
         for (const auto & other : terms) {
             const bool apart = t.stream >= 0 && other.stream >= 0 && t.stream != other.stream;
             if (t.op != LLAMA_STEER_RENORM || other.op == LLAMA_STEER_RENORM || t.strength == 0.0 || other.strength == 0.0 || apart) {
                 continue;
             }
-            for (const auto & [at, d] : columns.at(t.column).dirs) {
-                if (term_covers(t, at, -1) && term_covers(other, at, -1) && columns.at(other.column).dirs.count(at)) {
-                    throw steer_error(LLAMA_STEER_ERR_ARG, format("column %d restores the length at layer %d, where column %d acts with another op: "
-                                "what comes first is not defined", t.column, at.first, other.column));
+            for (const auto & [at, d] : vectors.at(t.vector).dirs) {
+                if (term_covers(t, at, -1) && term_covers(other, at, -1) && vectors.at(other.vector).dirs.count(at)) {
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d restores the length at layer %d, where vector %d acts with another op: "
+                                "what comes first is not defined", t.vector, at.first, other.vector));
                 }
             }
         }
     }
 }
 
-void check_finite(const std::map<int32_t, column> & columns, const std::vector<llama_steer_term> & terms) {
+void check_finite(const std::map<int32_t, steer_vector> & vectors, const std::vector<llama_steer_term> & terms) {
     std::map<place, std::pair<double, double>> sums; // bounds of what the terms can add up to
     for (const auto & t : terms) {
-        for (const auto & [at, d] : columns.at(t.column).dirs) {
+        for (const auto & [at, d] : vectors.at(t.vector).dirs) {
             if (term_covers(t, at, -1)) {
                 double c, g;
                 term_coefficients(t, d, c, g);
@@ -251,7 +251,7 @@ void check_finite(const std::map<int32_t, column> & columns, const std::vector<l
                 sum_c += std::fabs(c);
                 sum_g += std::fabs(g);
                 if (!std::isfinite((float) sum_c) || !std::isfinite((float) sum_g)) {
-                    throw steer_error(LLAMA_STEER_ERR_ARG, format("strength %g of column %d is too large at layer %d", t.strength, t.column, at.first));
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("strength %g of vector %d is too large at layer %d", t.strength, t.vector, at.first));
                 }
             }
         }
@@ -259,12 +259,12 @@ void check_finite(const std::map<int32_t, column> & columns, const std::vector<l
 }
 
 uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms, const place * only) {
-    // merged by direction content first: v - v is nothing, whatever the columns are called
+    // merged by direction content first: v - v is nothing, whatever the vectors are called
     struct item { double c = 0.0; double g = 0.0; };
     std::map<std::array<uint64_t, 4>, item> items;
     for (const auto & t : terms) {
-        auto it = st.columns.find(t.column);
-        if (it == st.columns.end()) {
+        auto it = st.vectors.find(t.vector);
+        if (it == st.vectors.end()) {
             continue;
         }
         for (const auto & [at, d] : it->second.dirs) {
@@ -304,7 +304,7 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
     for (size_t s = 0; s < st.slots.size(); ++s) {
         const place & at = st.slots[s].at;
         sums.clear();
-        auto take = [&](const column & col, const direction & d, double c, double g) {
+        auto take = [&](const steer_vector & col, const direction & d, double c, double g) {
             if (c != 0.0) {
                 auto & e = sums[d.hash];
                 e.first += c;
@@ -315,7 +315,7 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             }
         };
         for (const auto & t : terms) {
-            const auto & col = st.columns.at(t.column);
+            const auto & col = st.vectors.at(t.vector);
             auto it = col.dirs.find(at);
             // a stream is a notion of resid_post only; other sites have one row for each token
             if (it == col.dirs.end() || !term_covers(t, at, stream)) {
@@ -330,11 +330,11 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             if (cb_c[k] == 0.0f && cb_g[k] == 0.0f) {
                 continue;
             }
-            const auto & col = st.columns.at(k);
+            const auto & col = st.vectors.at(k);
             auto it = col.dirs.find(at);
             if (it != col.dirs.end()) {
                 if (row.renorm[s]) {
-                    throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave a coefficient to column %d at layer %d, where a config restores the length", k, at.first));
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave a coefficient to vector %d at layer %d, where a config restores the length", k, at.first));
                 }
                 take(col, it->second, (double) cb_c[k]*it->second.scale, cb_g[k]);
             }
@@ -436,7 +436,7 @@ void forget_rows_of(llama_steer_state & st, int32_t cfg) {
 }
 
 void drop_kept(llama_steer_state & st) {
-    for (auto & tp : st.taps) {
+    for (auto & tp : st.captures) {
         std::vector<float>().swap(tp.kept);
     }
     st.kept_at.clear();
@@ -448,10 +448,10 @@ void refresh_ids(llama_steer_state & st) {
     }
 }
 
-bool in_use(const llama_steer_state & st, int32_t column) {
+bool in_use(const llama_steer_state & st, int32_t vector) {
     for (const auto & [_, c] : st.configs) {
         for (const auto & t : c.terms) {
-            if (t.column == column) {
+            if (t.vector == vector) {
                 return true;
             }
         }

@@ -18,7 +18,7 @@ public:
         ggml_tensor * fused = nullptr; // F32 [n_embd, rows, n_slots]
         bool outputs_only = false;
     };
-    struct tap_input {
+    struct capture_input {
         ggml_tensor * idx = nullptr;   // I64 [rows]
         bool outputs_only = false;
         int32_t n_out = 1;
@@ -26,7 +26,7 @@ public:
 
     input_steer(llama_steer_state * st, int mode, uint32_t n_tokens, uint32_t n_outputs) :
         st(st), mode(mode), generation(st->generation), n_tokens(n_tokens), n_outputs(n_outputs),
-        groups(st->groups.size()), taps(st->taps.size()) {}
+        groups(st->groups.size()), captures(st->captures.size()) {}
 
     // the token behind each row of a node: all tokens, or the outputs in batch order (as llm_graph_input_out_ids has them)
     static std::vector<uint32_t> tokens_of(const llama_ubatch * ub, bool outputs_only, uint32_t n_outputs) {
@@ -98,7 +98,7 @@ public:
                 }
             }
         }
-        for (const auto & in : taps) {
+        for (const auto & in : captures) {
             if (!in.idx || !in.idx->buffer) {
                 continue;
             }
@@ -106,9 +106,9 @@ public:
             GGML_ASSERT((int64_t) toks.size()*in.n_out == in.idx->ne[0]);
             rows.resize(toks.size()*in.n_out);
             for (size_t t = 0; t < toks.size(); ++t) {
-                const int32_t at = live ? st->tap_idx[toks[t]] : -1;
+                const int32_t at = live ? st->capture_idx[toks[t]] : -1;
                 for (int32_t s = 0; s < in.n_out; ++s) {
-                    rows[t*in.n_out + s] = (int64_t) (at < 0 ? st->tap_rows : at)*in.n_out + s;
+                    rows[t*in.n_out + s] = (int64_t) (at < 0 ? st->capture_rows : at)*in.n_out + s;
                 }
             }
             ggml_backend_tensor_set(in.idx, rows.data(), 0, rows.size()*sizeof(int64_t));
@@ -127,7 +127,7 @@ public:
     const uint32_t n_outputs;
 
     std::vector<group_input> groups;
-    std::vector<tap_input>   taps;
+    std::vector<capture_input>   captures;
     std::map<place, bool>    hooked; // places whose edit is in this graph
 
 private:
@@ -232,11 +232,11 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
     return ggml_reshape_4d(ctx0, out, cur->ne[0], cur->ne[1], cur->ne[2], cur->ne[3]);
 }
 
-void build_tap(const llm_graph_context & graph, llama_steer_state * st, input_steer * in, ggml_tensor * cur, size_t ti, bool outputs_only) {
+void build_capture(const llm_graph_context & graph, llama_steer_state * st, input_steer * in, ggml_tensor * cur, size_t ti, bool outputs_only) {
     ggml_context * ctx0 = graph.ctx0;
 
-    auto & tp  = st->taps[ti];
-    auto & tin = in->taps[ti];
+    auto & tp  = st->captures[ti];
+    auto & tin = in->captures[ti];
 
     ggml_tensor * src;
     if (tp.n_streams > tp.n_out) { // mean over the streams
@@ -252,9 +252,9 @@ void build_tap(const llm_graph_context & graph, llama_steer_state * st, input_st
 
     tin.outputs_only = outputs_only;
     tin.n_out        = tp.n_out;
-    // taps with the same rows share their index
-    for (size_t k = 0; k < in->taps.size(); ++k) {
-        const auto & other = in->taps[k];
+    // captures with the same rows share their index
+    for (size_t k = 0; k < in->captures.size(); ++k) {
+        const auto & other = in->captures[k];
         if (k != ti && other.idx && other.outputs_only == outputs_only && other.n_out == tp.n_out) {
             tin.idx = other.idx;
             break;
@@ -263,7 +263,7 @@ void build_tap(const llm_graph_context & graph, llama_steer_state * st, input_st
     if (!tin.idx) {
         tin.idx = ggml_new_tensor_1d(ctx0, GGML_TYPE_I64, src->ne[1]);
         ggml_set_input(tin.idx);
-        ggml_set_name(tin.idx, "steer_tap_idx");
+        ggml_set_name(tin.idx, "steer_capture_idx");
     }
     ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx0, tp.rows, src, tin.idx));
 }
@@ -285,11 +285,11 @@ ggml_tensor * llama_steer_build(const llm_graph_context & graph, ggml_tensor * c
 
     const auto slot_it = st->slot_of.find(at);
     size_t ti = 0;
-    while (ti < st->taps.size() && st->taps[ti].at != at) {
+    while (ti < st->captures.size() && st->captures[ti].at != at) {
         ti++;
     }
     const bool edit = (in->mode & MODE_EDIT) && slot_it != st->slot_of.end();
-    const bool read = (in->mode & MODE_TAP)  && ti < st->taps.size();
+    const bool read = (in->mode & MODE_CAPTURE)  && ti < st->captures.size();
     if (!edit && !read) {
         return cur;
     }
@@ -302,14 +302,14 @@ ggml_tensor * llama_steer_build(const llm_graph_context & graph, ggml_tensor * c
         cur = build_edit(graph, st, in, cur, slot_it->second, gathered == 1);
     }
     if (read) {
-        build_tap(graph, st, in, cur, ti, gathered == 1);
+        build_capture(graph, st, in, cur, ti, gathered == 1);
     }
     return cur;
 }
 
 uint32_t llama_steer_max_nodes(const llama_adapter_cvec & cvec) {
     const auto * st = static_cast<const llama_steer_cvec &>(cvec).state.get();
-    return st ? 32u*(uint32_t) st->slots.size() + (8u + 2u*st->n_streams)*(uint32_t) st->taps.size() + 16u : 0u;
+    return st ? 32u*(uint32_t) st->slots.size() + (8u + 2u*st->n_streams)*(uint32_t) st->captures.size() + 16u : 0u;
 }
 
 // ---- one ubatch ----
@@ -327,7 +327,7 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
         st.ub_pos[i] = ub.pos[i];
     }
 
-    const int32_t n_cb_all = st.columns.empty() ? 0 : st.columns.rbegin()->first + 1;
+    const int32_t n_cb_all = st.vectors.empty() ? 0 : st.vectors.rbegin()->first + 1;
     std::vector<float> cb_c;
     std::vector<float> cb_g;
     if (st.add_cb && n_cb_all > 0) {
@@ -343,17 +343,17 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
         for (size_t i = 0; i < cb_c.size(); ++i) {
             const int32_t k = (int32_t) (i % n_cb_all);
             if (!std::isfinite(cb_c[i]) || !std::isfinite(cb_g[i])) {
-                throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave column %d a coefficient that is not finite", k));
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave vector %d a coefficient that is not finite", k));
             }
             if (cb_c[i] == 0.0f && cb_g[i] == 0.0f) {
                 continue;
             }
-            auto it = st.columns.find(k);
-            if (it == st.columns.end()) {
-                throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave a coefficient to column %d, which is not set", k));
+            auto it = st.vectors.find(k);
+            if (it == st.vectors.end()) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave a coefficient to vector %d, which is not set", k));
             }
             if (cb_g[i] != 0.0f && it->second.dyn < 0) {
-                throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave g to column %d, which no config projects or clamps", k));
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave g to vector %d, which no config projects or clamps", k));
             }
         }
     }
@@ -370,13 +370,13 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
     // rows are written before the graph runs: no earlier compute may still read them
     bool synced = false;
     st.row_idx.assign((size_t) n*st.n_streams, 0);
-    st.tap_idx.assign(n, -1);
-    st.tap_at.clear();
+    st.capture_idx.assign(n, -1);
+    st.capture_at.clear();
     bool any_edit = false;
     for (uint32_t i = 0; i < n; ++i) {
         const int32_t cfg = config_of(st.ub_seq[i], st.ub_pos[i]);
         llama_seq_id reader = -1; // the sequence that wants to read the token; a shared token may be wanted by any of its own
-        for (int32_t s = 0; s < ub.n_seq_id[i] && reader < 0 && !st.taps.empty(); ++s) {
+        for (int32_t s = 0; s < ub.n_seq_id[i] && reader < 0 && !st.captures.empty(); ++s) {
             reader = wants(ub.seq_id[i][s], st.ub_pos[i]) ? ub.seq_id[i][s] : -1;
         }
         for (int32_t s = 1; s < ub.n_seq_id[i]; ++s) {
@@ -415,40 +415,40 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
         }
 
         if (reader >= 0) {
-            if ((int32_t) st.tap_at.size() >= st.tap_rows) {
-                throw steer_error(LLAMA_STEER_ERR_LIMIT, format("more than %d tokens of one ubatch are to be read: give the taps more rows", st.tap_rows));
+            if ((int32_t) st.capture_at.size() >= st.capture_rows) {
+                throw steer_error(LLAMA_STEER_ERR_LIMIT, format("more than %d tokens of one ubatch are to be read: give the captures more rows", st.capture_rows));
             }
-            for (const auto & tp : st.taps) {
+            for (const auto & tp : st.captures) {
                 if (tp.last && n_outputs != n && !ub.output[i]) {
                     throw steer_error(LLAMA_STEER_ERR_ARG, format("layer %d holds output tokens only: position %d of sequence %d is no output and cannot be read there",
                                 tp.at.first, st.ub_pos[i], st.ub_seq[i]));
                 }
             }
-            st.tap_idx[i] = (int32_t) st.tap_at.size();
-            st.tap_at.emplace_back(reader, st.ub_pos[i]);
+            st.capture_idx[i] = (int32_t) st.capture_at.size();
+            st.capture_at.emplace_back(reader, st.ub_pos[i]);
         }
     }
 
-    st.mode = (any_edit ? MODE_EDIT : 0) | (st.tap_at.empty() ? 0 : MODE_TAP);
+    st.mode = (any_edit ? MODE_EDIT : 0) | (st.capture_at.empty() ? 0 : MODE_CAPTURE);
     st.live = true;
 }
 
 void finish_ubatch(llama_steer_state & st) {
-    if (st.tap_at.empty()) {
+    if (st.capture_at.empty()) {
         return;
     }
     ggml_backend_sched_synchronize(st.ctx.get_sched());
 
-    const size_t n = st.tap_at.size();
+    const size_t n = st.capture_at.size();
     std::vector<llama_seq_id> seq;
     std::vector<llama_pos>    pos;
-    for (const auto & [s, p] : st.tap_at) {
+    for (const auto & [s, p] : st.capture_at) {
         seq.push_back(s);
         pos.push_back(p);
     }
-    std::vector<std::vector<float>> data(st.taps.size());
-    for (size_t i = 0; i < st.taps.size(); ++i) {
-        auto & tp = st.taps[i];
+    std::vector<std::vector<float>> data(st.captures.size());
+    for (size_t i = 0; i < st.captures.size(); ++i) {
+        auto & tp = st.captures[i];
         data[i].resize(n*tp.n_out*st.n_embd);
         ggml_backend_tensor_get(tp.rows, data[i].data(), 0, data[i].size()*sizeof(float));
         if (st.read_cb) {
@@ -461,17 +461,17 @@ void finish_ubatch(llama_steer_state & st) {
             }
         }
     }
-    if (st.tap_keep) {
-        // all or nothing: room first, so that no tap can end up with more rows than another
-        for (size_t i = 0; i < st.taps.size(); ++i) {
-            auto & kept = st.taps[i].kept;
+    if (st.capture_keep) {
+        // all or nothing: room first, so that no capture can end up with more rows than another
+        for (size_t i = 0; i < st.captures.size(); ++i) {
+            auto & kept = st.captures[i].kept;
             if (kept.capacity() < kept.size() + data[i].size()) {
                 kept.reserve(std::max(2*kept.capacity(), kept.size() + data[i].size()));
             }
         }
-        st.kept_at.insert(st.kept_at.end(), st.tap_at.begin(), st.tap_at.end());
-        for (size_t i = 0; i < st.taps.size(); ++i) {
-            st.taps[i].kept.insert(st.taps[i].kept.end(), data[i].begin(), data[i].end());
+        st.kept_at.insert(st.kept_at.end(), st.capture_at.begin(), st.capture_at.end());
+        for (size_t i = 0; i < st.captures.size(); ++i) {
+            st.captures[i].kept.insert(st.captures[i].kept.end(), data[i].begin(), data[i].end());
         }
     }
 }

@@ -21,7 +21,7 @@ struct llama_steer_cvec : public llama_adapter_cvec {
 
 std::shared_ptr<llama_adapter_cvec> llama_steer_make_cvec();
 
-// Adds the edit and the tap of (il, site) to the graph that is being built; returns cur itself when there are none.
+// Adds the edit and the capture of (il, site) to the graph that is being built; returns cur itself when there are none.
 ggml_tensor * llama_steer_build(const llm_graph_context & graph, ggml_tensor * cur, int il, llama_steer_site site);
 
 // One ubatch: decides which graph is wanted and fills the coefficients (constructor), collects what was read (finish).

@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -104,9 +105,9 @@ struct direction {
     uint64_t           hash;  // of v
 };
 
-struct column {
+struct steer_vector {
     std::map<place, direction> dirs;
-    int32_t dyn = -1;         // its index among the columns that project or clamp
+    int32_t dyn = -1;         // its index among the vectors that project or clamp
 };
 
 struct config {
@@ -138,7 +139,7 @@ struct slot {
     int32_t index = 0; // in the group
 };
 
-struct tap {
+struct capture {
     place   at;
     int32_t n_streams = 1;  // streams of the node
     int32_t n_out     = 1;  // rows kept for a token
@@ -161,7 +162,14 @@ struct row_info {
     std::vector<bool>  renorm;       // [n_slots] the length is restored
 };
 
-enum mode_bits { MODE_EDIT = 1, MODE_TAP = 2, MODE_ALL = 3 };
+// A vector or config that llama-steer-pool.cpp found a place for.
+struct pooled {
+    int32_t  id;
+    int32_t  pins; // by callbacks; ranges and configs are looked at where they are
+    uint64_t last; // use
+};
+
+enum mode_bits { MODE_EDIT = 1, MODE_CAPTURE = 2, MODE_ALL = 3 };
 
 } // namespace llama_steer
 
@@ -175,26 +183,34 @@ struct llama_steer_state {
     int32_t n_layer   = 0;
     int32_t n_streams = 1;
 
-    std::map<int32_t, column>                       columns;
+    std::map<int32_t, steer_vector>                       vectors;
     std::map<int32_t, config>                       configs;
     std::map<llama_seq_id, interval_map<int32_t>>   ranges;
     std::map<llama_seq_id, interval_map<bool>>      wanted;
+    std::map<llama_seq_id, std::pair<int32_t, std::string>> seq_errors; // what the caller has not been told yet
+
+    struct {
+        std::map<std::string, pooled> vectors; // by content
+        std::map<std::string, pooled> configs; // by their terms, written out
+        int32_t  next_config = 0;
+        uint64_t clock = 0;
+    } pool;
 
     // device side
     std::vector<slot>        slots;
     std::map<place, int32_t> slot_of;
     std::vector<group>       groups;
-    int32_t                  n_dyn = 0;      // capacity of the projecting columns
+    int32_t                  n_dyn = 0;      // capacity of the projecting vectors
     bool                     norms = false;  // graphs can restore lengths: a config has asked for it
-    std::vector<int32_t>     dyn_cols;       // dyn index -> column, -1 free
+    std::vector<int32_t>     dyn_cols;       // dyn index -> vector, -1 free
     int32_t                  n_rows = 0;     // capacity, row 0 included
     std::vector<row_info>    rows;
     std::unordered_map<std::string, int32_t> row_of;
 
-    std::vector<tap> taps;
-    int32_t tap_stream = LLAMA_STEER_STREAM_MEAN;
-    int32_t tap_rows   = 0;
-    bool    tap_keep   = true;
+    std::vector<capture> captures;
+    int32_t capture_stream = LLAMA_STEER_STREAM_MEAN;
+    int32_t capture_rows   = 0;
+    bool    capture_keep   = true;
     std::vector<std::pair<llama_seq_id, llama_pos>> kept_at;
 
     llama_steer_read_callback read_cb = nullptr; void * read_cb_data = nullptr;
@@ -208,10 +224,10 @@ struct llama_steer_state {
     bool     live     = false;
     uint32_t n_tokens = 0;
     std::vector<int32_t> row_idx;              // [n_tokens][n_streams]
-    std::vector<int32_t> tap_idx;              // [n_tokens], -1 not wanted
+    std::vector<int32_t> capture_idx;              // [n_tokens], -1 not wanted
     std::vector<llama_seq_id> ub_seq;
     std::vector<llama_pos>    ub_pos;
-    std::vector<std::pair<llama_seq_id, llama_pos>> tap_at;
+    std::vector<std::pair<llama_seq_id, llama_pos>> capture_at;
 
     std::map<place, int64_t> fired;
     llama_steer_stats stats = {};
@@ -287,6 +303,16 @@ const arch_rule * rule_for(llm_arch arch);
 
 llama_steer_state * state_of(const llama_context * ctx);
 
+// Create the state on first use. Throws when the context cannot be steered at all.
+llama_steer_state & state_for(llama_context * ctx);
+
+// llama-steer.cpp: the calls of the C API behind their guards
+
+void set_vector  (llama_steer_state & st, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites, const float * dirs, const double * scales);
+void clear_vector(llama_steer_state & st, int32_t vector_id);
+void set_config  (llama_steer_state & st, int32_t config_id, int32_t n_terms, const llama_steer_term * terms);
+void clear_config(llama_steer_state & st, int32_t config_id);
+
 void set_error(llama_context * ctx, const std::string & what);
 
 // Run the body of an API call: no exception crosses the C boundary.
@@ -314,7 +340,7 @@ int32_t guarded(llama_context * ctx, F && body) {
 
 // llama-steer-bank.cpp
 
-using columns_by_id = std::map<int32_t, column>;
+using vectors_by_id = std::map<int32_t, steer_vector>;
 
 ggml_context_ptr        new_tensor_context(size_t n_tensors);
 ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t buft, bool weights, const char * what);
@@ -324,22 +350,22 @@ void drop_kept(llama_steer_state & st);
 void forget_rows_of(llama_steer_state & st, int32_t config_id);
 void refresh_ids(llama_steer_state & st);
 
-// Write direction dyn of the projecting columns, or zeros for col == nullptr.
+// Write direction dyn of the projecting vectors, or zeros for col == nullptr.
 void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn,
-        int32_t dyn, const column * col);
+        int32_t dyn, const steer_vector * col);
 
 void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
-        const columns_by_id & columns);
+        const vectors_by_id & vectors);
 
 std::vector<place> places_of(const llama_steer_state & st);
 
-bool     in_use(const llama_steer_state & st, int32_t column_id);
+bool     in_use(const llama_steer_state & st, int32_t vector_id);
 bool     term_covers(const llama_steer_term & t, const place & at, int32_t stream);
 void     term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g);
 // Throws when a term renorms where another op acts.
-void check_renorm(const columns_by_id & columns, const std::vector<llama_steer_term> & terms);
+void check_renorm(const vectors_by_id & vectors, const std::vector<llama_steer_term> & terms);
 // Throws when terms add up to coefficients that float32 cannot hold.
-void check_finite(const columns_by_id & columns, const std::vector<llama_steer_term> & terms);
+void check_finite(const vectors_by_id & vectors, const std::vector<llama_steer_term> & terms);
 
 // Content hash of what terms apply (at one place only, if given); 0 = nothing.
 uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms, const place * only = nullptr);

@@ -9,10 +9,10 @@
 // they cannot be combined with another op.
 // Strength, layer window and stream are turned into c and g here and nowhere else, so that every engine agrees.
 //
-//   column  a steering vector: a set of unit directions over (layer, site), each with its scale
-//   config  a set of terms (column, op, strength, layer window, stream); config 0 is "no steering"
+//   vector  a steering vector: a set of unit directions over (layer, site), each with its scale
+//   config  a set of terms (vector, op, strength, layer window, stream); config 0 is "no steering"
 //   range   which config the tokens of a sequence get, by position
-//   tap     a (layer, site) whose hidden states are copied out for chosen tokens, after the edit
+//   capture     a (layer, site) whose hidden states are copied out for chosen tokens, after the edit
 //
 // Everything belongs to one llama_context and is freed with it. Calls are not thread safe against llama_decode() on the
 // same context; between two llama_decode() calls anything may be changed. No call throws, aborts or exits on bad input:
@@ -21,12 +21,13 @@
 #define LLAMA_STEER_H
 
 #include "llama.h"
+#include "llama-steer-plan.h"
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_STEER_API_VERSION 2
+#define LLAMA_STEER_API_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -37,7 +38,7 @@ extern "C" {
         LLAMA_STEER_ERR_ARG          = -1, // an argument is out of range, not finite, or unknown
         LLAMA_STEER_ERR_ARCH         = -2, // the architecture, context type or site cannot be steered
         LLAMA_STEER_ERR_MEMORY       = -3, // buffers could not be allocated; the former state is back in force
-        LLAMA_STEER_ERR_LIMIT        = -4, // more columns, rows or layers than the documented limits
+        LLAMA_STEER_ERR_LIMIT        = -4, // more vectors, rows or layers than the documented limits
         LLAMA_STEER_ERR_INTERNAL     = -5,
     };
 
@@ -48,21 +49,13 @@ extern "C" {
         LLAMA_STEER_SITE_COUNT = 3,
     };
 
-    enum llama_steer_op {
-        LLAMA_STEER_ADD     = 0,
-        LLAMA_STEER_PROJECT = 1,
-        LLAMA_STEER_CLAMP   = 2,
-        LLAMA_STEER_RENORM  = 3, // each stream keeps its own length
-    };
-
     enum llama_steer_stream {
-        LLAMA_STEER_STREAM_ALL  = -1, // terms: write to every stream; taps: read every stream
-        LLAMA_STEER_STREAM_MEAN = -2, // taps only: the mean over the streams
+        LLAMA_STEER_STREAM_ALL  = -1, // terms: write to every stream; captures: read every stream
+        LLAMA_STEER_STREAM_MEAN = -2, // captures only: the mean over the streams
     };
 
-    #define LLAMA_STEER_MAX_COLS 4096 // columns held at once
-    #define LLAMA_STEER_MAX_DYN    64 // of these, columns that project or clamp
-    #define LLAMA_STEER_MAX_TERMS 256 // terms of a config
+    #define LLAMA_STEER_MAX_VECTORS 4096 // vectors held at once
+    #define LLAMA_STEER_MAX_DYN    64 // of these, vectors that project or clamp
 
     struct llama_steer_info {
         int32_t n_layer;            // steerable layers, 0-based; MTP blocks do not count
@@ -73,7 +66,7 @@ extern "C" {
     };
 
     struct llama_steer_term {
-        int32_t column;
+        int32_t vector;
         int32_t op;       // enum llama_steer_op
         double  strength; // finite; 0 = not applied
         int32_t il_first; // inclusive window, -1 = open end
@@ -84,11 +77,11 @@ extern "C" {
     struct llama_steer_stats {
         uint64_t n_ubatches;      // computed with this library since the first llama_steer call on the context
         uint64_t n_graph_builds;  // graphs built, reserve passes excluded
-        uint64_t n_graph_on;      // of these, graphs that carry edits or taps
+        uint64_t n_graph_on;      // of these, graphs that carry edits or captures
         uint64_t n_reserves;      // times the compute buffers were reserved again for steering
         uint64_t n_row_uploads;   // combined directions written to the device
         uint64_t n_rows_capacity; // distinct (config, callback) combinations the device holds
-        uint64_t n_device_bytes;  // device memory held by directions and taps, without compute buffers
+        uint64_t n_device_bytes;  // device memory held by directions and captures, without compute buffers
     };
 
     // "llama-steer <api version>"
@@ -103,27 +96,27 @@ extern "C" {
     // Name of an architecture in the tested list, NULL past the end.
     LLAMA_API const char * llama_steer_arch_name(int32_t i);
 
-    // ---- columns ----
+    // ---- vectors ----
 
-    // Set (or replace) a column: n directions. layers[i], sites[i]: where; dirs: [n][n_embd], unit norm within 1e-3;
+    // Set (or replace) a vector: n directions. layers[i], sites[i]: where; dirs: [n][n_embd], unit norm within 1e-3;
     // scales[i]: the dose, in units of the hidden state, that strength 1 means there.
-    // The first column that names a layer makes the context reserve its compute buffers again.
-    LLAMA_API int32_t llama_steer_column_set(
+    // The first vector that names a layer makes the context reserve its compute buffers again.
+    LLAMA_API int32_t llama_steer_vector_set(
             struct llama_context * ctx,
-            int32_t         column,
+            int32_t         vector,
             int32_t         n,
             const int32_t * layers,
             const int32_t * sites,
             const float   * dirs,
             const double  * scales);
 
-    // Forget a column. Refused (ERR_ARG) while a config uses it.
-    LLAMA_API int32_t llama_steer_column_clear(struct llama_context * ctx, int32_t column);
+    // Forget a vector. Refused (ERR_ARG) while a config uses it.
+    LLAMA_API int32_t llama_steer_vector_clear(struct llama_context * ctx, int32_t vector);
 
     // ---- configs and ranges ----
 
     // Set (or replace) config >= 1. Replacing one changes every later token of the ranges that point to it.
-    // n_terms = 0 makes it a config that applies nothing. A window that holds none of the column's layers is an error, and so is
+    // n_terms = 0 makes it a config that applies nothing. A window that holds none of the vector's layers is an error, and so is
     // a renorm at a place and stream where another op acts. The first renorm makes the context reserve its compute buffers again.
     LLAMA_API int32_t llama_steer_config_set(struct llama_context * ctx, int32_t config, int32_t n_terms, const struct llama_steer_term * terms);
     LLAMA_API int32_t llama_steer_config_clear(struct llama_context * ctx, int32_t config); // its ranges fall back to config 0
@@ -132,7 +125,7 @@ extern "C" {
     // Ranges persist over llama_decode() calls, retries and replays.
     LLAMA_API int32_t llama_steer_range(struct llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, int32_t config);
 
-    // Drop the ranges (steering and taps) of a sequence, or of all with seq < 0.
+    // Drop the ranges (steering and captures) of a sequence, or of all with seq < 0.
     LLAMA_API int32_t llama_steer_seq_clear(struct llama_context * ctx, llama_seq_id seq);
 
     // Content hash of what a token at (seq, pos) would get from its range (callbacks aside); 0 = nothing.
@@ -143,12 +136,32 @@ extern "C" {
     // Does the config apply anything at (il, site)? False where its terms cancel out.
     LLAMA_API bool llama_steer_config_acts(const struct llama_context * ctx, int32_t config, int32_t il, int32_t site);
 
-    // ---- taps ----
+    // ---- plans: what the engines use; vectors and configs are found by content, and made, shared and given up behind them ----
 
-    // Replace the set of taps. stream_mode: LLAMA_STEER_STREAM_MEAN or _ALL (resid_post). n_rows: most tokens wanted from one
-    // ubatch (0: as many as can come). keep: hold the rows for llama_steer_tap_get(); false when only the read callback wants them.
-    // n = 0 takes all taps away.
-    LLAMA_API int32_t llama_steer_tap_set(
+    // What tokens at pos[i] get under a plan, as edit ids, without making anything for it but room for its vectors: a request is looked
+    // at so before it is known where it runs.
+    LLAMA_API int32_t llama_steer_plan_edits(struct llama_context * ctx, const struct llama_steer_plan * plan, int32_t n, const llama_pos * pos, uint64_t * out);
+
+    // Tokens of seq at positions >= from get what the plan says. All it needs is made first, so that an error belongs to this call
+    // and changes nothing. What the sequence holds is given up with llama_steer_seq_clear().
+    LLAMA_API int32_t llama_steer_plan_apply(struct llama_context * ctx, const struct llama_steer_plan * plan, llama_seq_id seq, llama_pos from);
+
+    // The id of a vector in this context, for an add callback; it stays until it is unpinned as often. op: what the callback will do
+    // with it; LLAMA_STEER_PROJECT or _CLAMP make it ready for g.
+    LLAMA_API int32_t llama_steer_vector_pin  (struct llama_context * ctx, const struct llama_steer_vector * vector, int32_t op, int32_t * id);
+    LLAMA_API int32_t llama_steer_vector_unpin(struct llama_context * ctx, int32_t id);
+
+    // What went wrong with a sequence (seq < 0: with any) while tokens of others were computed as they should: it was not steered as
+    // its ranges say, a layer that its config names was never passed through, or a wanted token could not be read. LLAMA_STEER_OK:
+    // nothing. Told once; llama_steer_error() then has the sentence. To be asked after each llama_decode().
+    LLAMA_API int32_t llama_steer_seq_error(struct llama_context * ctx, llama_seq_id seq);
+
+    // ---- captures ----
+
+    // Replace the set of captures. stream_mode: LLAMA_STEER_STREAM_MEAN or _ALL (resid_post). n_rows: most tokens wanted from one
+    // ubatch (0: as many as can come). keep: hold the rows for llama_steer_capture_get(); false when only the read callback wants them.
+    // n = 0 takes all captures away.
+    LLAMA_API int32_t llama_steer_capture_set(
             struct llama_context * ctx,
             int32_t         n,
             const int32_t * layers,
@@ -158,17 +171,17 @@ extern "C" {
             bool            keep);
 
     // Read the tokens of seq at p0 <= p < p1 (p1 < 0: no end) when they are computed. Where the last layer holds output tokens
-    // only, a tap on it makes llama_decode() fail for a wanted token that is no output. A token shared by several sequences is read
+    // only, a capture on it makes llama_decode() fail for a wanted token that is no output. A token shared by several sequences is read
     // once, for the first of them that wants it.
-    LLAMA_API int32_t llama_steer_tap_range(struct llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, bool wanted);
+    LLAMA_API int32_t llama_steer_capture_range(struct llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, bool wanted);
 
     // The rows kept so far, in the order they were computed.
-    LLAMA_API int32_t llama_steer_tap_count(const struct llama_context * ctx);
-    LLAMA_API int32_t llama_steer_tap_index(const struct llama_context * ctx, llama_seq_id * seq, llama_pos * pos); // [count] each
+    LLAMA_API int32_t llama_steer_capture_count(const struct llama_context * ctx);
+    LLAMA_API int32_t llama_steer_capture_index(const struct llama_context * ctx, llama_seq_id * seq, llama_pos * pos); // [count] each
 
-    // Copy the rows of one tap: [count][n_streams or 1][n_embd] float32; n_floats must be just that many.
-    LLAMA_API int32_t llama_steer_tap_get(const struct llama_context * ctx, int32_t il, int32_t site, float * out, size_t n_floats);
-    LLAMA_API int32_t llama_steer_tap_clear(struct llama_context * ctx); // drop the rows, keep taps and ranges
+    // Copy the rows of one capture: [count][n_streams or 1][n_embd] float32; n_floats must be just that many.
+    LLAMA_API int32_t llama_steer_capture_get(const struct llama_context * ctx, int32_t il, int32_t site, float * out, size_t n_floats);
+    LLAMA_API int32_t llama_steer_capture_clear(struct llama_context * ctx); // drop the rows, keep captures and ranges
 
     // ---- callbacks: both run outside the compute graph and split nothing ----
 
@@ -176,7 +189,7 @@ extern "C" {
         int32_t              layer;
         int32_t              site;
         int32_t              n_rows;
-        int32_t              n_streams; // 1 unless the taps read all streams
+        int32_t              n_streams; // 1 unless the captures read all streams
         int32_t              n_embd;
         const llama_seq_id * seq_id;    // [n_rows]
         const llama_pos    * pos;       // [n_rows]
@@ -185,20 +198,20 @@ extern "C" {
 
     struct llama_steer_tokens {
         int32_t              n_tokens;
-        int32_t              n_columns; // highest column + 1
+        int32_t              n_vectors; // highest vector + 1
         const llama_seq_id * seq_id;    // [n_tokens]
         const llama_pos    * pos;       // [n_tokens]
     };
 
-    // After each ubatch, once for each tap that has wanted rows. Return false to make llama_decode() fail.
+    // After each ubatch, once for each capture that has wanted rows. Return false to make llama_decode() fail.
     // It may set and clear configs and ranges, which take effect in the next ubatch. Whatever would touch the graph or its buffers
-    // (columns, taps, a column's first project or clamp, callbacks, llama_steer_free) is refused inside either callback, and
+    // (vectors, captures, a vector's first project or clamp, callbacks, llama_steer_free) is refused inside either callback, and
     // llama_decode() must not be called there.
     typedef bool (*llama_steer_read_callback)(const struct llama_steer_rows * rows, void * user_data);
 
-    // Before each ubatch. c, g: [n_tokens][n_columns], zero on entry; what is written is added to what the token's config gives,
-    // at every layer and stream of the column: h += c * scale * v + g * v (v^T h), v and scale as the column has them there.
-    // A column needs to be used by a config with op project or clamp before g may be set for it. Where a token's config renorms, nothing
+    // Before each ubatch. c, g: [n_tokens][n_vectors], zero on entry; what is written is added to what the token's config gives,
+    // at every layer and stream of the vector: h += c * scale * v + g * v (v^T h), v and scale as the vector has them there.
+    // A vector needs to be used by a config with op project or clamp before g may be set for it. Where a token's config renorms, nothing
     // may be added.
     // Return false to make llama_decode() fail.
     typedef bool (*llama_steer_add_callback)(const struct llama_steer_tokens * tokens, float * c, float * g, void * user_data);

@@ -100,7 +100,7 @@ void server_steer::set_taps(int slot, slot_state & s, const server_tokens & toke
             layers.push_back(il);
             sites.push_back(site);
         }
-        check(llama_steer_tap_set(ctx, (int32_t) layers.size(), layers.data(), sites.data(),
+        check(llama_steer_capture_set(ctx, (int32_t) layers.size(), layers.data(), sites.data(),
             all_streams ? LLAMA_STEER_STREAM_ALL : LLAMA_STEER_STREAM_MEAN, many_rows ? 0 : (int32_t) slots.size(), false));
         taps = next;
         taps_all_streams = all_streams;
@@ -115,14 +115,14 @@ void server_steer::set_taps(int slot, slot_state & s, const server_tokens & toke
         while (k < s.wanted.size() && s.wanted[k] == s.wanted[k - 1] + 1) {
             k++;
         }
-        check(llama_steer_tap_range(ctx, slot, s.wanted[i], s.wanted[k - 1] + 1, true));
+        check(llama_steer_capture_range(ctx, slot, s.wanted[i], s.wanted[k - 1] + 1, true));
         i = k;
     }
     for (const auto & g : s.gates) {
-        check(llama_steer_tap_range(ctx, slot, g.first, g.last + 1, true));
+        check(llama_steer_capture_range(ctx, slot, g.first, g.last + 1, true));
     }
     if (!s.request->probes.empty()) {
-        check(llama_steer_tap_range(ctx, slot, s.last_pos, -1, true));
+        check(llama_steer_capture_range(ctx, slot, s.last_pos, -1, true));
     }
 }
 

@@ -47,7 +47,7 @@ void server_steer::purge(size_t keep_configs, size_t keep_columns) {
         configs.erase(found);
     }
     for (const auto & found : surplus(columns, keep_columns)) {
-        llama_steer_column_clear(ctx, found->second.id);
+        llama_steer_vector_clear(ctx, found->second.id);
         columns.erase(found);
     }
 }
@@ -63,7 +63,7 @@ int32_t server_steer::column_for(const server_steer_vector_ptr & vector) {
         while (used.count(id)) {
             id++;
         }
-        check(llama_steer_column_set(ctx, id, (int32_t) vector->n(), vector->layers.data(), vector->sites.data(), vector->dirs.data(), vector->scales.data()));
+        check(llama_steer_vector_set(ctx, id, (int32_t) vector->n(), vector->layers.data(), vector->sites.data(), vector->dirs.data(), vector->scales.data()));
         it = columns.emplace(vector->content_sha256, column_use()).first;
         it->second.id = id;
     }
@@ -437,7 +437,7 @@ void server_steer::release(int slot, server_tokens & tokens) {
     if (used_taps && !reading && taps_many_rows) {
         const size_t bytes = taps.size()*llama_n_ubatch(ctx)*(size_t) info.n_embd*sizeof(float)*(taps_all_streams ? info.n_streams : 1);
         if (bytes > MAX_TAP_BYTES) {
-            llama_steer_tap_set(ctx, 0, nullptr, nullptr, LLAMA_STEER_STREAM_MEAN, 0, false);
+            llama_steer_capture_set(ctx, 0, nullptr, nullptr, LLAMA_STEER_STREAM_MEAN, 0, false);
             taps.clear();
             taps_many_rows = taps_all_streams = false;
         }

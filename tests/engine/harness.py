@@ -42,13 +42,13 @@ class Tok:
 
 
 @dataclass(frozen=True)
-class Column:
+class Vector:
     """A steering vector: place -> (unit direction float32 [n_embd], scale)."""
 
     places: Mapping[Place, tuple[np.ndarray, float]]
 
     def put(self, steer: native.SteerContext, index: int) -> None:
-        steer.set_column(
+        steer.set_vector(
             index,
             [il for il, _ in self.places],
             [site for _, site in self.places],
@@ -142,7 +142,7 @@ class Raw:
         llama_cpp.llama_memory_clear(self.memory, True)
 
     def clear(self) -> None:
-        """Empty the KV cache and drop ranges, read wishes and rows; columns and configs stay."""
+        """Empty the KV cache and drop ranges, read wishes and rows; vectors and configs stay."""
         self.forget()
         if self.steer:
             self.steer.clear_sequence(-1)
@@ -166,7 +166,7 @@ class Raw:
 
     def steer_with(
         self,
-        columns: Mapping[int, Column],
+        vectors: Mapping[int, Vector],
         terms: Sequence[NativeTerm],
         *,
         config: int = 1,
@@ -174,9 +174,9 @@ class Raw:
         first: int = 0,
         end: int = -1,
     ) -> None:
-        """Set columns and one config, and give it to a range."""
-        for index, column in columns.items():
-            column.put(self.steer, index)
+        """Set vectors and one config, and give it to a range."""
+        for index, vector in vectors.items():
+            vector.put(self.steer, index)
         self.steer.set_config(config, terms)
         self.steer.set_range(seq, first, end, config)
 
@@ -189,13 +189,13 @@ class Raw:
     ) -> dict[int, np.ndarray]:
         """Decode (one batch, or several) and return layer -> rows in the order of the tokens, all of them wanted."""
         batches: Any = [toks] if isinstance(toks[0], Tok) else toks
-        self.steer.set_taps(layers, [site] * len(layers), stream=stream)
+        self.steer.set_captures(layers, [site] * len(layers), stream=stream)
         for seq in {t.seq for batch in batches for t in batch}:
             self.steer.want(seq, 0, -1)
         for batch in batches:
             self.decode(batch)
         result = self.rows_of([t for batch in batches for t in batch], layers, site, stream)
-        self.steer.set_taps([], [])
+        self.steer.set_captures([], [])
         return result
 
     def rows_of(self, toks: Sequence[Tok], layers: Sequence[int], site: int = RESID, stream: int = MEAN) -> Any:
@@ -252,7 +252,7 @@ class Nodes:
 
 
 def edited(
-    h: np.ndarray, place: Place, columns: Mapping[int, Column], terms: Iterable[NativeTerm], stream: int | None = None
+    h: np.ndarray, place: Place, vectors: Mapping[int, Vector], terms: Iterable[NativeTerm], stream: int | None = None
 ) -> np.ndarray:
     """``h + V(c + g * (V^T h))`` in float64, from the header's words, for what was read at ``place`` without an edit there.
 
@@ -261,17 +261,17 @@ def edited(
     """
     h = h.astype(np.float64)
     if h.ndim == 3:
-        return np.stack([edited(h[:, s], place, columns, terms, s) for s in range(h.shape[1])], axis=1)
+        return np.stack([edited(h[:, s], place, vectors, terms, s) for s in range(h.shape[1])], axis=1)
     out = h.copy()
     keep = False
     for t in terms:
-        if t.strength == 0 or place not in columns[t.column].places:
+        if t.strength == 0 or place not in vectors[t.vector].places:
             continue
         if (t.il_first >= 0 and place[0] < t.il_first) or (t.il_last >= 0 and place[0] > t.il_last):
             continue
         if t.stream >= 0 and stream is not None and t.stream != stream:
             continue
-        v32, scale = columns[t.column].places[place]
+        v32, scale = vectors[t.vector].places[place]
         v = v32.astype(np.float64)
         along = h @ v
         keep = keep or t.op == RENORM
@@ -286,7 +286,7 @@ def edited(
     return out
 
 
-def tolerance(h: np.ndarray, columns: Mapping[int, Column], terms: Iterable[NativeTerm]) -> float:
+def tolerance(h: np.ndarray, vectors: Mapping[int, Vector], terms: Iterable[NativeTerm]) -> float:
     """How far float32 arithmetic may be from :func:`edited`.
 
     Each element is a sum of numbers no larger than |h| + sum of doses, rounded a few times; V^T h is a dot product whose
@@ -296,7 +296,7 @@ def tolerance(h: np.ndarray, columns: Mapping[int, Column], terms: Iterable[Nati
     size = float(np.abs(h).max())
     dyn = 0.0
     for t in terms:
-        doses = [abs(t.strength * scale) for _, scale in columns[t.column].places.values()]
+        doses = [abs(t.strength * scale) for _, scale in vectors[t.vector].places.values()]
         size += max(doses) if t.op != PROJECT else 0.0
         if t.op in (PROJECT, CLAMP):
             dyn += max(1.0, abs(t.strength)) * float(np.linalg.norm(h.reshape(-1, h.shape[-1]), axis=1).max())
@@ -340,10 +340,10 @@ def directions(n: int, n_embd: int, seed: int = 7) -> np.ndarray:
     return (v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32)
 
 
-def column(n_embd: int, places: Sequence[Place], *, seed: int = 7, scale: float = 2.5) -> Column:
-    """A column with a random direction at each place; the scales differ from place to place."""
+def vector(n_embd: int, places: Sequence[Place], *, seed: int = 7, scale: float = 2.5) -> Vector:
+    """A vector with a random direction at each place; the scales differ from place to place."""
     v = directions(len(places), n_embd, seed)
-    return Column({at: (v[i], scale * (1 + 0.1 * i)) for i, at in enumerate(places)})
+    return Vector({at: (v[i], scale * (1 + 0.1 * i)) for i, at in enumerate(places)})
 
 
 def silence() -> None:

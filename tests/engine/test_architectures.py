@@ -60,15 +60,15 @@ def test_formula(fresh: MakeRaw, arch: str, n_ubatch: int) -> None:
     mine = np.array([t.seq == 0 for t in toks])
     plain = r.read(toks, layers, RESID, stream)
     for layer in layers:
-        columns = {0: H.column(r.n_embd, [(layer, RESID)])}
+        vectors = {0: H.vector(r.n_embd, [(layer, RESID)])}
         for op, strength in ((ADD, -1.2), (PROJECT, 1.0), (CLAMP, 0.6)):
             terms = [NativeTerm(0, op, strength)]
             r.clear()
-            r.steer_with(columns, terms)
+            r.steer_with(vectors, terms)
             before = r.steer.fired(layer, RESID)
             got = r.read(toks, [layer], RESID, stream)[layer]
-            want = H.edited(plain[layer], (layer, RESID), columns, terms)
-            H.close(got[mine], want[mine], H.tolerance(plain[layer], columns, terms))
+            want = H.edited(plain[layer], (layer, RESID), vectors, terms)
+            H.close(got[mine], want[mine], H.tolerance(plain[layer], vectors, terms))
             assert np.abs(want - plain[layer])[mine].max() > 0.05, "the edit was too small to be missed"
             assert np.array_equal(got[~mine], plain[layer][~mine]), "the other sequence changed"
             assert r.steer.fired(layer, RESID) > before
@@ -92,7 +92,7 @@ def test_rows_are_what_the_graph_computes(fresh: MakeRaw, arch: str) -> None:
 
     def read(layers: list[int], positions: list[int]) -> None:
         reader.clear()
-        reader.steer.set_taps(layers, [RESID] * len(layers), stream=stream_of(reader))
+        reader.steer.set_captures(layers, [RESID] * len(layers), stream=stream_of(reader))
         for p in positions:
             reader.steer.want(0, p, p + 1)
         assert np.array_equal(reader.decode(toks), logits)
@@ -106,7 +106,7 @@ def test_rows_are_what_the_graph_computes(fresh: MakeRaw, arch: str) -> None:
     read(layers if n_rows[top] == len(toks) else layers[:-1], list(range(13)))
     if reader.info.last_layer_outputs_only:
         reader.clear()
-        reader.steer.set_taps([top], [RESID])
+        reader.steer.set_captures([top], [RESID])
         reader.steer.want(0, 5, 6)
         assert reader.try_decode(toks) == -3
         assert f"Layer {top} holds output tokens only: position 5 of sequence 0 is no output" in reader.steer.error()
@@ -118,24 +118,24 @@ def test_last_layer_with_few_outputs(fresh: MakeRaw, arch: str) -> None:
     r = fresh(arch, n_ubatch=5, **SMALL)
     top, outputs, stream = r.n_layer - 1, [4, 7, 12], stream_of(r)
     toks = [Tok(t.token, t.pos, 0, t.pos in outputs) for t in H.prompt(18)]
-    columns = {0: H.column(r.n_embd, [(top, RESID)]), 1: H.column(r.n_embd, [(top, RESID)], seed=3)}
+    vectors = {0: H.vector(r.n_embd, [(top, RESID)]), 1: H.vector(r.n_embd, [(top, RESID)], seed=3)}
     terms = [NativeTerm(0, PROJECT, 1.1), NativeTerm(1, ADD, -0.8)]
 
     def run(first: int | None) -> tuple[np.ndarray, np.ndarray]:
         r.clear()
         if first is not None:
-            r.steer_with(columns, terms, first=first)
-        r.steer.set_taps([top], [RESID], stream=stream)
+            r.steer_with(vectors, terms, first=first)
+        r.steer.set_captures([top], [RESID], stream=stream)
         for p in outputs:
             r.steer.want(0, p, p + 1)
         logits = r.decode(toks)
         rows = r.rows_of([toks[p] for p in outputs], [top], RESID, stream)[top]
-        r.steer.set_taps([], [])
+        r.steer.set_captures([], [])
         return logits, rows
 
     plain_logits, plain = run(None)
     logits, rows = run(0)
-    H.close(rows, H.edited(plain, (top, RESID), columns, terms), H.tolerance(plain, columns, terms))
+    H.close(rows, H.edited(plain, (top, RESID), vectors, terms), H.tolerance(plain, vectors, terms))
     assert (np.abs(logits - plain_logits).max(axis=1) > 0.02).all()
     logits_7, rows_7 = run(5)
     assert np.array_equal(rows_7[0], plain[0]) and np.array_equal(rows_7[1:], rows[1:])
@@ -145,16 +145,16 @@ def test_last_layer_with_few_outputs(fresh: MakeRaw, arch: str) -> None:
 # ---- against the unpatched library
 
 
-def steps_of(r: Raw) -> tuple[list[dict[str, Any]], list[dict[str, Any]], H.Column]:
-    """(decodes without steering, the same under llama.cpp's own control vector in three windows, the column that equals it)."""
+def steps_of(r: Raw) -> tuple[list[dict[str, Any]], list[dict[str, Any]], H.Vector]:
+    """(decodes without steering, the same under llama.cpp's own control vector in three windows, the vector that equals it)."""
     toks = H.prompt(21)
     prefill = [[t.token, t.pos, 0, t.pos % 4 == 2] for t in toks[:18]]
     run: list[dict[str, Any]] = [{"tokens": prefill}, *({"tokens": [[t.token, t.pos, 0, True]]} for t in toks[18:])]
-    column = H.column(r.n_embd, [(il, RESID) for il in range(1, r.n_layer)], scale=1.7)
-    data = [float(x) for v, scale in column.places.values() for x in np.float32(-0.6 * scale * v.astype(np.float64))]
+    vector = H.vector(r.n_embd, [(il, RESID) for il in range(1, r.n_layer)], scale=1.7)
+    data = [float(x) for v, scale in vector.places.values() for x in np.float32(-0.6 * scale * v.astype(np.float64))]
     windows = ((1, r.n_layer - 1), (2, 2), (r.n_layer - 1, r.n_layer - 1))
     cvecs: list[dict[str, Any]] = [{"cvec": data, "first": first, "last": last} for first, last in windows]
-    return run, [step for cvec in cvecs for step in ({"clear": True}, cvec, *run)], column
+    return run, [step for cvec in cvecs for step in ({"clear": True}, cvec, *run)], vector
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def unpatched(
 def test_same_bits_as_the_unpatched_library(fresh: MakeRaw, unpatched: dict[str, list[np.ndarray]], arch: str) -> None:
     """Unsteered before and after steering, and steered as llama.cpp's own control vector does it at the same dose."""
     r = fresh(arch, n_ubatch=STEPS_UBATCH, **SMALL)
-    run, with_cvec, column = steps_of(r)
+    run, with_cvec, vector = steps_of(r)
     n = len(run)
     plain, controlled = unpatched[arch][:n], unpatched[arch][n:]
     assert len(controlled) == 3 * n
@@ -204,7 +204,7 @@ def test_same_bits_as_the_unpatched_library(fresh: MakeRaw, unpatched: dict[str,
         return all(np.array_equal(a, b) for a, b in zip(run_steps(r, steps), want, strict=True))
 
     assert same(plain), "before any steering call"
-    column.put(r.steer, 0)
+    vector.put(r.steer, 0)
     r.steer.set_config(2, [NativeTerm(0, CLAMP, 1.0)])
     r.steer.set_range(1, 0, -1, 2)
     assert same(plain), "with another sequence steered"

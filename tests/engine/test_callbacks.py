@@ -37,7 +37,7 @@ def test_read_callback_gets_the_rows(raw: MakeRaw, arch: str, n_ubatch: int) -> 
     for stream in {MEAN, streams(r)}:
         seen.clear()
         r.clear()
-        r.steer.set_taps(layers, [RESID] * 2, stream=stream)
+        r.steer.set_captures(layers, [RESID] * 2, stream=stream)
         for seq in (0, 1):
             r.steer.want(seq, 1, -1)
         r.decode(toks[:9])
@@ -50,7 +50,7 @@ def test_read_callback_gets_the_rows(raw: MakeRaw, arch: str, n_ubatch: int) -> 
             assert np.array_equal(np.concatenate([rows.sequences for rows in mine]), r.steer.kept()[0])
             assert np.array_equal(np.concatenate([rows.positions for rows in mine]), r.steer.kept()[1])
         assert len(r.steer.kept()[0]) == 11, "position 0 was not wanted"
-        assert len(seen) == 2 * sum(-(-n // n_ubatch) - (n_ubatch == 1) for n in (9, 4)), "once for each tap and ubatch"
+        assert len(seen) == 2 * sum(-(-n // n_ubatch) - (n_ubatch == 1) for n in (9, 4)), "once for each capture and ubatch"
     r.steer.on_read(None)
     seen.clear()
     r.forget()
@@ -65,7 +65,7 @@ def test_read_callback_of_other_sites_without_keeping(raw: MakeRaw) -> None:
     r.clear()
     seen: dict[tuple[int, str], np.ndarray] = {}
     r.steer.on_read(lambda rows: seen.update({(rows.layer, rows.site): rows.values}))
-    r.steer.set_taps([1, 3], [ATTN, ATTN], keep=False)
+    r.steer.set_captures([1, 3], [ATTN, ATTN], keep=False)
     r.steer.want(0, 0, -1)
     r.decode(toks)
     assert np.array_equal(seen[1, "attn_out"], want[1]) and np.array_equal(seen[3, "attn_out"], want[3])
@@ -78,8 +78,8 @@ def test_a_callback_that_raises(raw: MakeRaw, kind: str, error: BaseException) -
     """The decode fails, the exception can be raised again, and the context goes on working."""
     r = raw("llama", n_ubatch=4)
     toks = H.prompt(10)
-    H.column(r.n_embd, [(1, RESID)]).put(r.steer, 0)
-    r.steer.set_taps([1], [RESID])
+    H.vector(r.n_embd, [(1, RESID)]).put(r.steer, 0)
+    r.steer.set_captures([1], [RESID])
     r.steer.want(0, 0, -1)
     plain = r.decode(toks)
     calls = 0
@@ -106,8 +106,8 @@ def test_a_callback_that_raises(raw: MakeRaw, kind: str, error: BaseException) -
     assert len(r.steer.kept()[0]) == 10
 
 
-def test_two_taps_and_a_callback_that_raises_between_them(raw: MakeRaw) -> None:
-    """Rows stay level: no tap has rows that another lacks, and what is dropped is dropped everywhere."""
+def test_two_captures_and_a_callback_that_raises_between_them(raw: MakeRaw) -> None:
+    """Rows stay level: no capture has rows that another lacks, and what is dropped is dropped everywhere."""
     r = raw("llama", n_ubatch=4)
     toks = H.prompt(8)
     want = r.read(toks, [0, 1, 2])
@@ -118,7 +118,7 @@ def test_two_taps_and_a_callback_that_raises_between_them(raw: MakeRaw) -> None:
             raise ValueError
 
     r.steer.on_read(fail)
-    r.steer.set_taps([0, 1, 2], [RESID] * 3)
+    r.steer.set_captures([0, 1, 2], [RESID] * 3)
     r.steer.want(0, 0, -1)
     assert r.try_decode(toks) == -3
     n = len(r.steer.kept()[0])
@@ -137,11 +137,11 @@ def test_two_taps_and_a_callback_that_raises_between_them(raw: MakeRaw) -> None:
 @pytest.mark.parametrize("n_ubatch", [1, 3, 4, 5, 512])
 @pytest.mark.parametrize("arch", BOTH)
 def test_add_callback_adds_what_it_says(raw: MakeRaw, arch: str, n_ubatch: int) -> None:
-    """c and g of each token on top of its config's, for columns with a gap between their numbers."""
+    """c and g of each token on top of its config's, for vectors with a gap between their numbers."""
     r = raw(arch, n_ubatch=n_ubatch)
     layer = 2
     toks = [*H.prompt(9, 0), *H.prompt(5, 1, seed=2)]
-    columns = {0: H.column(r.n_embd, [(layer, RESID)], seed=1), 4: H.column(r.n_embd, [(layer, RESID)], seed=2, scale=1.5)}
+    vectors = {0: H.vector(r.n_embd, [(layer, RESID)], seed=1), 4: H.vector(r.n_embd, [(layer, RESID)], seed=2, scale=1.5)}
     batches = [toks[:9], toks[9:]]
     plain = r.read(batches, [layer], RESID, streams(r))[layer]
     rng = np.random.default_rng(8)
@@ -157,8 +157,8 @@ def test_add_callback_adds_what_it_says(raw: MakeRaw, arch: str, n_ubatch: int) 
             tokens.c[i, 0], tokens.c[i, 4], tokens.g[i, 4] = table[key]
 
     r.clear()
-    r.steer_with(columns, [NativeTerm(0, ADD, 0.7)], seq=0)
-    r.steer.set_config(2, [NativeTerm(4, PROJECT, 1.0)])  # makes column 4 ready for g; used by sequence 1
+    r.steer_with(vectors, [NativeTerm(0, ADD, 0.7)], seq=0)
+    r.steer.set_config(2, [NativeTerm(4, PROJECT, 1.0)])  # makes vector 4 ready for g; used by sequence 1
     r.steer.set_range(1, 0, -1, 2)
     r.steer.on_add(add)
     got = r.read(batches, [layer], RESID, streams(r))[layer]
@@ -167,8 +167,8 @@ def test_add_callback_adds_what_it_says(raw: MakeRaw, arch: str, n_ubatch: int) 
     for i, t in enumerate(toks):
         c0, c4, g4 = (float(np.float32(x)) for x in table[t.seq, t.pos])
         terms = [*own[t.seq], NativeTerm(0, ADD, c0), NativeTerm(4, ADD, c4), NativeTerm(4, PROJECT, -g4)]
-        want = H.edited(plain[i : i + 1], (layer, RESID), columns, terms)
-        H.close(got[i : i + 1], want, H.tolerance(plain, columns, terms))
+        want = H.edited(plain[i : i + 1], (layer, RESID), vectors, terms)
+        H.close(got[i : i + 1], want, H.tolerance(plain, vectors, terms))
     r.steer.on_add(None)
     r.clear()
     assert np.array_equal(r.read(batches, [layer], RESID, streams(r))[layer], plain)
@@ -178,17 +178,17 @@ def test_add_callback_beside_a_named_stream(raw: MakeRaw) -> None:
     """What a callback adds goes to all streams, also where the config names one."""
     r = raw("deepseek4")
     toks = H.prompt(3)
-    columns = {0: H.column(r.n_embd, [(3, RESID)], seed=1), 1: H.column(r.n_embd, [(3, RESID)], seed=2)}
+    vectors = {0: H.vector(r.n_embd, [(3, RESID)], seed=1), 1: H.vector(r.n_embd, [(3, RESID)], seed=2)}
     plain = r.read(toks, [3], RESID, ALL)[3]
     r.clear()
-    r.steer_with(columns, [NativeTerm(0, ADD, 1.0, stream=1)])
+    r.steer_with(vectors, [NativeTerm(0, ADD, 1.0, stream=1)])
     r.steer.on_add(lambda tokens: tokens.c.__setitem__((slice(None), 1), 0.5))
     got = r.read(toks, [3], RESID, ALL)[3]
     terms = [NativeTerm(0, ADD, 1.0, stream=1), NativeTerm(1, ADD, 0.5)]
-    H.close(got, H.edited(plain, (3, RESID), columns, terms), H.tolerance(plain, columns, terms))
+    H.close(got, H.edited(plain, (3, RESID), vectors, terms), H.tolerance(plain, vectors, terms))
 
 
-def test_add_callback_without_a_column_is_not_asked(raw: MakeRaw) -> None:
+def test_add_callback_without_a_vector_is_not_asked(raw: MakeRaw) -> None:
     r = raw("llama")
     r.steer.on_add(lambda tokens: 1 / 0)
     r.decode(H.prompt(3))
@@ -198,17 +198,17 @@ def test_add_callback_without_a_column_is_not_asked(raw: MakeRaw) -> None:
 @pytest.mark.parametrize(
     ("fill", "sentence"),
     [
-        (lambda t: t.c.__setitem__((0, 0), np.nan), "gave column 0 a coefficient that is not finite"),
-        (lambda t: t.g.__setitem__((2, 2), np.inf), "gave column 2 a coefficient that is not finite"),
-        (lambda t: t.c.__setitem__((1, 1), 1.0), "gave a coefficient to column 1, which is not set"),
-        (lambda t: t.g.__setitem__((1, 0), 1.0), "gave g to column 0, which no config projects or clamps"),
+        (lambda t: t.c.__setitem__((0, 0), np.nan), "gave vector 0 a coefficient that is not finite"),
+        (lambda t: t.g.__setitem__((2, 2), np.inf), "gave vector 2 a coefficient that is not finite"),
+        (lambda t: t.c.__setitem__((1, 1), 1.0), "gave a coefficient to vector 1, which is not set"),
+        (lambda t: t.g.__setitem__((1, 0), 1.0), "gave g to vector 0, which no config projects or clamps"),
     ],
 )
 def test_add_callback_with_bad_numbers(raw: MakeRaw, fill: Callable[[native.AddTokens], None], sentence: str) -> None:
     r = raw("llama")
     toks = H.prompt(4)
     for k in (0, 2):
-        H.column(r.n_embd, [(1, RESID)]).put(r.steer, k)
+        H.vector(r.n_embd, [(1, RESID)]).put(r.steer, k)
     plain = r.decode(toks)
     r.forget()
     r.steer.on_add(fill)
@@ -226,11 +226,11 @@ def test_configs_and_ranges_changed_in_the_read_callback(raw: MakeRaw) -> None:
     """A closed loop: what is read of one token sets the strength of the next."""
     r = raw("llama")
     toks = H.prompt(12)
-    columns = {0: H.column(r.n_embd, [(1, RESID)])}
-    v, scale = columns[0].places[1, RESID]
+    vectors = {0: H.vector(r.n_embd, [(1, RESID)])}
+    v, scale = vectors[0].places[1, RESID]
     plain = r.read([[t] for t in toks], [1])[1]
     r.clear()
-    r.steer_with(columns, [])
+    r.steer_with(vectors, [])
     used = [0.0]
 
     def control(rows: native.ReadRows) -> None:
@@ -249,10 +249,10 @@ def test_configs_and_ranges_changed_in_the_read_callback(raw: MakeRaw) -> None:
 def test_ranges_changed_in_the_add_callback_count_at_once(raw: MakeRaw) -> None:
     r = raw("llama", n_ubatch=4)
     toks = H.prompt(12)
-    columns = {0: H.column(r.n_embd, [(1, RESID)])}
+    vectors = {0: H.vector(r.n_embd, [(1, RESID)])}
     plain = r.read(toks, [1])[1]
     r.clear()
-    columns[0].put(r.steer, 0)
+    vectors[0].put(r.steer, 0)
     r.steer.set_config(1, [NativeTerm(0, ADD, 1.0)])
 
     def add(tokens: native.AddTokens) -> None:
@@ -270,20 +270,20 @@ def test_what_a_callback_may_not_do(raw: MakeRaw, kind: str) -> None:
     """Calls that would pull the graph or its buffers away are refused with a sentence; the decode is not harmed."""
     r = raw("llama", n_ubatch=4)
     toks = H.prompt(10)
-    column = H.column(r.n_embd, [(1, RESID)])
-    other = H.column(r.n_embd, [(0, RESID), (2, RESID)])
-    r.steer_with({0: column, 3: column}, [NativeTerm(0, ADD, 1.0)])
-    r.steer.set_taps([1], [RESID])
+    vector = H.vector(r.n_embd, [(1, RESID)])
+    other = H.vector(r.n_embd, [(0, RESID), (2, RESID)])
+    r.steer_with({0: vector, 3: vector}, [NativeTerm(0, ADD, 1.0)])
+    r.steer.set_captures([1], [RESID])
     r.steer.want(0, 0, -1)
     want = r.decode(toks)
     tried: dict[str, Callable[[], None]] = {
         "a new layer": lambda: other.put(r.steer, 1),
-        "a column again": lambda: other.put(r.steer, 0),
-        "the same column": lambda: column.put(r.steer, 0),
-        "no column": lambda: r.steer.clear_column(3),
+        "a vector again": lambda: other.put(r.steer, 0),
+        "the same vector": lambda: vector.put(r.steer, 0),
+        "no vector": lambda: r.steer.clear_vector(3),
         "first projection": lambda: r.steer.set_config(2, [NativeTerm(0, PROJECT, 1.0)]),
-        "other taps": lambda: r.steer.set_taps([0, 1], [RESID, RESID]),
-        "no taps": lambda: r.steer.set_taps([], []),
+        "other captures": lambda: r.steer.set_captures([0, 1], [RESID, RESID]),
+        "no captures": lambda: r.steer.set_captures([], []),
         "other callback": lambda: r.steer.on_read(None),
         "another callback": lambda: r.steer.on_add(None),
         "all gone": r.steer.free,
@@ -315,11 +315,11 @@ def test_callbacks_of_two_sequences(raw: MakeRaw) -> None:
     r = raw("llama", n_ubatch=3)
     layer = 1
     toks = [Tok(int(t), p, s) for p, t in enumerate((50, 60, 70, 80)) for s in (2, 0, 3)]
-    columns = {0: H.column(r.n_embd, [(layer, RESID)])}
-    v, scale = columns[0].places[layer, RESID]
+    vectors = {0: H.vector(r.n_embd, [(layer, RESID)])}
+    v, scale = vectors[0].places[layer, RESID]
     plain = r.read(toks, [layer])[layer]
     r.clear()
-    columns[0].put(r.steer, 0)
+    vectors[0].put(r.steer, 0)
     seen: dict[tuple[int, int], np.ndarray] = {}
 
     def keep(rows: native.ReadRows) -> None:
@@ -328,7 +328,7 @@ def test_callbacks_of_two_sequences(raw: MakeRaw) -> None:
 
     r.steer.on_add(lambda t: t.c.__setitem__((slice(None), 0), 0.1 * (10 * t.sequences + t.positions)))
     r.steer.on_read(keep)
-    r.steer.set_taps([layer], [RESID], keep=False)
+    r.steer.set_captures([layer], [RESID], keep=False)
     for s in (0, 2, 3):
         r.steer.want(s, 0, -1)
     r.decode(toks)
@@ -341,8 +341,8 @@ def test_clamp_from_the_add_callback(raw: MakeRaw) -> None:
     """c = target, g = -1 in a callback is a clamp."""
     r = raw("llama")
     toks = H.prompt(6)
-    columns = {0: H.column(r.n_embd, [(1, RESID)])}
-    r.steer_with(columns, [NativeTerm(0, CLAMP, 0.8)])
+    vectors = {0: H.vector(r.n_embd, [(1, RESID)])}
+    r.steer_with(vectors, [NativeTerm(0, CLAMP, 0.8)])
     want = r.read(toks, [1])[1]
     r.clear()
 

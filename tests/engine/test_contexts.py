@@ -22,7 +22,7 @@ MakeRaw = Callable[..., Raw]
 
 @pytest.mark.parametrize("arch", ["llama", "deepseek4"])
 def test_two_contexts_of_one_model(fresh: MakeRaw, arch: str) -> None:
-    """Different columns under the same numbers, decoding in turn; freeing one leaves the other alone."""
+    """Different vectors under the same numbers, decoding in turn; freeing one leaves the other alone."""
     one = fresh(arch)
     two = one.second_context()
     toks = H.prompt(8)
@@ -31,7 +31,7 @@ def test_two_contexts_of_one_model(fresh: MakeRaw, arch: str) -> None:
     alone = []
     for r, seed in ((one, 1), (two, 2)):
         r.clear()
-        r.steer_with({0: H.column(r.n_embd, places, seed=seed)}, [NativeTerm(0, ADD, 0.5)])
+        r.steer_with({0: H.vector(r.n_embd, places, seed=seed)}, [NativeTerm(0, ADD, 0.5)])
         alone.append(r.decode(toks))
     assert not np.array_equal(alone[0], alone[1])
     for r in (one, two):
@@ -58,7 +58,7 @@ def test_the_model_outlives_its_contexts(fresh: MakeRaw) -> None:
     want = None
     for _ in range(3):
         other = r.second_context()
-        other.steer_with({0: H.column(r.n_embd, [(1, RESID)])}, [NativeTerm(0, CLAMP, 1.0)])
+        other.steer_with({0: H.vector(r.n_embd, [(1, RESID)])}, [NativeTerm(0, CLAMP, 1.0)])
         got = other.decode(toks)
         want = got if want is None else want
         assert np.array_equal(got, want)
@@ -75,9 +75,9 @@ def test_free_and_again(fresh: MakeRaw) -> None:
         r.forget()
         r.steer.on_read(lambda rows: None)
         r.steer.on_add(lambda tokens: None)
-        r.steer.set_taps([0, 3], [RESID, RESID], stream=ALL)
+        r.steer.set_captures([0, 3], [RESID, RESID], stream=ALL)
         r.steer.want(0, 0, -1)
-        r.steer_with({0: H.column(r.n_embd, [(1, RESID)])}, [NativeTerm(0, CLAMP, 1.0)])
+        r.steer_with({0: H.vector(r.n_embd, [(1, RESID)])}, [NativeTerm(0, CLAMP, 1.0)])
         got = r.decode(toks)
         want = got if want is None else want
         assert np.array_equal(got, want) and not np.array_equal(got, plain)
@@ -96,7 +96,7 @@ def test_contexts_on_threads(fresh: MakeRaw) -> None:
     toks = H.prompt(60)
     wants = []
     for k, r in enumerate((one, two)):
-        r.steer_with({0: H.column(r.n_embd, [(1, RESID), (2, RESID)], seed=k)}, [NativeTerm(0, CLAMP, 1.0)])
+        r.steer_with({0: H.vector(r.n_embd, [(1, RESID), (2, RESID)], seed=k)}, [NativeTerm(0, CLAMP, 1.0)])
         wants.append((r.decode(toks), r.read([H.Tok(50, 60)], [1])[1]))
     problems: list[str] = []
 
@@ -129,8 +129,8 @@ def test_an_aborted_decode(fresh: MakeRaw, arch: str) -> None:
     """llama.cpp's abort callback stops a steered decode half-way; the next one is right."""
     r = fresh(arch, n_ubatch=4)
     toks = H.prompt(12)
-    r.steer_with({0: H.column(r.n_embd, [(1, RESID), (2, RESID)])}, [NativeTerm(0, CLAMP, 1.0)])
-    r.steer.set_taps([1], [RESID])
+    r.steer_with({0: H.vector(r.n_embd, [(1, RESID), (2, RESID)])}, [NativeTerm(0, CLAMP, 1.0)])
+    r.steer.set_captures([1], [RESID])
     r.steer.want(0, 0, -1)
     want = r.decode(toks)
     c = H.llama_cpp.llama_cpp
@@ -158,11 +158,11 @@ def test_an_aborted_decode(fresh: MakeRaw, arch: str) -> None:
 
 
 def test_a_full_cache(fresh: MakeRaw) -> None:
-    """No room for a batch (code 1): ranges and taps stay as they are, and the same batch is right when there is room."""
+    """No room for a batch (code 1): ranges and captures stay as they are, and the same batch is right when there is room."""
     r = fresh("llama", n_ctx=256, n_seq_max=1)
     toks = H.prompt(256)
-    r.steer_with({0: H.column(r.n_embd, [(1, RESID)])}, [NativeTerm(0)], first=200)
-    r.steer.set_taps([1], [RESID])
+    r.steer_with({0: H.vector(r.n_embd, [(1, RESID)])}, [NativeTerm(0)], first=200)
+    r.steer.set_captures([1], [RESID])
     r.steer.want(0, 250, -1)
     r.decode(toks)
     rows = r.steer.rows(1, RESID)
@@ -191,8 +191,8 @@ def test_freeing_a_context_frees_its_steering(fresh: MakeRaw) -> None:
     for i in range(200):
         other = r.second_context()
         places = [(il, RESID) for il in range(r.n_layer)]
-        columns = {k: H.column(r.n_embd, places, seed=k) for k in range(5)}
-        other.steer_with(columns, [NativeTerm(k, CLAMP if k % 2 else ADD, 0.2) for k in range(5)])
+        vectors = {k: H.vector(r.n_embd, places, seed=k) for k in range(5)}
+        other.steer_with(vectors, [NativeTerm(k, CLAMP if k % 2 else ADD, 0.2) for k in range(5)])
         other.read(toks, list(range(r.n_layer)))
         assert other.steer.stats().n_device_bytes > 30_000
         other.close()
@@ -204,16 +204,16 @@ def test_freeing_a_context_frees_its_steering(fresh: MakeRaw) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_ten_thousand_changes_hold_no_memory(fresh: MakeRaw) -> None:
-    """Configs, ranges, columns and rows replaced over and over."""
+    """Configs, ranges, vectors and rows replaced over and over."""
     r = fresh("llama", n_ubatch=16, n_seq_max=1)
     places = [(il, RESID) for il in range(r.n_layer)]
-    columns = [H.column(r.n_embd, places, seed=k) for k in range(8)]
+    vectors = [H.vector(r.n_embd, places, seed=k) for k in range(8)]
     toks = H.prompt(4)
-    r.steer.set_taps([1], [RESID])
+    r.steer.set_captures([1], [RESID])
     r.steer.want(0, 0, -1)
     sizes = []
     for i in range(4000):
-        columns[i % 8].put(r.steer, i % 5)
+        vectors[i % 8].put(r.steer, i % 5)
         r.steer.set_config(1 + i % 7, [NativeTerm(i % 5, i % 3, 0.1 + 0.01 * (i % 13))])
         r.steer.set_range(0, i % 4, -1, 1 + i % 7)
         r.decode(toks)
@@ -242,8 +242,8 @@ toks = H.prompt(20)
 every = [(il, s) for il in range(r.n_layer) for s in r.sites]
 plain = r.decode(toks)
 r.forget()
-r.steer_with({k: H.column(r.n_embd, [(1, 0)], seed=k) for k in range(9)}, [NativeTerm(0), NativeTerm(1, 2, 0.5)])
-r.steer.set_taps([0], [0])
+r.steer_with({k: H.vector(r.n_embd, [(1, 0)], seed=k) for k in range(9)}, [NativeTerm(0), NativeTerm(1, 2, 0.5)])
+r.steer.set_captures([0], [0])
 r.steer.want(0, 3, 6)
 want = r.decode(toks)
 rows = r.steer.rows(0, 0)
@@ -273,10 +273,10 @@ def configs_for_each_token():
         r.steer.set_range(0, 0, -1, 1)
 
 calls = {
-    "columns": lambda: H.column(r.n_embd, every).put(r.steer, 20),
+    "vectors": lambda: H.vector(r.n_embd, every).put(r.steer, 20),
     "projections": lambda: r.steer.set_config(9, [NativeTerm(k, 1, 1.0) for k in range(9)]),
     "rows": configs_for_each_token,
-    "taps": lambda: r.steer.set_taps([il for il, _ in every], [s for _, s in every], stream=H.ALL),
+    "captures": lambda: r.steer.set_captures([il for il, _ in every], [s for _, s in every], stream=H.ALL),
 }
 for name, call in calls.items():
     for n in range(1000):
@@ -295,7 +295,7 @@ for name, call in calls.items():
         check((name, n))
     print(name, "failed at", n, "places")
     assert n >= (1 if name == "rows" else 3), (name, n)
-    if name != "taps":
+    if name != "captures":
         check((name, "after it worked"))
 """
 

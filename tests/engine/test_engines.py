@@ -395,9 +395,9 @@ def test_scores_are_log_probabilities(engines: Any) -> None:
             raw.clear()
             tokens = head + tail
             if steering is not None:
-                column = H.Column({(il, 0): (v.directions[il, "resid_post"], v.scales[il, "resid_post"]) for il in v.layers})
+                placed = H.Vector({(il, 0): (v.directions[il, "resid_post"], v.scales[il, "resid_post"]) for il in v.layers})
                 strength, first = (1.0, 1) if steering is v else (-1.0, max(1, len(head) - 1))
-                raw.steer_with({0: column}, [native.NativeTerm(0, 0, strength)], first=first)
+                raw.steer_with({0: placed}, [native.NativeTerm(0, 0, strength)], first=first)
             logits = raw.decode([H.Tok(t, p) for p, t in enumerate(tokens)]).astype(np.float64)
             log_p = (
                 logits

@@ -17,7 +17,7 @@ from steer_plugins.steering.vector import SteeringVector
 from steer_plugins.store.foreign import controlvector
 from steer_plugins.store.formats import Facts, read_any
 from tests.engine import harness as H
-from tests.engine.harness import ADD, RESID, Column, Raw
+from tests.engine.harness import ADD, RESID, Raw, Vector
 from tests.engine.stock_runner import run_steps
 
 PREFILL, DECODE = 17, 3
@@ -45,9 +45,9 @@ def as_llama_cpp_loads(path: Path, n_layer: int, strength: float) -> list[float]
     return [float(x) for x in flat.ravel()]
 
 
-def columns(vector: SteeringVector) -> dict[int, Column]:
+def vectors(vector: SteeringVector) -> dict[int, Vector]:
     places = {(il, RESID): (vector.directions[il, site], vector.scales[il, site]) for il, site in vector.directions}
-    return {0: Column(places)}
+    return {0: Vector(places)}
 
 
 def random_vector(n_embd: int, layers: range | list[int], seed: int = 3) -> SteeringVector:
@@ -84,7 +84,7 @@ def test_a_written_control_vector_in_stock_llama_cpp(
         want = wanted[i * len(steps()) : (i + 1) * len(steps())]
         for ours in (vector, again):
             r.reset()
-            r.steer_with(columns(ours), [NativeTerm(0, ADD, strength)])
+            r.steer_with(vectors(ours), [NativeTerm(0, ADD, strength)])
             got = run_steps(r, steps())
             assert np.abs(got[0] - plain[0]).max() > 0.05
             for a, b, p in zip(got, want, plain, strict=True):
@@ -117,7 +117,7 @@ def test_one_layer_reacts_and_it_is_the_same_one(raw: Callable[..., Raw], stock:
     ours = []
     for path in paths:
         r.reset()
-        r.steer_with(columns(read_any(path)), [NativeTerm(0, ADD, 1.0)])
+        r.steer_with(vectors(read_any(path)), [NativeTerm(0, ADD, 1.0)])
         ours.append(run_steps(r, steps()[:1])[0])
     off = np.array([[float(np.abs(a - b).max()) for b in stocks] for a in ours])
     assert off.diagonal().max() < 1e-4

@@ -37,13 +37,13 @@ def test_a_thousand_strengths_at_one_position(fresh: MakeRaw, op: int) -> None:
     """The same token over and over: not a single graph is built, and each of the thousand states is right."""
     r = fresh("llama")
     layer = 1
-    columns = {0: H.column(r.n_embd, [(layer, RESID)])}
+    vectors = {0: H.vector(r.n_embd, [(layer, RESID)])}
     toks = H.prompt(11)
     r.decode(toks[:10])
     plain = r.read([toks[10]], [layer])[layer]
     memory, remove = r.memory, H.llama_cpp.llama_memory_seq_rm
-    r.steer_with(columns, [NativeTerm(0, op, 1.0)], first=10)
-    r.steer.set_taps([layer], [RESID])
+    r.steer_with(vectors, [NativeTerm(0, op, 1.0)], first=10)
+    r.steer.set_captures([layer], [RESID])
     r.steer.want(0, 10, -1)
     remove(memory, 0, 10, -1)
     r.decode([toks[10]])  # the first use builds the graph
@@ -59,7 +59,7 @@ def test_a_thousand_strengths_at_one_position(fresh: MakeRaw, op: int) -> None:
     assert rows.shape == (STEPS, r.n_embd)
     for strength, row in zip(used, rows, strict=True):
         terms = [NativeTerm(0, op, strength)]
-        H.close(row, H.edited(plain, (layer, RESID), columns, terms)[0], H.tolerance(plain, columns, terms))
+        H.close(row, H.edited(plain, (layer, RESID), vectors, terms)[0], H.tolerance(plain, vectors, terms))
 
 
 @pytest.mark.parametrize("arch", ["llama", "deepseek4"])
@@ -71,15 +71,15 @@ def test_a_thousand_strengths_over_a_thousand_tokens(fresh: MakeRaw, arch: str) 
     layer = 2
     toks = H.prompt(STEPS)
     used = list(strengths(STEPS))
-    columns = {0: H.column(128 if arch == "llama" else 256, [(layer, RESID)], scale=0.5)}
+    vectors = {0: H.vector(128 if arch == "llama" else 256, [(layer, RESID)], scale=0.5)}
     builds, rows = {}, {}
     for mode in ("plain", "constant", "changing"):
         r = fresh(arch, n_ctx=1024, n_seq_max=1)
         stream = ALL if r.info.n_streams > 1 else MEAN
-        r.steer_with(columns, [NativeTerm(0, ADD, 1.0)])
+        r.steer_with(vectors, [NativeTerm(0, ADD, 1.0)])
         if mode == "plain":
             r.steer.set_range(0, 0, -1, 0)
-        r.steer.set_taps([layer], [RESID], stream=stream)
+        r.steer.set_captures([layer], [RESID], stream=stream)
         r.steer.want(0, 0, -1)
         counted = Counted(r)
         for tok, strength in zip(toks, used, strict=True):
@@ -92,16 +92,16 @@ def test_a_thousand_strengths_over_a_thousand_tokens(fresh: MakeRaw, arch: str) 
     assert builds["plain"] == builds["constant"] == builds["changing"]
     assert builds["plain"][0] < STEPS / 50 and builds["plain"][1] == 0
     for mode, doses in (("constant", [1.0] * STEPS), ("changing", used)):
-        v, scale = columns[0].places[layer, RESID]
+        v, scale = vectors[0].places[layer, RESID]
         move = np.outer(doses, scale * v.astype(np.float64)).reshape(STEPS, *(1,) * (rows[mode].ndim - 2), -1)
-        H.close(rows[mode], rows["plain"] + move, H.tolerance(rows["plain"], columns, [NativeTerm(0, ADD, 2.0)]))
+        H.close(rows[mode], rows["plain"] + move, H.tolerance(rows["plain"], vectors, [NativeTerm(0, ADD, 2.0)]))
 
 
 def test_what_rebuilds_and_what_does_not(fresh: MakeRaw) -> None:
     r = fresh("llama")
     toks = iter(H.prompt(200))
     places = [(il, RESID) for il in range(3)]
-    r.steer_with({0: H.column(r.n_embd, places), 1: H.column(r.n_embd, places, seed=2)}, [NativeTerm(0, CLAMP, 1.0)])
+    r.steer_with({0: H.vector(r.n_embd, places), 1: H.vector(r.n_embd, places, seed=2)}, [NativeTerm(0, CLAMP, 1.0)])
     r.decode([next(toks)])
     counted = Counted(r)
 
@@ -116,16 +116,16 @@ def test_what_rebuilds_and_what_does_not(fresh: MakeRaw) -> None:
     assert cost() == (0, 0)
     r.steer.set_config(2, [NativeTerm(1, ADD, 2.0, 0, 0)])
     assert cost() == (0, 0)
-    r.steer.set_config(2, [NativeTerm(1, PROJECT, 1.0)])  # the second projecting column fits the room there is
+    r.steer.set_config(2, [NativeTerm(1, PROJECT, 1.0)])  # the second projecting vector fits the room there is
     assert cost() == (0, 0)
-    H.column(r.n_embd, places[:2], seed=9).put(r.steer, 1)
+    H.vector(r.n_embd, places[:2], seed=9).put(r.steer, 1)
     assert cost() == (0, 0)
-    H.column(r.n_embd, places[2:], seed=9).put(r.steer, 5)
+    H.vector(r.n_embd, places[2:], seed=9).put(r.steer, 5)
     r.steer.set_config(3, [NativeTerm(5)])
     r.steer.set_range(0, 0, -1, 3)
     assert cost() == (0, 0)
     # a layer that was not there: buffers are reserved at once, in the setter
-    H.column(r.n_embd, [(3, RESID)]).put(r.steer, 6)
+    H.vector(r.n_embd, [(3, RESID)]).put(r.steer, 6)
     assert counted.since() == (0, 1)
     assert cost() == (1, 0)
     # one batch shape to another and back, as without steering
@@ -139,7 +139,7 @@ def test_off_and_on(fresh: MakeRaw, arch: str) -> None:
     """Two graphs, of which llama.cpp keeps one: a switch costs one build, and staying costs none."""
     r = fresh(arch)
     toks = iter(H.prompt(100))
-    r.steer_with({0: H.column(r.n_embd, [(1, RESID)])}, [NativeTerm(0, ADD, 1.0)])
+    r.steer_with({0: H.vector(r.n_embd, [(1, RESID)])}, [NativeTerm(0, ADD, 1.0)])
     r.decode([next(toks)])
     r.decode([next(toks)])
     counted = Counted(r)
@@ -156,8 +156,8 @@ def test_off_and_on(fresh: MakeRaw, arch: str) -> None:
 def test_reading_off_and_on(fresh: MakeRaw) -> None:
     r = fresh("llama")
     toks = iter(H.prompt(100))
-    r.steer_with({0: H.column(r.n_embd, [(1, RESID)])}, [NativeTerm(0, ADD, 1.0)])
-    r.steer.set_taps([0, 1], [RESID, RESID])
+    r.steer_with({0: H.vector(r.n_embd, [(1, RESID)])}, [NativeTerm(0, ADD, 1.0)])
+    r.steer.set_captures([0, 1], [RESID, RESID])
     r.decode([next(toks)])
     r.decode([next(toks)])
     counted = Counted(r)
@@ -166,21 +166,21 @@ def test_reading_off_and_on(fresh: MakeRaw) -> None:
         r.steer.want(0, i, i + 1, wanted)
         r.decode([next(toks)])
         assert counted.since() == ((1, 0) if i % 5 == 0 else (0, 0)), i
-    r.steer.set_taps([0, 1], [RESID, RESID])  # the same taps again cost nothing
+    r.steer.set_captures([0, 1], [RESID, RESID])  # the same captures again cost nothing
     assert counted.since() == (0, 0)
-    r.steer.set_taps([0], [RESID])
+    r.steer.set_captures([0], [RESID])
     assert counted.since() == (0, 1)
-    r.steer.set_taps([], [])
+    r.steer.set_captures([], [])
     assert counted.since() == (0, 0)
 
 
 def test_a_batch_of_many_sequences_changes_hands(fresh: MakeRaw) -> None:
     """Slots of a server: each step other sequences are steered, with other strengths, in one graph."""
     r = fresh("llama", n_seq_max=6)
-    columns = {0: H.column(r.n_embd, [(1, RESID)])}
+    vectors = {0: H.vector(r.n_embd, [(1, RESID)])}
     rng = np.random.default_rng(3)
     for seq in range(6):
-        r.steer_with(columns, [NativeTerm(0, ADD, 1.0)], config=1 + seq, seq=seq)
+        r.steer_with(vectors, [NativeTerm(0, ADD, 1.0)], config=1 + seq, seq=seq)
     r.decode([Tok(50 + seq, 0, seq) for seq in range(6)])
     counted = Counted(r)
     for step in range(1, 101):

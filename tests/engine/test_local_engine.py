@@ -485,9 +485,9 @@ def test_a_closed_engine_says_so(tiny: Callable[..., Path], runtime: Any) -> Non
 # ---- many vectors ----
 
 
-def test_more_vectors_than_columns(tiny: Callable[..., Path], llama_cpp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for few columns and configs the engine makes room, and every steering is still the one that was asked for."""
-    monkeypatch.setattr(tables, "MAX_COLUMNS", 8)
+def test_more_vectors_than_vectors(tiny: Callable[..., Path], llama_cpp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for few vectors and configs the engine makes room, and every steering is still the one that was asked for."""
+    monkeypatch.setattr(tables, "MAX_VECTORS", 8)
     monkeypatch.setattr(tables, "MAX_CONFIGS", 6)
     rng = random.Random(7)
     layer = 1

@@ -30,19 +30,19 @@ def test_two_sequences_in_one_batch(raw: MakeRaw, arch: str, n_ubatch: int, kv_u
     layer = r.n_layer // 2
     pairs = zip(H.prompt(7, 0, seed=1), H.prompt(7, 1, seed=2), strict=True)
     toks = [t for pair in pairs for t in pair]
-    columns = {k: H.column(r.n_embd, [(layer, RESID)], seed=40 + k) for k in range(3)}
+    vectors = {k: H.vector(r.n_embd, [(layer, RESID)], seed=40 + k) for k in range(3)}
     mine = {0: [NativeTerm(0, ADD, 1.0)], 1: [NativeTerm(1, CLAMP, 0.5), NativeTerm(2, PROJECT, 1.0)]}
     plain = r.read(toks, [layer], RESID, streams(r))[layer]
     for steered in ({0: mine[0], 1: mine[1]}, {1: mine[0]}, {0: mine[1]}):
         r.clear()
         for seq, terms in steered.items():
-            r.steer_with(columns, terms, config=1 + seq, seq=seq)
+            r.steer_with(vectors, terms, config=1 + seq, seq=seq)
         got = r.read(toks, [layer], RESID, streams(r))[layer]
         for seq in (0, 1):
             rows = [i for i, t in enumerate(toks) if t.seq == seq]
             terms = steered.get(seq, [])
-            want = H.edited(plain[rows], (layer, RESID), columns, terms)
-            H.close(got[rows], want, H.tolerance(plain, columns, [t for ts in mine.values() for t in ts]))
+            want = H.edited(plain[rows], (layer, RESID), vectors, terms)
+            H.close(got[rows], want, H.tolerance(plain, vectors, [t for ts in mine.values() for t in ts]))
 
 
 @pytest.mark.parametrize("arch", MORE)
@@ -51,15 +51,15 @@ def test_sequences_of_unequal_length(raw: MakeRaw, arch: str) -> None:
     r = raw(arch, n_ubatch=8)
     layer = 1
     toks = [*H.prompt(9, 2, seed=3), *H.prompt(2, 0, seed=4), *H.prompt(5, 3, seed=5)]
-    columns = {k: H.column(r.n_embd, [(layer, RESID)], seed=50 + k, scale=1.0 + k) for k in range(4)}
+    vectors = {k: H.vector(r.n_embd, [(layer, RESID)], seed=50 + k, scale=1.0 + k) for k in range(4)}
     plain = r.read(toks, [layer], RESID, streams(r))[layer]
     r.clear()
     for seq in (0, 2, 3):
-        r.steer_with(columns, [NativeTerm(seq, ADD, 1.0)], config=7 + seq, seq=seq)
+        r.steer_with(vectors, [NativeTerm(seq, ADD, 1.0)], config=7 + seq, seq=seq)
     got = r.read(toks, [layer], RESID, streams(r))[layer]
     for i, t in enumerate(toks):
         terms = [NativeTerm(t.seq, ADD, 1.0)]
-        H.close(got[i : i + 1], H.edited(plain[i : i + 1], (layer, RESID), columns, terms), H.tolerance(plain, columns, terms))
+        H.close(got[i : i + 1], H.edited(plain[i : i + 1], (layer, RESID), vectors, terms), H.tolerance(plain, vectors, terms))
 
 
 @pytest.mark.parametrize("n_ubatch", [3, 4, 512])
@@ -70,25 +70,25 @@ def test_position_range(raw: MakeRaw, arch: str, n_ubatch: int) -> None:
     layer = r.n_layer - 1 if arch == "deepseek4" else r.n_layer - 2
     toks = H.prompt(12)
     batches = [toks[:5], toks[5:]]
-    columns = {0: H.column(r.n_embd, [(layer, RESID)])}
+    vectors = {0: H.vector(r.n_embd, [(layer, RESID)])}
     plain = r.read(batches, [layer], RESID, streams(r))[layer]
     for first, end in ((0, 1), (3, 7), (11, 12), (4, -1), (0, -1), (40, 50)):
         r.clear()
-        r.steer_with(columns, [NativeTerm(0, CLAMP, 1.0)], first=first, end=end)
+        r.steer_with(vectors, [NativeTerm(0, CLAMP, 1.0)], first=first, end=end)
         got = r.read(batches, [layer], RESID, streams(r))[layer]
         for p in range(12):
             inside = p >= first and (end < 0 or p < end)
-            want = H.edited(plain[p : p + 1], (layer, RESID), columns, [NativeTerm(0, CLAMP, 1.0 if inside else 0.0)])
-            H.close(got[p : p + 1], want, H.tolerance(plain, columns, [NativeTerm(0, CLAMP, 1.0)]))
+            want = H.edited(plain[p : p + 1], (layer, RESID), vectors, [NativeTerm(0, CLAMP, 1.0 if inside else 0.0)])
+            H.close(got[p : p + 1], want, H.tolerance(plain, vectors, [NativeTerm(0, CLAMP, 1.0)]))
 
 
 def test_later_ranges_win(raw: MakeRaw) -> None:
     """Random overlapping ranges against a plain list."""
     r = raw("llama")
     rng = np.random.default_rng(5)
-    columns = {k: H.column(r.n_embd, [(1, RESID)], seed=60 + k) for k in range(4)}
-    for k, column in columns.items():
-        column.put(r.steer, k)
+    vectors = {k: H.vector(r.n_embd, [(1, RESID)], seed=60 + k) for k in range(4)}
+    for k, vector in vectors.items():
+        vector.put(r.steer, k)
         r.steer.set_config(1 + k, [NativeTerm(k, ADD, 1.0)])
     ids = [0, *(r.steer.config_id(1 + k) for k in range(4))]
     toks = H.prompt(30)
@@ -110,16 +110,16 @@ def test_later_ranges_win(raw: MakeRaw) -> None:
                 terms = [NativeTerm(c - 1, ADD, 1.0)] if c else []
                 H.close(
                     got[p],
-                    H.edited(plain[p : p + 1], (1, RESID), columns, terms)[0],
-                    H.tolerance(plain, columns, [NativeTerm(0)]),
+                    H.edited(plain[p : p + 1], (1, RESID), vectors, terms)[0],
+                    H.tolerance(plain, vectors, [NativeTerm(0)]),
                 )
 
 
 @pytest.mark.parametrize("arch", BOTH)
 def test_ranges_persist_over_decodes_and_replays(raw: MakeRaw, arch: str) -> None:
     r = raw(arch)
-    columns = {0: H.column(r.n_embd, [(il, RESID) for il in range(r.n_layer)], scale=1.0)}
-    r.steer_with(columns, [NativeTerm(0, ADD, 1.0)], first=2, end=6)
+    vectors = {0: H.vector(r.n_embd, [(il, RESID) for il in range(r.n_layer)], scale=1.0)}
+    r.steer_with(vectors, [NativeTerm(0, ADD, 1.0)], first=2, end=6)
     toks = H.prompt(8)
     once = [r.decode([t])[0] for t in toks]
     r.forget()
@@ -133,11 +133,11 @@ def test_ranges_persist_over_decodes_and_replays(raw: MakeRaw, arch: str) -> Non
 
 def test_replacing_a_config_changes_its_ranges(raw: MakeRaw) -> None:
     r = raw("llama")
-    columns = {0: H.column(r.n_embd, [(1, RESID)])}
+    vectors = {0: H.vector(r.n_embd, [(1, RESID)])}
     toks = H.prompt(6)
     plain = r.read(toks, [1])[1]
     r.clear()
-    r.steer_with(columns, [NativeTerm(0, ADD, 1.0)])
+    r.steer_with(vectors, [NativeTerm(0, ADD, 1.0)])
     for strength in (1.0, -2.0, 0.25, 0.0, 1.0):
         r.steer.set_config(1, [NativeTerm(0, ADD, strength)])
         r.forget()
@@ -145,8 +145,8 @@ def test_replacing_a_config_changes_its_ranges(raw: MakeRaw) -> None:
         got = r.read(toks, [1])[1]
         H.close(
             got,
-            H.edited(plain, (1, RESID), columns, [NativeTerm(0, ADD, strength)]),
-            H.tolerance(plain, columns, [NativeTerm(0, ADD, 2.0)]),
+            H.edited(plain, (1, RESID), vectors, [NativeTerm(0, ADD, strength)]),
+            H.tolerance(plain, vectors, [NativeTerm(0, ADD, 2.0)]),
         )
     r.steer.clear_config(1)
     r.forget()
@@ -160,7 +160,7 @@ def test_edit_ids(raw: MakeRaw) -> None:
     r = raw("deepseek4")
     s = r.steer
     places = [(1, RESID), (3, RESID)]
-    a, b = H.column(r.n_embd, places, seed=1), H.column(r.n_embd, places, seed=2)
+    a, b = H.vector(r.n_embd, places, seed=1), H.vector(r.n_embd, places, seed=2)
     a.put(s, 0)
     b.put(s, 1)
     a.put(s, 17)  # the same content under another number
@@ -207,12 +207,12 @@ def test_edit_ids(raw: MakeRaw) -> None:
     for k, places in enumerate(
         ([(1, RESID)], [(2, RESID)], [(1, ATTN)], [(1, FFN)], [(1, RESID), (2, RESID)], [(2, RESID), (1, RESID)])
     ):
-        H.Column({at: ((v, w)[i], 1.0) for i, at in enumerate(places)}).put(s, 30 + k)
+        H.Vector({at: ((v, w)[i], 1.0) for i, at in enumerate(places)}).put(s, 30 + k)
     at_places = [identity(NativeTerm(30 + k, op, 0.5)) for k in range(6) for op in (ADD, PROJECT)]
     assert len({*at_places, *others}) == len(at_places) + len(others)
-    # another scale is another edit, and replacing a column changes the ids of the configs that use it
+    # another scale is another edit, and replacing a vector changes the ids of the configs that use it
     s.set_config(1, one)
-    H.column(r.n_embd, places, seed=1, scale=2.6).put(s, 0)
+    H.vector(r.n_embd, places, seed=1, scale=2.6).put(s, 0)
     assert s.config_id(1) not in others
     a.put(s, 0)
     assert s.config_id(1) == base
@@ -226,12 +226,12 @@ def test_edit_ids(raw: MakeRaw) -> None:
 def test_tokens_shared_by_sequences(raw: MakeRaw) -> None:
     """One token of two sequences is computed once, so their steering must agree there."""
     r = raw("llama", kv_unified=True)
-    columns = {0: H.column(r.n_embd, [(1, RESID)])}
+    vectors = {0: H.vector(r.n_embd, [(1, RESID)])}
     shared = [(t.token, t.pos, (0, 1), t.output) for t in H.prompt(4)]
     plain = r.try_decode(shared)
     assert plain == 0
     r.clear()
-    r.steer_with(columns, [NativeTerm(0, ADD, 1.0)], first=2)
+    r.steer_with(vectors, [NativeTerm(0, ADD, 1.0)], first=2)
     assert r.try_decode(shared) == -3
     assert re.match(r"Sequences (0 and 1|1 and 0) share the token at position 2 but not its steering", r.steer.error())
     # equal content counts, not the config's number
@@ -253,10 +253,10 @@ def test_more_distinct_configs_than_rows(raw: MakeRaw, arch: str) -> None:
     layer = 1
     n = 21
     toks = H.prompt(n)
-    columns = {k: H.column(r.n_embd, [(layer, RESID)], seed=70 + k) for k in range(3)}
+    vectors = {k: H.vector(r.n_embd, [(layer, RESID)], seed=70 + k) for k in range(3)}
     plain = r.read(toks, [layer], RESID, streams(r))[layer]
-    for k, column in columns.items():
-        column.put(r.steer, k)
+    for k, vector in vectors.items():
+        vector.put(r.steer, k)
     capacity = r.steer.stats().n_rows_capacity
     assert capacity < n
 
@@ -267,7 +267,7 @@ def test_more_distinct_configs_than_rows(raw: MakeRaw, arch: str) -> None:
     for p in range(n):
         r.steer.set_config(1 + p, terms_of(p))
     r.steer.set_range(0, 0, -1, 1)
-    r.steer.set_taps([layer], [RESID], stream=streams(r))
+    r.steer.set_captures([layer], [RESID], stream=streams(r))
     r.steer.want(0, 0, -1)
     r.decode(toks)  # leaves a graph of this very shape, from before there were more rows
     before = r.steer.stats().n_row_uploads
@@ -280,8 +280,8 @@ def test_more_distinct_configs_than_rows(raw: MakeRaw, arch: str) -> None:
         r.decode(toks)
         got = r.rows_of(toks, [layer], RESID, streams(r))[layer]
         for p in range(n):
-            want = H.edited(plain[p : p + 1], (layer, RESID), columns, terms_of(p))
-            H.close(got[p : p + 1], want, H.tolerance(plain, columns, [NativeTerm(0, CLAMP, 2.0)]))
+            want = H.edited(plain[p : p + 1], (layer, RESID), vectors, terms_of(p))
+            H.close(got[p : p + 1], want, H.tolerance(plain, vectors, [NativeTerm(0, CLAMP, 2.0)]))
         assert r.steer.stats().n_rows_capacity >= n
         uploads.append(r.steer.stats().n_row_uploads - before)
     assert uploads == [n - 1] * 3, "what is resident is not written again"
@@ -290,15 +290,15 @@ def test_more_distinct_configs_than_rows(raw: MakeRaw, arch: str) -> None:
 def test_rows_are_reused_in_order_of_use(raw: MakeRaw) -> None:
     """Fewer live steerings than rows: going round uploads nothing; more: each is uploaded again, and stays right."""
     r = raw("llama")
-    H.column(r.n_embd, [(1, RESID)]).put(r.steer, 0)
-    column = {0: H.column(r.n_embd, [(1, RESID)])}
+    H.vector(r.n_embd, [(1, RESID)]).put(r.steer, 0)
+    vector = {0: H.vector(r.n_embd, [(1, RESID)])}
     capacity = r.steer.stats().n_rows_capacity - 1  # one row stays zero
     toks = H.prompt(200)
     plain = r.read([[t] for t in toks], [1])[1]
     r.clear()
     for k in range(2 * capacity):
         r.steer.set_config(1 + k, [NativeTerm(0, ADD, 0.1 * (1 + k))])
-    r.steer.set_taps([1], [RESID])
+    r.steer.set_captures([1], [RESID])
     r.steer.want(0, 0, -1)
     at = 0
 
@@ -308,7 +308,7 @@ def test_rows_are_reused_in_order_of_use(raw: MakeRaw) -> None:
         r.decode([toks[at]])
         row = r.steer.rows(1, RESID)[at]
         # only layer 1 is steered and read, so what earlier tokens got changes nothing here
-        H.close(row, H.edited(plain[at : at + 1], (1, RESID), column, [NativeTerm(0, ADD, 0.1 * (1 + k))])[0], 2e-5)
+        H.close(row, H.edited(plain[at : at + 1], (1, RESID), vector, [NativeTerm(0, ADD, 0.1 * (1 + k))])[0], 2e-5)
         at += 1
 
     for k in range(capacity):
@@ -329,17 +329,17 @@ def test_rows_are_reused_in_order_of_use(raw: MakeRaw) -> None:
     assert r.steer.stats().n_rows_capacity == capacity + 1
 
 
-def test_a_column_is_cleared_only_when_no_config_uses_it(raw: MakeRaw) -> None:
+def test_a_vector_is_cleared_only_when_no_config_uses_it(raw: MakeRaw) -> None:
     r = raw("llama")
-    columns = {0: H.column(r.n_embd, [(1, RESID)]), 1: H.column(r.n_embd, [(1, RESID)], seed=8)}
-    r.steer_with(columns, [NativeTerm(0, PROJECT, 1.0)])
-    with pytest.raises(EngineError, match="column 0 is in use|Column 0 is in use"):
-        r.steer.clear_column(0)
+    vectors = {0: H.vector(r.n_embd, [(1, RESID)]), 1: H.vector(r.n_embd, [(1, RESID)], seed=8)}
+    r.steer_with(vectors, [NativeTerm(0, PROJECT, 1.0)])
+    with pytest.raises(EngineError, match="vector 0 is in use|Vector 0 is in use"):
+        r.steer.clear_vector(0)
     r.steer.set_config(1, [])
-    r.steer.clear_column(0)
+    r.steer.clear_vector(0)
     with pytest.raises(EngineError, match="olumn 0 is not set"):
         r.steer.set_config(1, [NativeTerm(0)])
-    # the projecting place it had is given to another column
+    # the projecting place it had is given to another vector
     plain = r.read(H.prompt(4), [1])[1]
     r.clear()
     r.steer.set_config(1, [NativeTerm(1, PROJECT, 1.0)])
@@ -347,13 +347,13 @@ def test_a_column_is_cleared_only_when_no_config_uses_it(raw: MakeRaw) -> None:
     got = r.read(H.prompt(4), [1])[1]
     H.close(
         got,
-        H.edited(plain, (1, RESID), columns, [NativeTerm(1, PROJECT, 1.0)]),
-        H.tolerance(plain, columns, [NativeTerm(1, PROJECT)]),
+        H.edited(plain, (1, RESID), vectors, [NativeTerm(1, PROJECT, 1.0)]),
+        H.tolerance(plain, vectors, [NativeTerm(1, PROJECT)]),
     )
 
 
 @pytest.mark.parametrize("arch", BOTH)
-def test_columns_replaced_between_decodes(raw: MakeRaw, arch: str) -> None:
+def test_vectors_replaced_between_decodes(raw: MakeRaw, arch: str) -> None:
     """Same number, other content: adding and projecting use the new one from the next decode on."""
     r = raw(arch)
     layer = 2
@@ -362,26 +362,26 @@ def test_columns_replaced_between_decodes(raw: MakeRaw, arch: str) -> None:
     for op in (ADD, CLAMP):
         for seed, extra in ((1, None), (2, None), (3, 3), (4, None)):  # the third brings a layer that was not there
             places = [(layer, RESID)] + ([(extra, RESID)] if extra else [])
-            columns = {0: H.column(r.n_embd, places, seed=seed, scale=1.0 + seed)}
+            vectors = {0: H.vector(r.n_embd, places, seed=seed, scale=1.0 + seed)}
             r.clear()
-            r.steer_with(columns, [NativeTerm(0, op, 1.0)])
+            r.steer_with(vectors, [NativeTerm(0, op, 1.0)])
             got = r.read(toks, [layer], RESID, streams(r))[layer]
             H.close(
                 got,
-                H.edited(plain, (layer, RESID), columns, [NativeTerm(0, op)]),
-                H.tolerance(plain, columns, [NativeTerm(0, op)]),
+                H.edited(plain, (layer, RESID), vectors, [NativeTerm(0, op)]),
+                H.tolerance(plain, vectors, [NativeTerm(0, op)]),
             )
 
 
 def test_projecting_places_are_handed_on(raw: MakeRaw) -> None:
-    """More columns than can project at once take turns."""
+    """More vectors than can project at once take turns."""
     r = raw("llama")
     n = 70  # LLAMA_STEER_MAX_DYN is 64
     toks = H.prompt(3)
-    columns = {k: H.column(r.n_embd, [(1, RESID)], seed=400 + k) for k in range(n)}
+    vectors = {k: H.vector(r.n_embd, [(1, RESID)], seed=400 + k) for k in range(n)}
     plain = r.read(toks, [1])[1]
-    for k, column in columns.items():
-        column.put(r.steer, k)
+    for k, vector in vectors.items():
+        vector.put(r.steer, k)
     for k in [*range(n), 0, 5, 69]:
         r.clear()
         r.steer.set_config(1, [NativeTerm(k, PROJECT, 1.0)])
@@ -389,14 +389,14 @@ def test_projecting_places_are_handed_on(raw: MakeRaw) -> None:
         got = r.read(toks, [1])[1]
         H.close(
             got,
-            H.edited(plain, (1, RESID), columns, [NativeTerm(k, PROJECT, 1.0)]),
-            H.tolerance(plain, columns, [NativeTerm(k, PROJECT)]),
+            H.edited(plain, (1, RESID), vectors, [NativeTerm(k, PROJECT, 1.0)]),
+            H.tolerance(plain, vectors, [NativeTerm(k, PROJECT)]),
         )
     r.steer.set_config(1, [NativeTerm(0, ADD, 1.0)])
     former = r.steer.config_id(1)
     for k in range(64):
         r.steer.set_config(100 + k, [NativeTerm(k, PROJECT, 0.5)])
-    with pytest.raises(EngineError, match="64 columns project"):
+    with pytest.raises(EngineError, match="64 vectors project"):
         r.steer.set_config(1, [NativeTerm(66, PROJECT, 1.0)])
     assert r.steer.config_id(1) == former, "the former content of the config stays"
     r.steer.clear_config(103)
@@ -411,7 +411,7 @@ def test_unsteered_sequences_of_a_batch_stay_plain(raw: MakeRaw) -> None:
         plain = r.decode(toks)
         r.clear()
         places = [(il, RESID) for il in range(r.n_layer)]
-        r.steer_with({0: H.column(r.n_embd, places)}, [NativeTerm(0, CLAMP, 1.0)], seq=2)
+        r.steer_with({0: H.vector(r.n_embd, places)}, [NativeTerm(0, CLAMP, 1.0)], seq=2)
         got = r.decode(toks)
         rows = [i for i, t in enumerate(toks) if t.seq != 2]
         assert np.array_equal(got[rows], plain[rows])  # h + 0 is h, on CPU

@@ -35,8 +35,8 @@ def test_rows_are_what_the_graph_computes(
     toks = H.prompt(n)
     if steered:
         for r in (reader, watched):
-            column = H.column(r.n_embd, [(il, RESID) for il in layers], scale=0.5)
-            r.steer_with({0: column}, [NativeTerm(0, CLAMP, 1.0)], first=2, end=9)
+            vector = H.vector(r.n_embd, [(il, RESID) for il in layers], scale=0.5)
+            r.steer_with({0: vector}, [NativeTerm(0, CLAMP, 1.0)], first=2, end=9)
     nodes.values.clear()  # of the reserve passes there are none, but be sure
     logits = watched.decode(toks)
     s = reader.info.n_streams
@@ -47,7 +47,7 @@ def test_rows_are_what_the_graph_computes(
         want |= {(il, ATTN): nodes.rows(f"attn_out-{il}", 1, reader.n_embd) for il in layers}
         want |= {(il, FFN): nodes.rows(f"ffn_out-{il}", 1, reader.n_embd) for il in layers}
     places = [(il, site) for il in layers for site in sites]
-    reader.steer.set_taps([il for il, _ in places], [site for _, site in places], stream=ALL)
+    reader.steer.set_captures([il for il, _ in places], [site for _, site in places], stream=ALL)
     reader.steer.want(0, 0, -1)
     assert np.array_equal(reader.decode(toks), logits)
     assert [int(p) for p in reader.steer.kept()[1]] == list(range(n))
@@ -55,7 +55,7 @@ def test_rows_are_what_the_graph_computes(
         got = reader.steer.rows(il, site, s if site == RESID else 1).reshape(n, -1, reader.n_embd)
         assert np.array_equal(got, want[il, site]), (il, site)
     if s > 1:
-        reader.steer.set_taps(layers, [RESID] * len(layers), stream=MEAN)
+        reader.steer.set_captures(layers, [RESID] * len(layers), stream=MEAN)
         reader.forget()
         reader.decode(toks)
         for il in layers:
@@ -75,7 +75,7 @@ def test_chosen_tokens_and_layers(raw: MakeRaw, arch: str) -> None:
         for _ in range(6):
             layers = rng.sample(every, rng.randint(1, len(every)))
             r.clear()
-            r.steer.set_taps(layers, [RESID] * len(layers))
+            r.steer.set_captures(layers, [RESID] * len(layers))
             wanted = sorted(rng.sample(range(19), rng.randint(1, 10)))
             for i in wanted:
                 r.steer.want(toks[i].seq, toks[i].pos, toks[i].pos + 1)
@@ -93,7 +93,7 @@ def test_rows_add_up_until_they_are_dropped(raw: MakeRaw) -> None:
     toks = H.prompt(12)
     plain = r.read(toks, [0, 2])
     r.clear()
-    r.steer.set_taps([0, 2], [RESID, RESID])
+    r.steer.set_captures([0, 2], [RESID, RESID])
     assert len(r.steer.kept()[0]) == 0 and r.steer.rows(0, RESID).shape == (0, r.n_embd)
     r.steer.want(0, 0, 6)
     r.decode(toks[:5])
@@ -109,7 +109,7 @@ def test_rows_add_up_until_they_are_dropped(raw: MakeRaw) -> None:
     assert len(r.steer.kept()[0]) == 0
     r.forget()
     r.decode(toks)
-    assert len(r.steer.kept()[0]) == 8, "taps and wishes stay when rows are dropped"
+    assert len(r.steer.kept()[0]) == 8, "captures and wishes stay when rows are dropped"
     r.steer.want(0, 0, -1, False)
     r.steer.clear_rows()
     r.forget()
@@ -117,18 +117,18 @@ def test_rows_add_up_until_they_are_dropped(raw: MakeRaw) -> None:
     assert len(r.steer.kept()[0]) == 0
     # without keep, nothing is held
     r.steer.want(0, 0, -1)
-    r.steer.set_taps([0, 2], [RESID, RESID], keep=False)
+    r.steer.set_captures([0, 2], [RESID, RESID], keep=False)
     r.forget()
     r.decode(toks)
     assert len(r.steer.kept()[0]) == 0
-    r.steer.set_taps([0, 2], [RESID, RESID])
+    r.steer.set_captures([0, 2], [RESID, RESID])
     r.forget()
     r.decode(toks)
     assert len(r.steer.kept()[0]) == 12
-    # taking taps away drops what was read
-    r.steer.set_taps([], [])
+    # taking captures away drops what was read
+    r.steer.set_captures([], [])
     assert len(r.steer.kept()[0]) == 0
-    with pytest.raises(EngineError, match="ayer 0, resid_post is not tapped"):
+    with pytest.raises(EngineError, match="ayer 0, resid_post is not captured"):
         r.steer.rows(0, RESID)
 
 
@@ -144,7 +144,7 @@ def test_last_layer_holds_outputs_only(raw: MakeRaw, arch: str, n_ubatch: int) -
     logits = r.decode(H.prompt(3, 1))
     r.clear()
     few = [Tok(t.token, t.pos, 0, t.pos in (3, 11)) for t in toks]
-    r.steer.set_taps([0, top], [RESID, RESID])
+    r.steer.set_captures([0, top], [RESID, RESID])
     r.steer.want(0, 3, 4)
     r.steer.want(0, 7, 8)
     assert r.try_decode(few) == -3
@@ -181,7 +181,7 @@ def test_no_outputs_at_all(raw: MakeRaw, arch: str) -> None:
         none = [Tok(t.token, t.pos, 0, False) for t in toks]
         layers = list(range(r.n_layer - 1))
         places = [(il, RESID) for il in range(r.n_layer)]
-        r.steer_with({0: H.column(r.n_embd, places, scale=0.5)}, [NativeTerm(0, CLAMP, 1.0)])
+        r.steer_with({0: H.vector(r.n_embd, places, scale=0.5)}, [NativeTerm(0, CLAMP, 1.0)])
         want = r.read(toks, layers)
         r.forget()
         r.steer.clear_rows()
@@ -192,7 +192,7 @@ def test_no_outputs_at_all(raw: MakeRaw, arch: str) -> None:
         tail = [Tok(77, 9)]
         after = r.decode(tail)
         r.forget()
-        r.steer.set_taps([], [])
+        r.steer.set_captures([], [])
         r.decode(toks)
         assert np.abs(r.decode(tail) - after).max() < 1e-3
 
@@ -202,7 +202,7 @@ def test_fewer_rows_than_wanted(raw: MakeRaw) -> None:
     toks = H.prompt(16)
     want = r.read(toks, [1])[1]
     r.clear()
-    r.steer.set_taps([1], [RESID], n_rows=3)
+    r.steer.set_captures([1], [RESID], n_rows=3)
     r.steer.want(0, 0, 3)
     r.steer.want(0, 8, 12)
     assert r.try_decode(toks) == -3
@@ -216,7 +216,7 @@ def test_fewer_rows_than_wanted(raw: MakeRaw) -> None:
     assert np.array_equal(r.steer.rows(1, RESID), want[[5, 6, 7, 13, 14, 15]])
     # more rows than a ubatch has are not allocated
     before = r.steer.stats().n_device_bytes
-    r.steer.set_taps([1], [RESID], n_rows=2_000_000_000)
+    r.steer.set_captures([1], [RESID], n_rows=2_000_000_000)
     assert r.steer.stats().n_device_bytes < before + 100 * r.n_embd * 4
     r.forget()
     r.decode(toks)
@@ -227,7 +227,7 @@ def test_shared_tokens_are_read_for_whoever_wants_them(raw: MakeRaw) -> None:
     """A token of two sequences is read when either wants it."""
     for wisher in (0, 1):
         r = raw("llama", kv_unified=True)
-        r.steer.set_taps([1], [RESID])
+        r.steer.set_captures([1], [RESID])
         r.steer.want(wisher, 0, -1)
         assert r.try_decode([(t.token, t.pos, (0, 1), True) for t in H.prompt(4)]) == 0
         seqs, poss = r.steer.kept()
@@ -235,24 +235,24 @@ def test_shared_tokens_are_read_for_whoever_wants_them(raw: MakeRaw) -> None:
 
 
 def test_steering_one_layer_and_reading_others(raw: MakeRaw) -> None:
-    """Taps and edits at different places and sites of one graph do not get in one another's way."""
+    """Captures and edits at different places and sites of one graph do not get in one another's way."""
     r = raw("deepseek4", n_ubatch=5)
     toks = H.prompt(11)
     places = [(il, site) for il in range(r.n_layer) for site in (RESID, ATTN, FFN)]
-    r.steer_with({0: H.column(r.n_embd, [(2, RESID), (4, FFN)], scale=1.0)}, [NativeTerm(0, ADD, 1.0)])
-    r.steer.set_taps([il for il, _ in places], [s for _, s in places])
+    r.steer_with({0: H.vector(r.n_embd, [(2, RESID), (4, FFN)], scale=1.0)}, [NativeTerm(0, ADD, 1.0)])
+    r.steer.set_captures([il for il, _ in places], [s for _, s in places])
     r.steer.want(0, 0, -1)
     r.decode(toks)
     everything = {at: r.steer.rows(*at) for at in places}
     for at in places:
         r.forget()
         r.steer.clear_rows()
-        r.steer.set_taps([at[0]], [at[1]])
+        r.steer.set_captures([at[0]], [at[1]])
         r.decode(toks)
         assert np.array_equal(r.steer.rows(*at), everything[at]), at
 
 
-def test_taps_of_one_context_at_a_time(raw: MakeRaw) -> None:
+def test_captures_of_one_context_at_a_time(raw: MakeRaw) -> None:
     """Each new set replaces the former one; rows of other layers are gone."""
     r = raw("llama")
     toks = H.prompt(5)
@@ -262,7 +262,7 @@ def test_taps_of_one_context_at_a_time(raw: MakeRaw) -> None:
         got = r.read(toks, layers)
         for il in layers:
             assert np.array_equal(got[il], want[il])
-    r.steer.set_taps([2], [RESID])
+    r.steer.set_captures([2], [RESID])
     for il in (0, 1):
-        with pytest.raises(EngineError, match=f"ayer {il}, resid_post is not tapped"):
+        with pytest.raises(EngineError, match=f"ayer {il}, resid_post is not captured"):
             r.steer.rows(il, RESID)

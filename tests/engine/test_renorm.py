@@ -28,17 +28,17 @@ def test_the_length_is_what_it_was(raw: MakeRaw, arch: str, site: int, n_ubatch:
     r = raw(arch, n_ubatch=n_ubatch)
     layer = which % r.n_layer
     toks = H.prompt(13)
-    columns = {0: H.column(r.n_embd, [(layer, site)], scale=25.0), 1: H.column(r.n_embd, [(layer, site)], seed=8, scale=-9.0)}
-    plain = check(r, toks, layer, site, columns, [NativeTerm(0, RENORM, 1.0)])
-    check(r, toks, layer, site, columns, [NativeTerm(0, RENORM, -0.5), NativeTerm(1, RENORM, 2.0)], plain)
-    check(r, toks, layer, site, columns, [NativeTerm(0, RENORM, 0.0)], plain)
+    vectors = {0: H.vector(r.n_embd, [(layer, site)], scale=25.0), 1: H.vector(r.n_embd, [(layer, site)], seed=8, scale=-9.0)}
+    plain = check(r, toks, layer, site, vectors, [NativeTerm(0, RENORM, 1.0)])
+    check(r, toks, layer, site, vectors, [NativeTerm(0, RENORM, -0.5), NativeTerm(1, RENORM, 2.0)], plain)
+    check(r, toks, layer, site, vectors, [NativeTerm(0, RENORM, 0.0)], plain)
     r.clear()
-    r.steer_with(columns, [NativeTerm(0, RENORM, 3.0)])
+    r.steer_with(vectors, [NativeTerm(0, RENORM, 3.0)])
     got = read_layer(r, toks, layer, site)
     assert np.allclose(lengths(got), lengths(plain), rtol=1e-5)
     if site == RESID and r.info.n_streams > 1:  # one stream: the others are what they were, to the bit
         r.clear()
-        r.steer_with(columns, [NativeTerm(0, RENORM, 1.0, stream=2), NativeTerm(1, ADD, 1.0, stream=0)])
+        r.steer_with(vectors, [NativeTerm(0, RENORM, 1.0, stream=2), NativeTerm(1, ADD, 1.0, stream=0)])
         got = read_layer(r, toks, layer, site)
         assert np.array_equal(got[:, [1, 3]], plain[:, [1, 3]])
         assert np.allclose(lengths(got[:, 2]), lengths(plain[:, 2]), rtol=1e-5)
@@ -50,12 +50,12 @@ def test_neighbours_do_not_feel_it(raw: MakeRaw, arch: str) -> None:
     """In one batch: renorm, add, project and nothing; those without renorm get the same bits as before there was any."""
     r = raw(arch)
     layer = 1
-    columns = {0: H.column(r.n_embd, [(layer, RESID)], scale=20.0)}
+    vectors = {0: H.vector(r.n_embd, [(layer, RESID)], scale=20.0)}
     toks = [t for s in range(4) for t in H.prompt(5, s)]
 
     def run(ops: list[int | None]) -> np.ndarray:
         r.clear()
-        r.steer_with(columns, [])
+        r.steer_with(vectors, [])
         for s, op in enumerate(ops):
             if op is not None:
                 r.steer.set_config(s + 2, [NativeTerm(0, op, 1.0)])
@@ -73,9 +73,9 @@ def test_neighbours_do_not_feel_it(raw: MakeRaw, arch: str) -> None:
 def test_what_cannot_be_combined(raw: MakeRaw) -> None:
     r = raw("deepseek4")
     r.clear()
-    columns = {0: H.column(r.n_embd, [(1, RESID), (2, RESID)]), 1: H.column(r.n_embd, [(2, RESID)], seed=8)}
-    for index, column in columns.items():
-        column.put(r.steer, index)
+    vectors = {0: H.vector(r.n_embd, [(1, RESID), (2, RESID)]), 1: H.vector(r.n_embd, [(2, RESID)], seed=8)}
+    for index, vector in vectors.items():
+        vector.put(r.steer, index)
     for op in (ADD, PROJECT, CLAMP):
         with pytest.raises(SteerError, match="restores the length at layer 2"):
             r.steer.set_config(1, [NativeTerm(0, RENORM, 1.0), NativeTerm(1, op, 1.0)])
@@ -90,7 +90,7 @@ def test_what_cannot_be_combined(raw: MakeRaw) -> None:
 def test_edit_ids_tell_it_from_add(raw: MakeRaw) -> None:
     r = raw("llama")
     r.clear()
-    H.column(r.n_embd, [(1, RESID)]).put(r.steer, 0)
+    H.vector(r.n_embd, [(1, RESID)]).put(r.steer, 0)
     terms: list[list[NativeTerm]] = [
         [NativeTerm(0, ADD, 1.0)],
         [NativeTerm(0, RENORM, 1.0)],
@@ -106,8 +106,8 @@ def test_edit_ids_tell_it_from_add(raw: MakeRaw) -> None:
 def test_a_callback_may_not_add_there(raw: MakeRaw) -> None:
     r = raw("llama")
     r.clear()
-    columns = {0: H.column(r.n_embd, [(1, RESID)])}
-    r.steer_with(columns, [NativeTerm(0, RENORM, 1.0)])
+    vectors = {0: H.vector(r.n_embd, [(1, RESID)])}
+    r.steer_with(vectors, [NativeTerm(0, RENORM, 1.0)])
 
     def add(tokens: Any) -> None:
         tokens.c[:, 0] = 1.0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.engine import harness as H
-from tests.engine.harness import ADD, CLAMP, RESID, Column, NativeTerm, Raw, Tok
+from tests.engine.harness import ADD, CLAMP, RESID, NativeTerm, Raw, Tok, Vector
 from tests.engine.stock_runner import run_steps
 
 MakeRaw = Callable[..., Raw]
@@ -54,12 +54,12 @@ def test_bits_without_steering(fresh: MakeRaw, stock: Stock, tiny: Callable[...,
 
     assert same(), "before any steering call"
     places = [(il, RESID) for il in range(r.n_layer)]
-    H.column(r.n_embd, places).put(r.steer, 0)
-    assert same(), "with a column loaded and not used"
+    H.vector(r.n_embd, places).put(r.steer, 0)
+    assert same(), "with a vector loaded and not used"
     r.steer.set_config(1, [NativeTerm(0, CLAMP, 1.0)])
     assert same(), "with a projecting config and no range"
-    r.steer.set_taps(list(range(r.n_layer)), [RESID] * r.n_layer)
-    assert same(), "with taps and nothing wanted"
+    r.steer.set_captures(list(range(r.n_layer)), [RESID] * r.n_layer)
+    assert same(), "with captures and nothing wanted"
     r.steer.set_range(3, 0, -1, 1)
     assert same(), "with another sequence steered"
     r.steer.set_range(0, 0, -1, 1)
@@ -89,7 +89,7 @@ def test_reading_changes_no_bits(raw: MakeRaw, stock: Stock, tiny: Callable[...,
     steps = [as_step(H.prompt(PREFILL)), *(as_step([t]) for t in H.prompt(4, start=PREFILL))]
     want = stock(tiny(arch), steps, n_ubatch=n_ubatch)
     r = raw(arch, n_ubatch=n_ubatch)
-    r.steer.set_taps(list(range(r.n_layer)), [RESID] * r.n_layer)
+    r.steer.set_captures(list(range(r.n_layer)), [RESID] * r.n_layer)
     r.steer.want(0, 0, -1)
     got = run_steps(r, steps)
     assert len(r.steer.kept()[0]) == PREFILL + 4
@@ -104,9 +104,9 @@ def test_control_vector(raw: MakeRaw, stock: Stock, tiny: Callable[..., Path], a
     It cannot act at layer 0; what it gets for layer il stands at index il - 1.
     """
     r = raw(arch, n_ubatch=n_ubatch)
-    column = H.column(r.n_embd, [(il, RESID) for il in range(1, r.n_layer)], scale=1.7)
+    vector = H.vector(r.n_embd, [(il, RESID) for il in range(1, r.n_layer)], scale=1.7)
     strength = -0.6
-    data = [float(x) for v, scale in column.places.values() for x in np.float32(strength * scale * v.astype(np.float64))]
+    data = [float(x) for v, scale in vector.places.values() for x in np.float32(strength * scale * v.astype(np.float64))]
     run = [as_step(H.prompt(PREFILL)), *(as_step([t]) for t in H.prompt(3, start=PREFILL))]
     windows = ((1, r.n_layer - 1), (2, 2), (r.n_layer - 1, r.n_layer - 1))
     cvecs = [{"cvec": data, "first": first, "last": last} for first, last in windows]
@@ -116,7 +116,7 @@ def test_control_vector(raw: MakeRaw, stock: Stock, tiny: Callable[..., Path], a
     for i, (first, last) in enumerate(windows):
         want = wanted[i * len(run) : (i + 1) * len(run)]
         r.reset()
-        r.steer_with({0: column}, [NativeTerm(0, ADD, strength, first, last)])
+        r.steer_with({0: vector}, [NativeTerm(0, ADD, strength, first, last)])
         got = run_steps(r, run)
         assert np.abs(got[0] - plain[0]).max() > 0.05
         for a, b in zip(got, want, strict=True):
@@ -135,7 +135,7 @@ def test_quantised_weights(llama_cpp: Any, stock: Stock, tiny: Callable[..., Pat
     data = [float(x) for il in (1, 2, 3) for x in np.float32(1.5 * H.directions(4, r.n_embd)[il])]
     run = [as_step(H.prompt(PREFILL)), *(as_step([t]) for t in H.prompt(3, start=PREFILL))]
     want = stock(path, [*run, {"clear": True}, {"cvec": data, "first": 1, "last": 3}, *run])
-    r.steer_with({0: Column({(il, RESID): (H.directions(4, r.n_embd)[il], 1.5) for il in (1, 2, 3)})}, [NativeTerm(0)])
+    r.steer_with({0: Vector({(il, RESID): (H.directions(4, r.n_embd)[il], 1.5) for il in (1, 2, 3)})}, [NativeTerm(0)])
     r.steer.set_range(0, 0, -1, 0)
     got = run_steps(r, run)
     r.clear()
@@ -152,7 +152,7 @@ def test_on_top_of_a_control_vector(raw: MakeRaw) -> None:
     r = raw("llama")
     toks = H.prompt(6)
     places = [(il, RESID) for il in range(1, r.n_layer)]
-    mine, theirs = H.column(r.n_embd, places, seed=1), H.column(r.n_embd, places, seed=2)
+    mine, theirs = H.vector(r.n_embd, places, seed=1), H.vector(r.n_embd, places, seed=2)
     data = np.concatenate([np.float32(s * v) for v, s in theirs.places.values()])
     plain = r.read(toks, [1])[1]
     for cvec_first in (True, False):
@@ -180,7 +180,7 @@ def test_layer_0_is_ours_alone(raw: MakeRaw) -> None:
     plain = r.decode(toks)
     r.clear()
     v = H.directions(1, r.n_embd)[0]
-    r.steer_with({0: Column({(0, RESID): (v, 2.0)})}, [NativeTerm(0)])
+    r.steer_with({0: Vector({(0, RESID): (v, 2.0)})}, [NativeTerm(0)])
     assert np.abs(r.decode(toks) - plain).max() > 0.05
     r.reset()
     r.set_cvec(np.tile(np.float32(2.0 * v), r.n_layer - 1), 0, 0)

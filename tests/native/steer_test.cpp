@@ -119,18 +119,18 @@ static std::vector<float> unit(int32_t n_embd, uint32_t seed) {
     return v;
 }
 
-struct column {
+struct steer_vector {
     std::vector<int32_t> layers, sites;
     std::vector<float>   dirs;
     std::vector<double>  scales;
 
     int32_t put(llama_context * ctx, int32_t id) const {
-        return llama_steer_column_set(ctx, id, (int32_t) layers.size(), layers.data(), sites.data(), dirs.data(), scales.data());
+        return llama_steer_vector_set(ctx, id, (int32_t) layers.size(), layers.data(), sites.data(), dirs.data(), scales.data());
     }
 };
 
-static column make_column(const model_holder & m, std::vector<int32_t> layers, uint32_t seed, double scale = 2.0, int32_t site = LLAMA_STEER_RESID_POST) {
-    column c;
+static vector make_column(const model_holder & m, std::vector<int32_t> layers, uint32_t seed, double scale = 2.0, int32_t site = LLAMA_STEER_RESID_POST) {
+    vector c;
     for (int32_t il : layers) {
         const auto v = unit(m.info.n_embd, seed*1000 + il);
         c.layers.push_back(il);
@@ -141,9 +141,9 @@ static column make_column(const model_holder & m, std::vector<int32_t> layers, u
     return c;
 }
 
-static llama_steer_term term(int32_t column, int32_t op = LLAMA_STEER_ADD, double strength = 1.0, int32_t first = -1, int32_t last = -1,
+static llama_steer_term term(int32_t vector, int32_t op = LLAMA_STEER_ADD, double strength = 1.0, int32_t first = -1, int32_t last = -1,
         int32_t stream = LLAMA_STEER_STREAM_ALL) {
-    return { column, op, strength, first, last, stream };
+    return { vector, op, strength, first, last, stream };
 }
 
 static int32_t set_config(llama_context * ctx, int32_t id, const std::vector<llama_steer_term> & terms) {
@@ -152,21 +152,21 @@ static int32_t set_config(llama_context * ctx, int32_t id, const std::vector<lla
 
 // rows of one layer, all streams, of a prompt of n tokens
 static std::vector<float> read(context & c, int32_t il, int32_t site, int32_t n) {
-    OK(c, llama_steer_tap_set(c, 1, &il, &site, LLAMA_STEER_STREAM_ALL, 0, true));
-    OK(c, llama_steer_tap_range(c, 0, 0, -1, true));
+    OK(c, llama_steer_capture_set(c, 1, &il, &site, LLAMA_STEER_STREAM_ALL, 0, true));
+    OK(c, llama_steer_capture_range(c, 0, 0, -1, true));
     c.forget();
     CHECK(c.decode(0, n) == 0);
-    CHECK(llama_steer_tap_count(c) == n);
+    CHECK(llama_steer_capture_count(c) == n);
     const size_t streams = site == LLAMA_STEER_RESID_POST ? c.m.info.n_streams : 1;
     std::vector<float> rows(n*streams*c.m.info.n_embd);
-    OK(c, llama_steer_tap_get(c, il, site, rows.data(), rows.size()));
+    OK(c, llama_steer_capture_get(c, il, site, rows.data(), rows.size()));
     std::vector<llama_seq_id> seqs(n);
     std::vector<llama_pos>    poss(n);
-    OK(c, llama_steer_tap_index(c, seqs.data(), poss.data()));
+    OK(c, llama_steer_capture_index(c, seqs.data(), poss.data()));
     for (int32_t i = 0; i < n; ++i) {
         CHECK(seqs[i] == 0 && poss[i] == i);
     }
-    OK(c, llama_steer_tap_set(c, 0, nullptr, nullptr, LLAMA_STEER_STREAM_MEAN, 0, true));
+    OK(c, llama_steer_capture_set(c, 0, nullptr, nullptr, LLAMA_STEER_STREAM_MEAN, 0, true));
     return rows;
 }
 
@@ -216,9 +216,9 @@ static void test_many(const model_holder & m) {
     }
     const auto plain = c.run();
 
-    // columns that add, columns that project in turns, more configs in a batch than rows
+    // vectors that add, vectors that project in turns, more configs in a batch than rows
     for (int32_t k = 0; k < 80; ++k) {
-        OK(c, make_column(m, every, 10 + k, 0.1).put(c, k == 79 ? LLAMA_STEER_MAX_COLS - 1 : k));
+        OK(c, make_column(m, every, 10 + k, 0.1).put(c, k == 79 ? LLAMA_STEER_MAX_VECTORS - 1 : k));
     }
     std::vector<llama_steer_term> terms;
     for (int32_t k = 0; k < 79; ++k) {
@@ -268,15 +268,15 @@ static void test_many(const model_holder & m) {
     CHECK(llama_decode(c, batch) == 0);
     llama_batch_free(batch);
 
-    // columns in use, replaced, cleared, set again
-    CHECK(llama_steer_column_clear(c, 0) == LLAMA_STEER_ERR_ARG);
+    // vectors in use, replaced, cleared, set again
+    CHECK(llama_steer_vector_clear(c, 0) == LLAMA_STEER_ERR_ARG);
     for (int32_t k = 0; k < 20; ++k) {
         OK(c, make_column(m, { k % m.info.n_layer }, 500 + k).put(c, 3000));
         OK(c, set_config(c, 5, { term(3000, k % 3) }));
         OK(c, llama_steer_range(c, 0, 0, -1, 5));
         c.run(6);
         OK(c, llama_steer_config_clear(c, 5));
-        OK(c, llama_steer_column_clear(c, 3000));
+        OK(c, llama_steer_vector_clear(c, 3000));
     }
     OK(c, llama_steer_seq_clear(c, -1));
     CHECK(distance(c.run(), plain) == 0.0f);
@@ -296,39 +296,39 @@ static void test_taps(const model_holder & m) {
     }
     const int32_t n_taps = (int32_t) layers.size();
     for (int32_t mode : { LLAMA_STEER_STREAM_MEAN, LLAMA_STEER_STREAM_ALL, LLAMA_STEER_STREAM_MEAN }) {
-        OK(c, llama_steer_tap_set(c, n_taps, layers.data(), sites.data(), mode, std::numeric_limits<int32_t>::max(), true));
-        OK(c, llama_steer_tap_range(c, 0, 2, 9, true));
+        OK(c, llama_steer_capture_set(c, n_taps, layers.data(), sites.data(), mode, std::numeric_limits<int32_t>::max(), true));
+        OK(c, llama_steer_capture_range(c, 0, 2, 9, true));
         c.run();
-        CHECK(llama_steer_tap_count(c) == 7);
+        CHECK(llama_steer_capture_count(c) == 7);
         for (int32_t i = 0; i < n_taps; ++i) {
             const size_t streams = sites[i] == LLAMA_STEER_RESID_POST && mode == LLAMA_STEER_STREAM_ALL ? m.info.n_streams : 1;
             std::vector<float> rows(7*streams*m.info.n_embd);
-            OK(c, llama_steer_tap_get(c, layers[i], sites[i], rows.data(), rows.size()));
+            OK(c, llama_steer_capture_get(c, layers[i], sites[i], rows.data(), rows.size()));
             for (float x : rows) {
                 CHECK(std::isfinite(x));
             }
-            CHECK(llama_steer_tap_get(c, layers[i], sites[i], rows.data(), rows.size() - 1) == LLAMA_STEER_ERR_ARG);
+            CHECK(llama_steer_capture_get(c, layers[i], sites[i], rows.data(), rows.size() - 1) == LLAMA_STEER_ERR_ARG);
         }
-        OK(c, llama_steer_tap_clear(c));
-        CHECK(llama_steer_tap_count(c) == 0);
+        OK(c, llama_steer_capture_clear(c));
+        CHECK(llama_steer_capture_count(c) == 0);
     }
     CHECK(distance(c.run(), plain) == 0.0f);
-    // taps change between decodes while others are kept
+    // captures change between decodes while others are kept
     for (int32_t k = 0; k < 12; ++k) {
         const int32_t n = 1 + k % n_taps;
-        OK(c, llama_steer_tap_set(c, n, layers.data() + n_taps - n, sites.data() + n_taps - n, LLAMA_STEER_STREAM_ALL, 3 + k, k % 2));
+        OK(c, llama_steer_capture_set(c, n, layers.data() + n_taps - n, sites.data() + n_taps - n, LLAMA_STEER_STREAM_ALL, 3 + k, k % 2));
         CHECK(c.decode(12 + k, 1) == 0);
     }
-    // too many rows for the taps; a token that the last layer does not hold
-    OK(c, llama_steer_tap_set(c, 1, layers.data(), sites.data(), LLAMA_STEER_STREAM_MEAN, 2, true));
+    // too many rows for the captures; a token that the last layer does not hold
+    OK(c, llama_steer_capture_set(c, 1, layers.data(), sites.data(), LLAMA_STEER_STREAM_MEAN, 2, true));
     const int32_t last[2] = { m.info.n_layer - 1, 0 };
     const int32_t resid[2] = { 0, 0 };
-    OK(c, llama_steer_tap_set(c, 2, last, resid, LLAMA_STEER_STREAM_MEAN, 2, true));
+    OK(c, llama_steer_capture_set(c, 2, last, resid, LLAMA_STEER_STREAM_MEAN, 2, true));
     OK(c, llama_steer_seq_clear(c, -1));
-    OK(c, llama_steer_tap_range(c, 0, 0, -1, true));
+    OK(c, llama_steer_capture_range(c, 0, 0, -1, true));
     c.forget();
     CHECK(c.decode(0, 12) == -3 && strstr(llama_steer_error(c), "more than 2 tokens"));
-    OK(c, llama_steer_tap_set(c, 2, last, resid, LLAMA_STEER_STREAM_MEAN, 0, true));
+    OK(c, llama_steer_capture_set(c, 2, last, resid, LLAMA_STEER_STREAM_MEAN, 0, true));
     c.forget();
     CHECK(c.decode(0, 12, 0, false) == (m.info.last_layer_outputs_only ? -3 : 0));
     OK(c, llama_steer_seq_clear(c, -1));
@@ -339,7 +339,7 @@ static void test_taps(const model_holder & m) {
 
 struct callback_data {
     llama_context * ctx = nullptr;
-    const column *  col = nullptr;
+    const steer_vector *  col = nullptr;
     int  calls   = 0;
     int  stop_at = -1;
     bool naughty = false;
@@ -350,10 +350,10 @@ static void try_all(callback_data & d) {
     const int32_t zero = 0;
     CHECK(d.col->put(d.ctx, 0) < 0);
     CHECK(d.col->put(d.ctx, 17) < 0);
-    CHECK(llama_steer_column_clear(d.ctx, 1) < 0);
-    CHECK(llama_steer_tap_set(d.ctx, 1, &zero, &zero, LLAMA_STEER_STREAM_MEAN, 0, true) < 0);
-    CHECK(llama_steer_tap_set(d.ctx, 0, nullptr, nullptr, LLAMA_STEER_STREAM_MEAN, 0, true) < 0);
-    CHECK(llama_steer_tap_clear(d.ctx) < 0);
+    CHECK(llama_steer_vector_clear(d.ctx, 1) < 0);
+    CHECK(llama_steer_capture_set(d.ctx, 1, &zero, &zero, LLAMA_STEER_STREAM_MEAN, 0, true) < 0);
+    CHECK(llama_steer_capture_set(d.ctx, 0, nullptr, nullptr, LLAMA_STEER_STREAM_MEAN, 0, true) < 0);
+    CHECK(llama_steer_capture_clear(d.ctx) < 0);
     CHECK(llama_steer_set_read_callback(d.ctx, nullptr, nullptr) < 0);
     CHECK(llama_steer_set_add_callback(d.ctx, nullptr, nullptr) < 0);
     CHECK(llama_steer_free(d.ctx) < 0);
@@ -362,7 +362,7 @@ static void try_all(callback_data & d) {
     OK(d.ctx, set_config(d.ctx, 9, { term(1, LLAMA_STEER_ADD, 0.1*d.calls) }));
     OK(d.ctx, llama_steer_range(d.ctx, 0, d.calls, d.calls + 3, 9));
     OK(d.ctx, llama_steer_config_clear(d.ctx, 9));
-    OK(d.ctx, llama_steer_tap_range(d.ctx, 2, 1, -1, true));
+    OK(d.ctx, llama_steer_capture_range(d.ctx, 2, 1, -1, true));
     (void) llama_steer_edit_id(d.ctx, 0, 3);
     llama_steer_stats stats;
     OK(d.ctx, llama_steer_get_stats(d.ctx, &stats));
@@ -387,12 +387,12 @@ static bool on_read(const llama_steer_rows * rows, void * data) {
 
 static bool on_add(const llama_steer_tokens * tokens, float * c, float * g, void * data) {
     auto & d = *static_cast<callback_data *>(data);
-    for (int32_t i = 0; i < tokens->n_tokens*tokens->n_columns; ++i) {
+    for (int32_t i = 0; i < tokens->n_tokens*tokens->n_vectors; ++i) {
         CHECK(c[i] == 0.0f && g[i] == 0.0f);
     }
     for (int32_t i = 0; i < tokens->n_tokens; ++i) {
-        c[(size_t) i*tokens->n_columns] = 0.1f*tokens->pos[i];
-        g[(size_t) i*tokens->n_columns] = -0.5f;
+        c[(size_t) i*tokens->n_vectors] = 0.1f*tokens->pos[i];
+        g[(size_t) i*tokens->n_vectors] = -0.5f;
     }
     if (d.naughty) {
         try_all(d);
@@ -418,17 +418,17 @@ static void test_callbacks(const model_holder & m) {
                 r.col = a.col = &col;
                 r.naughty = a.naughty = naughty;
                 r.stop_at = a.stop_at = stop_at;
-                OK(c, llama_steer_tap_set(c, 2, layers, sites, stop_at % 2 ? LLAMA_STEER_STREAM_ALL : LLAMA_STEER_STREAM_MEAN, 0, stop_at != 3));
-                OK(c, llama_steer_tap_range(c, 0, 0, -1, true));
+                OK(c, llama_steer_capture_set(c, 2, layers, sites, stop_at % 2 ? LLAMA_STEER_STREAM_ALL : LLAMA_STEER_STREAM_MEAN, 0, stop_at != 3));
+                OK(c, llama_steer_capture_range(c, 0, 0, -1, true));
                 OK(c, llama_steer_set_read_callback(c, which & 1 ? on_read : nullptr, &r));
                 OK(c, llama_steer_set_add_callback(c, which & 2 ? on_add : nullptr, &a));
                 c.forget();
                 const int32_t code = c.decode(0, 13);
                 CHECK(code == 0 || (code == -3 && stop_at >= 0));
                 CHECK(strlen(llama_steer_error(c)) > 0);
-                const int32_t n = llama_steer_tap_count(c);
+                const int32_t n = llama_steer_capture_count(c);
                 std::vector<float> rows((size_t) (n + 1)*m.info.n_streams*m.info.n_embd);
-                OK(c, llama_steer_tap_get(c, 1, 0, rows.data(), (size_t) n*(stop_at % 2 ? m.info.n_streams : 1)*m.info.n_embd));
+                OK(c, llama_steer_capture_get(c, 1, 0, rows.data(), (size_t) n*(stop_at % 2 ? m.info.n_streams : 1)*m.info.n_embd));
                 OK(c, llama_steer_set_read_callback(c, nullptr, nullptr));
                 OK(c, llama_steer_set_add_callback(c, nullptr, nullptr));
                 c.run(); // works again, and asks nobody
@@ -454,7 +454,7 @@ static void test_bad_arguments(const model_holder & m) {
     const float  inf = std::numeric_limits<float>::infinity();
     const int32_t none = 0, outside[2] = { 0, m.info.n_layer }, zeros[2] = { 0, 0 };
     auto good = make_column(m, { 0, 1 }, 9);
-    auto spoiled = [&](const std::function<void(column &)> & spoil) {
+    auto spoiled = [&](const std::function<void(vector &)> & spoil) {
         auto bad = good;
         spoil(bad);
         return bad.put(c, 3);
@@ -465,30 +465,30 @@ static void test_bad_arguments(const model_holder & m) {
     std::vector<float> out(n_embd);
     const std::vector<std::function<int32_t()>> calls = {
         [&] { return good.put(c, -1); },
-        [&] { return good.put(c, LLAMA_STEER_MAX_COLS); },
+        [&] { return good.put(c, LLAMA_STEER_MAX_VECTORS); },
         [&] { return good.put(nullptr, 0); },
-        [&] { return llama_steer_column_set(c, 3, 0, good.layers.data(), good.sites.data(), good.dirs.data(), good.scales.data()); },
-        [&] { return llama_steer_column_set(c, 3, std::numeric_limits<int32_t>::min(), good.layers.data(), good.sites.data(), good.dirs.data(), good.scales.data()); },
-        [&] { return llama_steer_column_set(c, 3, 1 << 30, good.layers.data(), good.sites.data(), good.dirs.data(), good.scales.data()); },
-        [&] { return llama_steer_column_set(c, 3, 2, nullptr, good.sites.data(), good.dirs.data(), good.scales.data()); },
-        [&] { return llama_steer_column_set(c, 3, 2, good.layers.data(), nullptr, good.dirs.data(), good.scales.data()); },
-        [&] { return llama_steer_column_set(c, 3, 2, good.layers.data(), good.sites.data(), nullptr, good.scales.data()); },
-        [&] { return llama_steer_column_set(c, 3, 2, good.layers.data(), good.sites.data(), good.dirs.data(), nullptr); },
-        [&] { return spoiled([&](column & x) { x.layers[1] = m.info.n_layer; }); },
-        [&] { return spoiled([&](column & x) { x.layers[1] = -1; }); },
-        [&] { return spoiled([&](column & x) { x.layers[1] = std::numeric_limits<int32_t>::max(); }); },
-        [&] { return spoiled([&](column & x) { x.layers[1] = 0; }); },
-        [&] { return spoiled([&](column & x) { x.sites[1] = LLAMA_STEER_SITE_COUNT; }); },
-        [&] { return spoiled([&](column & x) { x.sites[1] = -1; }); },
-        [&] { return spoiled([&](column & x) { x.dirs[n_embd + 1] = nan; }); },
-        [&] { return spoiled([&](column & x) { x.dirs[1] = -inf; }); },
-        [&] { return spoiled([&](column & x) { x.dirs[1] += 1.0f; }); },
-        [&] { return spoiled([&](column & x) { std::fill(x.dirs.begin(), x.dirs.end(), 0.0f); }); },
-        [&] { return spoiled([&](column & x) { x.scales[1] = nan; }); },
-        [&] { return spoiled([&](column & x) { x.scales[0] = inf; }); },
-        [&] { return llama_steer_column_clear(c, 0); },
-        [&] { return llama_steer_column_clear(c, 55); },
-        [&] { return llama_steer_column_clear(nullptr, 0); },
+        [&] { return llama_steer_vector_set(c, 3, 0, good.layers.data(), good.sites.data(), good.dirs.data(), good.scales.data()); },
+        [&] { return llama_steer_vector_set(c, 3, std::numeric_limits<int32_t>::min(), good.layers.data(), good.sites.data(), good.dirs.data(), good.scales.data()); },
+        [&] { return llama_steer_vector_set(c, 3, 1 << 30, good.layers.data(), good.sites.data(), good.dirs.data(), good.scales.data()); },
+        [&] { return llama_steer_vector_set(c, 3, 2, nullptr, good.sites.data(), good.dirs.data(), good.scales.data()); },
+        [&] { return llama_steer_vector_set(c, 3, 2, good.layers.data(), nullptr, good.dirs.data(), good.scales.data()); },
+        [&] { return llama_steer_vector_set(c, 3, 2, good.layers.data(), good.sites.data(), nullptr, good.scales.data()); },
+        [&] { return llama_steer_vector_set(c, 3, 2, good.layers.data(), good.sites.data(), good.dirs.data(), nullptr); },
+        [&] { return spoiled([&](vector & x) { x.layers[1] = m.info.n_layer; }); },
+        [&] { return spoiled([&](vector & x) { x.layers[1] = -1; }); },
+        [&] { return spoiled([&](vector & x) { x.layers[1] = std::numeric_limits<int32_t>::max(); }); },
+        [&] { return spoiled([&](vector & x) { x.layers[1] = 0; }); },
+        [&] { return spoiled([&](vector & x) { x.sites[1] = LLAMA_STEER_SITE_COUNT; }); },
+        [&] { return spoiled([&](vector & x) { x.sites[1] = -1; }); },
+        [&] { return spoiled([&](vector & x) { x.dirs[n_embd + 1] = nan; }); },
+        [&] { return spoiled([&](vector & x) { x.dirs[1] = -inf; }); },
+        [&] { return spoiled([&](vector & x) { x.dirs[1] += 1.0f; }); },
+        [&] { return spoiled([&](vector & x) { std::fill(x.dirs.begin(), x.dirs.end(), 0.0f); }); },
+        [&] { return spoiled([&](vector & x) { x.scales[1] = nan; }); },
+        [&] { return spoiled([&](vector & x) { x.scales[0] = inf; }); },
+        [&] { return llama_steer_vector_clear(c, 0); },
+        [&] { return llama_steer_vector_clear(c, 55); },
+        [&] { return llama_steer_vector_clear(nullptr, 0); },
         [&] { return set_config(c, 0, { term(0) }); },
         [&] { return set_config(c, -1, { term(0) }); },
         [&] { return set_config(c, 1, crowd); },
@@ -513,24 +513,24 @@ static void test_bad_arguments(const model_holder & m) {
         [&] { return llama_steer_range(c, 0, 0, -1, 8); },
         [&] { return llama_steer_range(nullptr, 0, 0, -1, 1); },
         [&] { return llama_steer_seq_clear(nullptr, 0); },
-        [&] { return llama_steer_tap_set(c, -1, &none, &none, LLAMA_STEER_STREAM_MEAN, 0, true); },
-        [&] { return llama_steer_tap_set(c, 1 << 30, &none, &none, LLAMA_STEER_STREAM_MEAN, 0, true); },
-        [&] { return llama_steer_tap_set(c, 1, nullptr, &none, LLAMA_STEER_STREAM_MEAN, 0, true); },
-        [&] { return llama_steer_tap_set(c, 1, &none, nullptr, LLAMA_STEER_STREAM_MEAN, 0, true); },
-        [&] { return llama_steer_tap_set(c, 2, outside, zeros, LLAMA_STEER_STREAM_MEAN, 0, true); },
-        [&] { return llama_steer_tap_set(c, 1, &none, &none, 3, 0, true); },
-        [&] { return llama_steer_tap_set(c, 1, &none, &none, LLAMA_STEER_STREAM_MEAN, -1, true); },
-        [&] { return llama_steer_tap_set(nullptr, 1, &none, &none, LLAMA_STEER_STREAM_MEAN, 0, true); },
-        [&] { return llama_steer_tap_range(c, -1, 0, -1, true); },
-        [&] { return llama_steer_tap_range(c, 0, 5, 2, true); },
-        [&] { return llama_steer_tap_range(nullptr, 0, 0, -1, true); },
-        [&] { return llama_steer_tap_get(c, 0, 0, out.data(), out.size()); },
-        [&] { return llama_steer_tap_get(c, -5, 77, out.data(), out.size()); },
-        [&] { return llama_steer_tap_get(c, 0, 0, nullptr, 1); },
-        [&] { return llama_steer_tap_get(nullptr, 0, 0, out.data(), out.size()); },
-        [&] { return llama_steer_tap_index(c, nullptr, nullptr); },
-        [&] { return llama_steer_tap_index(nullptr, nullptr, nullptr); },
-        [&] { return llama_steer_tap_clear(nullptr); },
+        [&] { return llama_steer_capture_set(c, -1, &none, &none, LLAMA_STEER_STREAM_MEAN, 0, true); },
+        [&] { return llama_steer_capture_set(c, 1 << 30, &none, &none, LLAMA_STEER_STREAM_MEAN, 0, true); },
+        [&] { return llama_steer_capture_set(c, 1, nullptr, &none, LLAMA_STEER_STREAM_MEAN, 0, true); },
+        [&] { return llama_steer_capture_set(c, 1, &none, nullptr, LLAMA_STEER_STREAM_MEAN, 0, true); },
+        [&] { return llama_steer_capture_set(c, 2, outside, zeros, LLAMA_STEER_STREAM_MEAN, 0, true); },
+        [&] { return llama_steer_capture_set(c, 1, &none, &none, 3, 0, true); },
+        [&] { return llama_steer_capture_set(c, 1, &none, &none, LLAMA_STEER_STREAM_MEAN, -1, true); },
+        [&] { return llama_steer_capture_set(nullptr, 1, &none, &none, LLAMA_STEER_STREAM_MEAN, 0, true); },
+        [&] { return llama_steer_capture_range(c, -1, 0, -1, true); },
+        [&] { return llama_steer_capture_range(c, 0, 5, 2, true); },
+        [&] { return llama_steer_capture_range(nullptr, 0, 0, -1, true); },
+        [&] { return llama_steer_capture_get(c, 0, 0, out.data(), out.size()); },
+        [&] { return llama_steer_capture_get(c, -5, 77, out.data(), out.size()); },
+        [&] { return llama_steer_capture_get(c, 0, 0, nullptr, 1); },
+        [&] { return llama_steer_capture_get(nullptr, 0, 0, out.data(), out.size()); },
+        [&] { return llama_steer_capture_index(c, nullptr, nullptr); },
+        [&] { return llama_steer_capture_index(nullptr, nullptr, nullptr); },
+        [&] { return llama_steer_capture_clear(nullptr); },
         [&] { return llama_steer_set_read_callback(nullptr, on_read, nullptr); },
         [&] { return llama_steer_set_add_callback(nullptr, on_add, nullptr); },
         [&] { return llama_steer_get_stats(c, nullptr); },
@@ -550,7 +550,7 @@ static void test_bad_arguments(const model_holder & m) {
     }
     CHECK(distance(c.run(), want) == 0.0f);
     CHECK(llama_steer_edit_id(nullptr, 0, 0) == 0 && llama_steer_config_id(nullptr, 1) == 0);
-    CHECK(llama_steer_tap_count(nullptr) == 0 && llama_steer_fired(nullptr, 0, 0) == 0);
+    CHECK(llama_steer_capture_count(nullptr) == 0 && llama_steer_fired(nullptr, 0, 0) == 0);
     CHECK(llama_steer_fired(c, -1, 99) == 0);
     CHECK(!llama_steer_config_acts(nullptr, 1, 0, 0) && !llama_steer_config_acts(c, 99, -1, -1));
     CHECK(llama_steer_arch_name(-1) == nullptr && llama_steer_arch_name(1 << 30) == nullptr);
@@ -569,8 +569,8 @@ static void test_lifetimes(const model_holder & m) {
             OK(*c, make_column(m, { 0, 1, 2 }, 1).put(*c, 0));
             OK(*c, set_config(*c, 1, { term(0, LLAMA_STEER_CLAMP) }));
             OK(*c, llama_steer_range(*c, 0, 0, -1, 1));
-            OK(*c, llama_steer_tap_set(*c, 2, layers, sites, LLAMA_STEER_STREAM_ALL, 0, true));
-            OK(*c, llama_steer_tap_range(*c, 0, 0, -1, true));
+            OK(*c, llama_steer_capture_set(*c, 2, layers, sites, LLAMA_STEER_STREAM_ALL, 0, true));
+            OK(*c, llama_steer_capture_range(*c, 0, 0, -1, true));
             OK(*c, llama_steer_set_read_callback(*c, on_read, &d));
             c->run();
         }
@@ -611,7 +611,7 @@ static void test_lifetimes(const model_holder & m) {
     }
     context untouched(m);
     (void) llama_steer_error(untouched);
-    CHECK(llama_steer_tap_count(untouched) == 0);
+    CHECK(llama_steer_capture_count(untouched) == 0);
     context unused(m);
     OK(unused, make_column(m, { 0 }, 1).put(unused, 0));
 
@@ -649,7 +649,7 @@ int main(int argc, char ** argv) {
     const std::vector<std::pair<const char *, void (*)(const model_holder &)>> tests = {
         { "formula",       test_formula },
         { "many",          test_many },
-        { "taps",          test_taps },
+        { "captures",          test_taps },
         { "callbacks",     test_callbacks },
         { "bad arguments", test_bad_arguments },
         { "lifetimes",     test_lifetimes },

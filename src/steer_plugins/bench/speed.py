@@ -157,7 +157,7 @@ def bench_speed(
     def steer(session: Session, n: int, op: str) -> None:
         for k in range(n):
             layers = list(range(info.n_layer))
-            session.steer.set_column(k, layers, [0] * len(layers), directions(k), [DOSE] * len(layers))
+            session.steer.set_vector(k, layers, [0] * len(layers), directions(k), [DOSE] * len(layers))
         session.steer.set_config(1, [native.NativeTerm(k, native.OPS[op], 1.0 if op == "add" else 1e-3) for k in range(n)])
         session.steer.set_range(0, 0, -1, 1)
 
@@ -169,7 +169,7 @@ def bench_speed(
 
     def read(session: Session, n: int, op: str) -> None:
         top = info.n_layer - (1 if info.last_layer_outputs_only else 0)
-        session.steer.set_taps(list(range(top)), [0] * top)
+        session.steer.set_captures(list(range(top)), [0] * top)
         session.steer.want(0, 0, -1)
 
     setups: dict[str, tuple[Callable[[Session, int, str], None] | None, int, str]] = {
@@ -222,7 +222,7 @@ def _run(
 
 
 def _add(costs: Costs, round_: int, measure: str, arm: str, tokens: int, spent: Sequence[Seconds]) -> None:
-    clock, cpu = (sum(column) for column in zip(*spent, strict=True))
+    clock, cpu = (sum(part) for part in zip(*spent, strict=True))
     costs.add(round_, measure, arm, tokens / clock)
     if len(costs.measures) > len(MEASURES):
         costs.add(round_, name_by_processor(measure), arm, tokens / cpu)

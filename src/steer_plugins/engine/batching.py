@@ -58,7 +58,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Done:
-    """A group whose rows are in the taps: text ``group.texts[k]`` ran on sequence ``k + 1``, what is shared on ``TRUNK``.
+    """A group whose rows are in the captures: text ``group.texts[k]`` ran on sequence ``k + 1``, what is shared on ``TRUNK``.
 
     ``kept``: length of the part of the prefix that was there from the group before, and not computed now.
     """
@@ -114,7 +114,7 @@ def run_groups(
 ) -> Iterator[Done]:
     """Compute all texts, a group of as many as the session has sequences at a time. ``groups``: of :func:`plan_groups`.
 
-    Yields after each group, while its rows are still in the taps. Prefixes that texts share are computed once.
+    Yields after each group, while its rows are still in the captures. Prefixes that texts share are computed once.
     """
     steered = bool(steering)
     if groups is None:
@@ -242,15 +242,15 @@ def read_texts(
     outputs = info.last_layer_outputs_only and info.n_layer - 1 in layers
     results: list[Activations | None] = [None] * len(texts)
 
-    def set_taps(wanted: int) -> None:
+    def set_captures(wanted: int) -> None:
         """With room for what one ubatch can want: 8 rows for the last tokens of 8 texts, not the 512 of a whole ubatch."""
         n_rows = 1 << (min(wanted, session.limits.n_batch) - 1).bit_length()
-        session.steer.set_taps(list(layers), [s] * len(layers), stream=mode, n_rows=n_rows)
+        session.steer.set_captures(list(layers), [s] * len(layers), stream=mode, n_rows=n_rows)
 
     if session.model.shares_tokens:
         done_texts = 0
         with _planned(session, runs, steering) as planned:
-            set_taps(rows_needed(planned, groups_of(planned, session.limits.n_seq - 1)))
+            set_captures(rows_needed(planned, groups_of(planned, session.limits.n_seq - 1)))
             for run, states in read_trie(session, planned, layers=layers, site=s, n_streams=n_streams, outputs=outputs):
                 place = {p: r for r, p in enumerate(runs[run].wanted)}
                 for i in hosts[owners[run]]:
@@ -262,7 +262,7 @@ def read_texts(
         return [r for r in results if r is not None]
     groups = plan_groups(runs, session.limits.n_seq - 1, share=not steering)
     wanted = sum(sorted((len(t.wanted) for t in runs), reverse=True)[: session.limits.n_seq])
-    set_taps(max([wanted, *(group.shared for group in groups)] if reads_prefixes(runs, groups) else [wanted]))
+    set_captures(max([wanted, *(group.shared for group in groups)] if reads_prefixes(runs, groups) else [wanted]))
     trunk: dict[int, npt.NDArray[np.float32]] = {}  # rows of the prefix, kept as long as groups begin with it
     done_texts = 0
     for done in run_groups(session, runs, steering, outputs_for_reading=outputs, groups=groups):

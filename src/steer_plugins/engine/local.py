@@ -259,7 +259,7 @@ class LocalEngine(TokenEngine):
                 keep(chosen[k], position + 1 - texts[chosen[k]].n_prompt, logits)
 
             with cleaned(session):
-                session.steer.set_taps([], [])
+                session.steer.set_captures([], [])
                 run_texts(session, [texts[i] for i in chosen], decided, on_logits=on_logits, progress=report)
             done += len(chosen)
 
@@ -389,7 +389,7 @@ class LocalEngine(TokenEngine):
         session = self._session("one")
         if callback is None:
             session.steer.on_read(None)
-            session.steer.set_taps([], [])
+            session.steer.set_captures([], [])
             self._read_callback = None
             return
         self._check_site(site)
@@ -399,7 +399,7 @@ class LocalEngine(TokenEngine):
         if bad or not chosen:
             what = f"Layer {bad[0]} cannot be watched" if bad else "No layer was named"
             raise SpecError(f"{what}: this model allows 0 to {top - 1}.")
-        session.steer.set_taps(chosen, [native.SITES[site]] * len(chosen), keep=False)
+        session.steer.set_captures(chosen, [native.SITES[site]] * len(chosen), keep=False)
         session.steer.on_read(callback)
         self._read_callback = (callback, chosen, site)
 
@@ -417,20 +417,20 @@ class LocalEngine(TokenEngine):
             session.unpin()
             return
         session.unpin()
-        columns = session.pin(vectors)
+        ids = session.pin(vectors)
 
         def spread(tokens: native.AddTokens) -> None:
             n = len(tokens.positions)
             view = native.AddTokens(
                 sequences=tokens.sequences,
                 positions=tokens.positions,
-                c=np.zeros((n, len(columns)), np.float32),
-                g=np.zeros((n, len(columns)), np.float32),
+                c=np.zeros((n, len(ids)), np.float32),
+                g=np.zeros((n, len(ids)), np.float32),
             )
             callback(view)
-            for j, column in enumerate(columns):
-                tokens.c[:, column] += view.c[:, j]
-                tokens.g[:, column] += view.g[:, j]
+            for j, id_ in enumerate(ids):
+                tokens.c[:, id_] += view.c[:, j]
+                tokens.g[:, id_] += view.g[:, j]
 
         session.steer.on_add(spread)
         session.edits_unknown = True

@@ -94,13 +94,13 @@ class _Probe:
 
     def start(self, session: Session, first: int) -> None:
         places = list(self._places)
-        session.steer.set_taps([il for il, _ in places], [native.SITES[site] for _, site in places], keep=False)
+        session.steer.set_captures([il for il, _ in places], [native.SITES[site] for _, site in places], keep=False)
         session.steer.on_read(self._take)
         session.steer.want(0, first, -1)
 
     def stop(self, session: Session) -> None:
         session.steer.on_read(None)
-        session.steer.set_taps([], [])
+        session.steer.set_captures([], [])
 
     def newest(self) -> dict[str, float]:
         return dict(self._sums)

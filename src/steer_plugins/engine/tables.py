@@ -1,4 +1,4 @@
-"""Vectors and steerings as the native columns and configs of one context, shared by content."""
+"""Steerings as the native vectors and configs of one context, shared by content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..steering.terms import Steering, Term
 from ..steering.vector import ModelIdentity, SteeringVector
 from .scopes import Phases, ScopeMap
 
-MAX_COLUMNS = 256
+MAX_VECTORS = 256
 MAX_CONFIGS = 1024
 
 UNKNOWN_EDIT = -1
@@ -32,7 +32,7 @@ class ModelFacts(Protocol):
 
 
 class SteeringTables:
-    """Columns, configs and ranges of one ``llama_context``.
+    """Vectors, configs and ranges of one ``llama_context``.
 
     Args:
         facts: the model's.
@@ -42,10 +42,10 @@ class SteeringTables:
     def __init__(self, facts: ModelFacts, steer: native.SteerContext) -> None:
         self.facts = facts
         self.steer = steer
-        self._columns: OrderedDict[str, int] = OrderedDict()
+        self._vectors: OrderedDict[str, int] = OrderedDict()
         self._configs: OrderedDict[tuple[native.NativeTerm, ...], int] = OrderedDict()
         self._next_config = 1
-        self._pinned: set[int] = set()  # columns that a callback uses
+        self._pinned: set[int] = set()  # vectors that a callback uses
         self._unproved: dict[int, set[tuple[int, int]]] = {}  # config -> places that have not been seen to fire yet
         self._ranges: dict[int, set[int]] = {}  # sequence -> configs that its ranges name
         self._plans: weakref.WeakSet[SequenceSteering] = weakref.WeakSet()  # whose vectors and configs are in use
@@ -53,36 +53,36 @@ class SteeringTables:
 
     # ---- vectors and configs ----
 
-    def column(self, vector: SteeringVector) -> int:
-        """Native column that holds a vector; the same content always has the same one.
+    def vector(self, vector: SteeringVector) -> int:
+        """Native id of a vector; the same content always has the same one.
 
         Raises:
             VectorError: the vector does not fit the model.
         """
         key = vector.content_hash
-        if key in self._columns:
-            self._columns.move_to_end(key)
-            return self._columns[key]
+        if key in self._vectors:
+            self._vectors.move_to_end(key)
+            return self._vectors[key]
         check_fits(vector, self.facts)
-        if len(self._columns) >= MAX_COLUMNS:
+        if len(self._vectors) >= MAX_VECTORS:
             self._evict()
-        if len(self._columns) >= MAX_COLUMNS:
-            raise SpecError(f"More than {MAX_COLUMNS} different vectors are in use at once.")
-        used = set(self._columns.values())
-        column = next(i for i in range(MAX_COLUMNS) if i not in used)
+        if len(self._vectors) >= MAX_VECTORS:
+            raise SpecError(f"More than {MAX_VECTORS} different vectors are in use at once.")
+        used = set(self._vectors.values())
+        id_ = next(i for i in range(MAX_VECTORS) if i not in used)
         places = list(vector.directions)
-        self.steer.set_column(
-            column,
+        self.steer.set_vector(
+            id_,
             [layer for layer, _ in places],
             [native.SITES[site] for _, site in places],
             np.stack([vector.directions[p] for p in places]),
             [vector.scales[p] for p in places],
         )
-        self._columns[key] = column
-        return column
+        self._vectors[key] = id_
+        return id_
 
     def _evict(self) -> None:
-        """Forget configs that neither a range nor a live plan uses, then the columns that nothing uses any more."""
+        """Forget configs that neither a range nor a live plan uses, then the vectors that nothing uses any more."""
         live = {config for s in self._ranges.values() for config in s}
         live |= {config for plan in self._plans for config in plan.held.values()}
         for terms, config in list(self._configs.items()):
@@ -90,11 +90,11 @@ class SteeringTables:
                 self.steer.clear_config(config)
                 del self._configs[terms]
                 self._unproved.pop(config, None)
-        needed = {t.column for terms in self._configs for t in terms} | self._pinned
+        needed = {t.vector for terms in self._configs for t in terms} | self._pinned
         held = {term.vector.content_hash for plan in self._plans for term in plan.steering}
-        free = [key for key, column in self._columns.items() if column not in needed and key not in held]
+        free = [key for key, vector in self._vectors.items() if vector not in needed and key not in held]
         for key in free[: max(1, len(free) // 2)]:
-            self.steer.clear_column(self._columns.pop(key))
+            self.steer.clear_vector(self._vectors.pop(key))
 
     def config(self, terms: Sequence[Term]) -> int:
         """Config that applies terms; 0 when they apply nothing."""
@@ -114,22 +114,22 @@ class SteeringTables:
         return config
 
     def pin(self, vectors: Sequence[SteeringVector]) -> list[int]:
-        """Columns of vectors that a callback uses: they stay until :meth:`unpin`, ready for their op."""
-        columns = [self.column(v) for v in vectors]
-        for column, vector in zip(columns, vectors, strict=True):
-            self._pinned.add(column)
-            if vector.op != "add":  # a config that projects makes the column ready for g
+        """Native ids of vectors that a callback uses: they stay until :meth:`unpin`, ready for their op."""
+        ids = [self.vector(v) for v in vectors]
+        for id_, vector in zip(ids, vectors, strict=True):
+            self._pinned.add(id_)
+            if vector.op != "add":  # a config that projects makes it ready for g
                 self.config([Term(vector)])
-        return columns
+        return ids
 
     def unpin(self) -> None:
-        """Let the columns of callbacks go."""
+        """Let the vectors of callbacks go."""
         self._pinned.clear()
 
     def _native(self, term: Term) -> native.NativeTerm:
         first, last = term.layers if term.layers is not None else (-1, -1)
         return native.NativeTerm(
-            column=self.column(term.vector),
+            vector=self.vector(term.vector),
             op=native.OPS[term.effective_op],
             strength=term.strength,
             il_first=first,

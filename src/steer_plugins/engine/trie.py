@@ -139,7 +139,7 @@ def run_trie(
     outputs: bool = False,
     on_logits: OnLogits | None = None,
 ) -> Iterator[Batch]:
-    """Compute the texts, and yield after each batch of them, while its rows are still in the taps.
+    """Compute the texts, and yield after each batch of them, while its rows are still in the captures.
 
     ``whole``: what the next batch begins with is read as well, see :func:`reads_paths`. ``outputs``: rows are kept of output
     tokens only.
@@ -162,7 +162,7 @@ def read_trie(
 ) -> Iterator[tuple[int, Rows]]:
     """Compute the texts, and yield each (index) with its rows at the wanted positions.
 
-    The taps have to be set, with room for :func:`rows_needed`. ``outputs``: rows are kept of output tokens only.
+    The captures have to be set, with room for :func:`rows_needed`. ``outputs``: rows are kept of output tokens only.
     """
     whole = reads_paths(texts, groups_of(texts, session.limits.n_seq - 1))
     trunk: dict[int, npt.NDArray[np.float32]] = {}  # rows of what TRUNK holds, where whole paths are read

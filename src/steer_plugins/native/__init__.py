@@ -1,4 +1,7 @@
-"""The ctypes binding of ``cpp_patch/llama-steer.h``. Knows numbers, sequence ids and pointers; nothing of vectors or text."""
+"""The ctypes binding of ``cpp_patch/llama-steer.h`` and ``llama-steer-plan.h``.
+
+Knows numbers, sequence ids and pointers; nothing of steering vectors or of text.
+"""
 
 from .binding import (
     API_VERSION,
@@ -16,19 +19,28 @@ from .binding import (
     model_info,
     tested_architectures,
 )
+from .plan import SCHEDULES, SCOPE_RANGE, SCOPES, Plan, PlanTerm, PlanVector, Segment, Tags
 
 __all__ = [
     "API_VERSION",
     "OPS",
+    "SCHEDULES",
+    "SCOPES",
+    "SCOPE_RANGE",
     "SITES",
     "STREAM_ALL",
     "STREAM_MEAN",
     "AddTokens",
     "NativeTerm",
+    "Plan",
+    "PlanTerm",
+    "PlanVector",
     "ReadRows",
+    "Segment",
     "SteerContext",
     "SteerInfo",
     "SteerStats",
+    "Tags",
     "load",
     "model_info",
     "tested_architectures",

@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import EngineError, ModelError, RuntimeMissing
+from ..errors import EngineError, ModelError, RuntimeMissing, SpecError
+from . import plan as planner
+from .plan import Plan, PlanVector, VectorStruct
 
-API_VERSION = 2
+API_VERSION = 3
 SITES: dict[str, int] = {"resid_post": 0, "attn_out": 1, "ffn_out": 2}
 OPS: dict[str, int] = {"add": 0, "project": 1, "clamp": 2, "renorm": 3}
 STREAM_ALL = -1
 STREAM_MEAN = -2
+_ERR_ARG = -1
 
 
 class _Info(ctypes.Structure):
@@ -40,7 +43,7 @@ class _Info(ctypes.Structure):
 
 class _Term(ctypes.Structure):
     _fields_ = [
-        ("column", c_int32),
+        ("vector", c_int32),
         ("op", c_int32),
         ("strength", c_double),
         ("il_first", c_int32),
@@ -77,7 +80,7 @@ class _Rows(ctypes.Structure):
 class _Tokens(ctypes.Structure):
     _fields_ = [
         ("n_tokens", c_int32),
-        ("n_columns", c_int32),
+        ("n_vectors", c_int32),
         ("seq_id", POINTER(c_int32)),
         ("pos", POINTER(c_int32)),
     ]
@@ -91,11 +94,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_steer_error": (c_char_p, [c_void_p]),
     "llama_steer_model_info": (c_int32, [c_void_p, POINTER(_Info)]),
     "llama_steer_arch_name": (c_char_p, [c_int32]),
-    "llama_steer_column_set": (
+    "llama_steer_vector_set": (
         c_int32,
         [c_void_p, c_int32, c_int32, POINTER(c_int32), POINTER(c_int32), POINTER(c_float), POINTER(c_double)],
     ),
-    "llama_steer_column_clear": (c_int32, [c_void_p, c_int32]),
+    "llama_steer_vector_clear": (c_int32, [c_void_p, c_int32]),
     "llama_steer_config_set": (c_int32, [c_void_p, c_int32, c_int32, POINTER(_Term)]),
     "llama_steer_config_clear": (c_int32, [c_void_p, c_int32]),
     "llama_steer_range": (c_int32, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
@@ -103,15 +106,20 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_steer_edit_id": (c_uint64, [c_void_p, c_int32, c_int32]),
     "llama_steer_config_id": (c_uint64, [c_void_p, c_int32]),
     "llama_steer_config_acts": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
-    "llama_steer_tap_set": (
+    "llama_steer_plan_edits": (c_int32, [c_void_p, c_void_p, c_int32, POINTER(c_int32), POINTER(c_uint64)]),
+    "llama_steer_plan_apply": (c_int32, [c_void_p, c_void_p, c_int32, c_int32]),
+    "llama_steer_vector_pin": (c_int32, [c_void_p, POINTER(VectorStruct), c_int32, POINTER(c_int32)]),
+    "llama_steer_vector_unpin": (c_int32, [c_void_p, c_int32]),
+    "llama_steer_seq_error": (c_int32, [c_void_p, c_int32]),
+    "llama_steer_capture_set": (
         c_int32,
         [c_void_p, c_int32, POINTER(c_int32), POINTER(c_int32), c_int32, c_int32, c_bool],
     ),
-    "llama_steer_tap_range": (c_int32, [c_void_p, c_int32, c_int32, c_int32, c_bool]),
-    "llama_steer_tap_count": (c_int32, [c_void_p]),
-    "llama_steer_tap_index": (c_int32, [c_void_p, POINTER(c_int32), POINTER(c_int32)]),
-    "llama_steer_tap_get": (c_int32, [c_void_p, c_int32, c_int32, POINTER(c_float), c_size_t]),
-    "llama_steer_tap_clear": (c_int32, [c_void_p]),
+    "llama_steer_capture_range": (c_int32, [c_void_p, c_int32, c_int32, c_int32, c_bool]),
+    "llama_steer_capture_count": (c_int32, [c_void_p]),
+    "llama_steer_capture_index": (c_int32, [c_void_p, POINTER(c_int32), POINTER(c_int32)]),
+    "llama_steer_capture_get": (c_int32, [c_void_p, c_int32, c_int32, POINTER(c_float), c_size_t]),
+    "llama_steer_capture_clear": (c_int32, [c_void_p]),
     "llama_steer_set_read_callback": (c_int32, [c_void_p, _READ_CB, c_void_p]),
     "llama_steer_set_add_callback": (c_int32, [c_void_p, _ADD_CB, c_void_p]),
     "llama_steer_get_stats": (c_int32, [c_void_p, POINTER(_Stats)]),
@@ -127,6 +135,7 @@ def load(library: ctypes.CDLL) -> ctypes.CDLL:
         RuntimeMissing: the library has no steering, or another version of its API.
     """
     try:
+        planner.declare(library)
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype = result
@@ -168,9 +177,9 @@ class SteerStats:
 
 @dataclass(frozen=True)
 class NativeTerm:
-    """One term of a config: a column with op (index of :data:`OPS`), strength, inclusive window (-1: open) and stream."""
+    """One term of a config: a vector with op (index of :data:`OPS`), strength, inclusive window (-1: open) and stream."""
 
-    column: int
+    vector: int
     op: int = 0
     strength: float = 1.0
     il_first: int = -1
@@ -240,8 +249,8 @@ class AddTokens:
     Attributes:
         sequences: int32 [n_tokens], sequence ids.
         positions: int32 [n_tokens], token positions.
-        c: float32 [n_tokens, n_columns], writable, zero: ``h += c * scale * v`` for the column's directions.
-        g: float32 [n_tokens, n_columns], writable, zero: ``h += g * v (v·h)``; only for columns that a config projects.
+        c: float32 [n_tokens, n_vectors], writable, zero: ``h += c * scale * v`` for the vector's directions.
+        g: float32 [n_tokens, n_vectors], writable, zero: ``h += g * v (v·h)``; only for vectors that a config projects.
     """
 
     sequences: npt.NDArray[np.int32]
@@ -251,7 +260,7 @@ class AddTokens:
 
 
 class SteerContext:
-    """The steering of one ``llama_context``: columns, configs, ranges, taps and callbacks, as in ``llama-steer.h``.
+    """The steering of one ``llama_context``: vectors, configs, ranges, captures and callbacks, as in ``llama-steer.h``.
 
     Args:
         library: libllama with its signatures declared by :func:`load`.
@@ -263,7 +272,6 @@ class SteerContext:
         self._library = library
         self._context = context
         self._n_embd = n_embd
-        self._n_taps_out = 1
         self._callbacks: dict[str, Any] = {}
         self._set: set[str] = set()  # kinds of callbacks that there are
         self.callback_error: BaseException | None = None
@@ -276,23 +284,23 @@ class SteerContext:
         """The library's sentence on its last failing call, a failed decode included."""
         return _message(self._library, self._context)
 
-    def set_column(
+    def set_vector(
         self,
-        column: int,
+        vector: int,
         layers: Sequence[int],
         sites: Sequence[int],
         directions: npt.NDArray[np.float32],
         scales: Sequence[float],
     ) -> None:
-        """Set column ``column`` to unit ``directions`` (float32 [n, n_embd]) at ``layers[i]``, ``sites[i]``."""
+        """Set vector ``vector`` to unit ``directions`` (float32 [n, n_embd]) at ``layers[i]``, ``sites[i]``."""
         data = np.ascontiguousarray(directions, dtype=np.float32)
         n = len(layers)
         if data.shape != (n, self._n_embd) or len(sites) != n or len(scales) != n:
             raise EngineError(f"Directions of shape {data.shape} do not fit {n} layers of a model with n_embd {self._n_embd}.")
         self._check(
-            self._library.llama_steer_column_set(
+            self._library.llama_steer_vector_set(
                 self._context,
-                column,
+                vector,
                 n,
                 _ints(layers),
                 _ints(sites),
@@ -301,15 +309,15 @@ class SteerContext:
             )
         )
 
-    def clear_column(self, column: int) -> None:
-        """Forget a column that no config uses."""
-        self._check(self._library.llama_steer_column_clear(self._context, column))
+    def clear_vector(self, vector: int) -> None:
+        """Forget a vector that no config uses."""
+        self._check(self._library.llama_steer_vector_clear(self._context, vector))
 
     def set_config(self, config: int, terms: Sequence[NativeTerm]) -> None:
         """Set or replace config ``config`` (>= 1)."""
         array = (_Term * max(len(terms), 1))()
         for slot, t in zip(array, terms, strict=False):
-            slot.column, slot.op, slot.strength = t.column, t.op, t.strength
+            slot.vector, slot.op, slot.strength = t.vector, t.op, t.strength
             slot.il_first, slot.il_last, slot.stream = t.il_first, t.il_last, t.stream
         self._check(self._library.llama_steer_config_set(self._context, config, len(terms), array))
 
@@ -337,47 +345,95 @@ class SteerContext:
         """Edit id that a token at this place would get from its range."""
         return int(self._library.llama_steer_edit_id(self._context, sequence, position))
 
-    def set_taps(
+    # ---- plans ----
+
+    def _check_plan(self, code: int) -> None:
+        if code == _ERR_ARG:
+            raise SpecError(self.error())
+        self._check(code)
+
+    def edits(self, plan: Plan, positions: Sequence[int]) -> list[int]:
+        """Edit ids of what tokens at ``positions`` get under a plan.
+
+        Raises:
+            SpecError: the plan cannot be applied in this context.
+        """
+        n = len(positions)
+        out = (c_uint64 * n)()
+        self._check_plan(self._library.llama_steer_plan_edits(self._context, plan.pointer, n, _ints(positions), out))
+        return list(out)
+
+    def apply(self, plan: Plan, sequence: int, first: int) -> None:
+        """Tokens of a sequence at positions >= ``first`` get what a plan says; on an error nothing has changed.
+
+        Raises:
+            SpecError: the plan cannot be applied in this context.
+            EngineError: not enough memory, or more different steerings at once than a context holds.
+        """
+        self._check_plan(self._library.llama_steer_plan_apply(self._context, plan.pointer, sequence, first))
+
+    def pin(self, vector: PlanVector, op: int) -> int:
+        """Id of a vector for an add callback that does ``op`` with it; it stays until :meth:`unpin`."""
+        if vector.n_embd != self._n_embd:
+            raise EngineError(f"directions of {vector.n_embd} numbers do not fit a model with n_embd {self._n_embd}")
+        out = c_int32()
+        self._check(self._library.llama_steer_vector_pin(self._context, ctypes.byref(vector.struct), op, ctypes.byref(out)))
+        return int(out.value)
+
+    def unpin(self, vector: int) -> None:
+        """Let a pinned vector go."""
+        self._check(self._library.llama_steer_vector_unpin(self._context, vector))
+
+    def sequence_error(self, sequence: int = -1) -> str | None:
+        """What went wrong with a sequence (-1: any) while others were computed as they should; told once. None: nothing."""
+        code = self._library.llama_steer_seq_error(self._context, sequence)
+        return self.error() if code else None
+
+    # ---- reading ----
+
+    def set_captures(
         self, layers: Sequence[int], sites: Sequence[int], *, stream: int = STREAM_MEAN, n_rows: int = 0, keep: bool = True
     ) -> None:
-        """Replace the taps; ``layers`` empty takes them away. ``n_rows``: most tokens wanted of one ubatch (0: n_ubatch)."""
+        """Replace the captures; ``layers`` empty takes them away. ``n_rows``: most tokens wanted of one ubatch (0: n_ubatch)."""
         if len(layers) != len(sites):
-            raise EngineError(f"{len(layers)} layers and {len(sites)} sites were given for taps: name a site for each layer.")
+            raise EngineError(f"{len(layers)} layers and {len(sites)} sites were given for captures: name a site for each layer.")
         self._check(
-            self._library.llama_steer_tap_set(self._context, len(layers), _ints(layers), _ints(sites), stream, n_rows, keep)
+            self._library.llama_steer_capture_set(self._context, len(layers), _ints(layers), _ints(sites), stream, n_rows, keep)
         )
 
     def want(self, sequence: int, first: int, end: int, wanted: bool = True) -> None:
         """Read the tokens at ``first <= position < end`` of a sequence when they are computed."""
-        self._check(self._library.llama_steer_tap_range(self._context, sequence, first, end, wanted))
+        self._check(self._library.llama_steer_capture_range(self._context, sequence, first, end, wanted))
 
     def kept(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(sequences, positions), int32 [n] each, of the rows kept so far, in the order they were computed."""
-        n = self._library.llama_steer_tap_count(self._context)
+        n = self._library.llama_steer_capture_count(self._context)
         sequences = np.empty(n, np.int32)
         positions = np.empty(n, np.int32)
         if n:
             as_int = POINTER(c_int32)
             self._check(
-                self._library.llama_steer_tap_index(
+                self._library.llama_steer_capture_index(
                     self._context, sequences.ctypes.data_as(as_int), positions.ctypes.data_as(as_int)
                 )
             )
         return sequences, positions
 
     def rows(self, layer: int, site: int, n_streams: int = 1) -> npt.NDArray[np.float32]:
-        """Rows kept at one tap: float32 [n, n_embd], or [n, n_streams, n_embd] for ``n_streams`` > 1."""
-        n = self._library.llama_steer_tap_count(self._context)
+        """Rows kept at one capture: float32 [n, n_embd], or [n, n_streams, n_embd] for ``n_streams`` > 1."""
+        n = self._library.llama_steer_capture_count(self._context)
         out = np.empty((n, n_streams, self._n_embd), np.float32)
-        self._check(self._library.llama_steer_tap_get(self._context, layer, site, out.ctypes.data_as(POINTER(c_float)), out.size))
+        self._check(
+            self._library.llama_steer_capture_get(self._context, layer, site, out.ctypes.data_as(POINTER(c_float)), out.size)
+        )
         return out if n_streams > 1 else out[:, 0, :]
 
     def clear_rows(self) -> None:
         """Drop the rows kept so far."""
-        self._check(self._library.llama_steer_tap_clear(self._context))
+        self._check(self._library.llama_steer_capture_clear(self._context))
 
     def on_read(self, callback: Callable[[ReadRows], None] | None) -> None:
-        """Call ``callback`` after each ubatch for each tap; None takes it away. An exception in it fails the decode."""
+        """Call ``callback`` after each ubatch for each capture; None takes it away. An exception in it fails the decode."""
         names = {i: name for name, i in SITES.items()}
 
         def trampoline(pointer: Any, _: Any) -> bool:
@@ -406,7 +462,7 @@ class SteerContext:
 
         def trampoline(pointer: Any, c: Any, g: Any, _: Any) -> bool:
             t = pointer.contents
-            shape = (t.n_tokens, t.n_columns)
+            shape = (t.n_tokens, t.n_vectors)
             try:
                 assert callback is not None
                 callback(

@@ -539,7 +539,10 @@ class _Build:
         ggml = self.src / "ggml" / "include"
         folders = [self.src / "include", ggml if self.plan.shared is None else self._shared_include()]
         headers = [path for folder in folders for path in folder.glob("*.h")]
-        headers += [self.src / path for path in ("tools/mtmd/mtmd.h", "tools/mtmd/mtmd-helper.h", "src/llama-steer.h")]
+        headers += [
+            self.src / path
+            for path in ("tools/mtmd/mtmd.h", "tools/mtmd/mtmd-helper.h", "src/llama-steer.h", "src/llama-steer-plan.h")
+        ]
         make_dir(include)
         for path in filter(Path.is_file, headers):
             shutil.copyfile(path, include / path.name)
