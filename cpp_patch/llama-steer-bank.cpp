@@ -99,7 +99,7 @@ static void allocate_dyn(const llama_steer_state & st, std::vector<group> & grou
 // and only then let go of the old side. On any failure the old side is in force again.
 void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
         const std::map<int32_t, steer_vector> & vectors) {
-    st.not_in_callback("Making room for new layers or a new projecting vector");
+    st.not_in_callback("making room for new layers or a new projecting vector");
 
     std::vector<slot>        slots;
     std::map<place, int32_t> slot_of;
@@ -416,7 +416,8 @@ int32_t row_for(llama_steer_state & st, int32_t cfg, int32_t stream, const float
         }
         auto c = st.configs.find(cfg);
         fill_row(st, best, c == st.configs.end() ? no_terms : c->second.terms, stream, cb_c, cb_g, n_cb);
-        st.rows[best].key = key;
+        st.rows[best].key    = key;
+        st.rows[best].config = cfg;
         it = st.row_of.emplace(key, best).first;
     }
     auto & row = st.rows[it->second];
@@ -444,7 +445,20 @@ void drop_kept(llama_steer_state & st) {
 
 void refresh_ids(llama_steer_state & st) {
     for (auto & [_, c] : st.configs) {
-        c.id = config_hash(st, c.terms);
+        set_acting(st, c);
+    }
+}
+
+// What a config is remembered by, and where it has to be seen to act.
+void set_acting(llama_steer_state & st, config & c) {
+    c.id = config_hash(st, c.terms);
+    c.fired.clear();
+    for (const auto & t : c.terms) {
+        for (const auto & [at, d] : st.vectors.at(t.vector).dirs) {
+            if (!c.fired.count(at) && term_covers(t, at, -1) && config_hash(st, c.terms, &at) != 0) {
+                c.fired[at] = 0;
+            }
+        }
     }
 }
 

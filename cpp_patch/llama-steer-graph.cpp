@@ -93,8 +93,19 @@ public:
                     if (!hooked.count(st->slots[k].at)) {
                         continue;
                     }
-                    const bool any = std::any_of(idx.begin(), idx.begin() + n_rows, [&](int32_t r) { return r != 0 && st->rows[r].active[k]; });
-                    st->fired[st->slots[k].at] += any ? 1 : 0;
+                    std::set<int32_t> acting;
+                    for (size_t r = 0; r < n_rows; ++r) {
+                        if (idx[r] != 0 && (r == 0 || idx[r] != idx[r - 1]) && st->rows[idx[r]].active[k]) {
+                            acting.insert(st->rows[idx[r]].config);
+                        }
+                    }
+                    st->fired[st->slots[k].at] += acting.empty() ? 0 : 1;
+                    for (int32_t id : acting) {
+                        auto c = st->configs.find(id);
+                        if (c != st->configs.end() && c->second.fired.count(st->slots[k].at)) {
+                            c->second.fired[st->slots[k].at]++;
+                        }
+                    }
                 }
             }
         }
@@ -372,6 +383,7 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
     st.row_idx.assign((size_t) n*st.n_streams, 0);
     st.capture_idx.assign(n, -1);
     st.capture_at.clear();
+    st.uses.clear();
     bool any_edit = false;
     for (uint32_t i = 0; i < n; ++i) {
         const int32_t cfg = config_of(st.ub_seq[i], st.ub_pos[i]);
@@ -400,6 +412,11 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
         }
         auto it = st.configs.find(cfg);
         const bool none = it == st.configs.end() || it->second.id == 0;
+        if (!none) {
+            auto & use = st.uses[cfg];
+            use.output = use.output || n_outputs == n || ub.output[i];
+            use.sequences.insert(ub.seq_id[i], ub.seq_id[i] + ub.n_seq_id[i]);
+        }
         if ((!none || n_cb > 0) && !st.slots.empty()) {
             if (!synced) {
                 ggml_backend_sched_synchronize(st.ctx.get_sched());
@@ -433,7 +450,26 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
     st.live = true;
 }
 
+// Each place of a config must have been passed by its tokens: a silent no-op is the worst failure of steering.
+void prove(llama_steer_state & st) {
+    for (const auto & [id, use] : st.uses) {
+        auto c = st.configs.find(id);
+        if (c == st.configs.end()) {
+            continue; // a callback took it away
+        }
+        for (const auto & [at, n] : c->second.fired) {
+            if (n == 0 && (use.output || !st.is_last(at))) {
+                for (llama_seq_id seq : use.sequences) {
+                    st.seq_error(seq, LLAMA_STEER_ERR_ARCH, format("steering was asked for at layer %d (%s), but this model never passed through that hook: "
+                                "leave the layer out, and please report the architecture", at.first, site_name(at.second)));
+                }
+            }
+        }
+    }
+}
+
 void finish_ubatch(llama_steer_state & st) {
+    prove(st);
     if (st.capture_at.empty()) {
         return;
     }

@@ -71,11 +71,28 @@ struct phases {
         tool_open  = copied(tags->tool_open,  tags->n_tool_open,  "opens a tool call");
         tool_close = copied(tags->tool_close, tags->n_tool_close, "closes a tool call");
 
-        const std::string begin = tags->generation_prompt ? tags->generation_prompt : "";
+        const std::string begin = tags->generation_prompt ? tags->generation_prompt : last_tag(tags->prompt_end);
         feed(begin, false);
         if (open.empty() && !close.empty()) { // a template that opens thinking without a tag
             thinking = std::none_of(close.begin(), close.end(), [&](const std::string & tag) { return begin.find(tag) != std::string::npos; });
         }
+    }
+
+    // the tag that a text ends with, white space aside; "" if there is none
+    std::string last_tag(const char * text) const {
+        std::string end = text ? text : "";
+        end.erase(end.find_last_not_of(" \t\r\n") + 1);
+        std::string best;
+        for (const auto * tags : { &open, &close }) {
+            for (const auto & tag : *tags) {
+                std::string bare = tag;
+                bare.erase(bare.find_last_not_of(" \t\r\n") + 1);
+                if (bare.size() > 0 && end.size() >= bare.size() && end.compare(end.size() - bare.size(), bare.size(), bare) == 0 && tag.size() > best.size()) {
+                    best = tag;
+                }
+            }
+        }
+        return best;
     }
 
     bool tracks() const { return !open.empty() || !close.empty() || !tool_open.empty(); }

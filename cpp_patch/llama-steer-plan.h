@@ -8,8 +8,8 @@
 //   thinking     response tokens from the one that completes an opening tag until the one that completes a closing tag
 //   answer       response tokens that are neither thinking nor part of a tool call
 //
-// Only the template itself and the response can open or close thinking: what a user's message says changes nothing. The text that
-// begins a response's phase is therefore the generation prompt, not the prompt.
+// Only the template itself and the response can open or close thinking: what a user's message says changes nothing. So the generation
+// prompt is looked at and not the prompt, or of a raw prompt nothing but a tag that it ends with, white space aside.
 //
 // This header and llama-steer-plan.cpp need nothing of llama.cpp, so they can be built by themselves. What applies a plan to a context
 // is in llama-steer.h. Nothing here is thread safe for one plan; different plans do not know of each other.
@@ -98,7 +98,8 @@ extern "C" {
     struct llama_steer_tags {
         bool known;                        // can thinking be told from the answer? if not, both scopes are refused
         bool all_tools;                    // the whole response is a tool call
-        const char * generation_prompt;    // what the chat template put at the end of the prompt; NULL: no template did
+        const char * generation_prompt;    // what the chat template put at the end of the prompt; NULL: that is not known
+        const char * prompt_end;           // then this is looked at: the prompt, or its end, where only a tag at the very end counts
         const char * const * open;         // what opens thinking
         int32_t              n_open;
         const char * const * close;

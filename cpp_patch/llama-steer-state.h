@@ -113,6 +113,13 @@ struct steer_vector {
 struct config {
     std::vector<llama_steer_term> terms;
     uint64_t id = 0;
+    std::map<place, int64_t> fired; // ubatches in which it edited a place that it acts at
+};
+
+// A config in the ubatch that is being computed.
+struct config_use {
+    std::set<llama_seq_id> sequences;
+    bool output = false; // of one of its tokens
 };
 
 // Slots of one buffer type and one row layout: they share tensors and inputs, and one gather can serve them all.
@@ -160,6 +167,7 @@ struct row_info {
     std::vector<float> g;            // [n_slots][n_dyn]
     std::vector<bool>  active;       // [n_slots]
     std::vector<bool>  renorm;       // [n_slots] the length is restored
+    int32_t            config = 0;
 };
 
 // A vector or config that llama-steer-pool.cpp found a place for.
@@ -229,6 +237,8 @@ struct llama_steer_state {
     std::vector<llama_pos>    ub_pos;
     std::vector<std::pair<llama_seq_id, llama_pos>> capture_at;
 
+    std::map<int32_t, config_use> uses;        // config -> what of the ubatch has it
+
     std::map<place, int64_t> fired;
     llama_steer_stats stats = {};
     std::string error = "no error";
@@ -241,6 +251,11 @@ struct llama_steer_state {
 
     int32_t streams_at(int32_t site) const { return site == LLAMA_STEER_RESID_POST ? n_streams : 1; }
     bool    is_last(const place & at) const { return rule.last_layer_outputs && at.first == n_layer - 1; }
+
+    // For one sequence; the others are computed as they should be.
+    void seq_error(llama_seq_id seq, int32_t code, const std::string & what) {
+        seq_errors.emplace(seq, std::make_pair(code, what));
+    }
 
     void not_in_callback(const char * what) const {
         if (in_callback) {
@@ -349,6 +364,7 @@ void drop_rows(llama_steer_state & st);
 void drop_kept(llama_steer_state & st);
 void forget_rows_of(llama_steer_state & st, int32_t config_id);
 void refresh_ids(llama_steer_state & st);
+void set_acting(llama_steer_state & st, config & c);
 
 // Write direction dyn of the projecting vectors, or zeros for col == nullptr.
 void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn,

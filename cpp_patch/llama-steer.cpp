@@ -91,7 +91,7 @@ llama_steer_state & state_for(llama_context * ctx) {
 
 void set_vector(llama_steer_state & st, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites,
         const float * dirs, const double * scales) {
-    st.not_in_callback("Changing a vector");
+    st.not_in_callback("changing a vector");
     if (vector_id < 0 || vector_id >= LLAMA_STEER_MAX_VECTORS) {
         throw steer_error(LLAMA_STEER_ERR_LIMIT, format("vector %d is out of range: 0 to %d", vector_id, LLAMA_STEER_MAX_VECTORS - 1));
     }
@@ -165,7 +165,7 @@ void set_vector(llama_steer_state & st, int32_t vector_id, int32_t n, const int3
 }
 
 void clear_vector(llama_steer_state & st, int32_t vector_id) {
-    st.not_in_callback("Clearing a vector");
+    st.not_in_callback("clearing a vector");
     auto it = st.vectors.find(vector_id);
     if (it == st.vectors.end()) {
         throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d is not set", vector_id));
@@ -231,7 +231,7 @@ void set_config(llama_steer_state & st, int32_t config_id, int32_t n_terms, cons
 
     const bool renorms = std::any_of(wanted.begin(), wanted.end(), [](const llama_steer_term & t) { return t.op == LLAMA_STEER_RENORM; });
     if (renorms && !st.norms) {
-        st.not_in_callback("The first renorm");
+        st.not_in_callback("the first renorm");
         st.norms = true;
         try {
             rebuild_bank(st, places_of(st), st.n_dyn, st.dyn_cols, st.vectors);
@@ -243,7 +243,7 @@ void set_config(llama_steer_state & st, int32_t config_id, int32_t n_terms, cons
     }
 
     if (!promote.empty()) {
-        st.not_in_callback("A vector's first project or clamp");
+        st.not_in_callback("a vector's first project or clamp");
         auto dyn_cols = st.dyn_cols;
         auto vectors  = st.vectors;
         for (int32_t k : promote) {
@@ -295,7 +295,7 @@ void set_config(llama_steer_state & st, int32_t config_id, int32_t n_terms, cons
 
     auto & c = st.configs[config_id];
     c.terms = wanted;
-    c.id = config_hash(st, c.terms);
+    set_acting(st, c);
     forget_rows_of(st, config_id);
 }
 
@@ -408,8 +408,7 @@ bool llama_steer_config_acts(const llama_context * ctx, int32_t config_id, int32
         return false;
     }
     auto it = st->configs.find(config_id);
-    const place at(il, site);
-    return it != st->configs.end() && config_hash(*st, it->second.terms, &at) != 0;
+    return it != st->configs.end() && it->second.fired.count(place(il, site)) > 0;
 }
 
 uint64_t llama_steer_edit_id(const llama_context * ctx, llama_seq_id seq, llama_pos pos) {
@@ -424,7 +423,7 @@ uint64_t llama_steer_edit_id(const llama_context * ctx, llama_seq_id seq, llama_
 int32_t llama_steer_capture_set(llama_context * ctx, int32_t n, const int32_t * layers, const int32_t * sites, int32_t stream_mode, int32_t n_rows, bool keep) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
-        st.not_in_callback("Changing the captures");
+        st.not_in_callback("changing the captures");
         // a split takes at least one token of each sequence, so a ubatch can hold more than n_ubatch
         const int32_t n_ubatch = (int32_t) std::max(st.ctx.n_ubatch(), st.ctx.n_seq_max());
         if (n < 0 || n > st.n_layer*LLAMA_STEER_SITE_COUNT || (n > 0 && (!layers || !sites))) {
@@ -547,7 +546,7 @@ int32_t llama_steer_capture_get(const llama_context * ctx, int32_t il, int32_t s
 int32_t llama_steer_capture_clear(llama_context * ctx) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
-        st.not_in_callback("Dropping the rows");
+        st.not_in_callback("dropping the rows");
         drop_kept(st);
     });
 }
@@ -555,7 +554,7 @@ int32_t llama_steer_capture_clear(llama_context * ctx) {
 int32_t llama_steer_set_read_callback(llama_context * ctx, llama_steer_read_callback callback, void * user_data) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
-        st.not_in_callback("Changing a callback");
+        st.not_in_callback("changing a callback");
         st.read_cb      = callback;
         st.read_cb_data = user_data;
     });
@@ -564,7 +563,7 @@ int32_t llama_steer_set_read_callback(llama_context * ctx, llama_steer_read_call
 int32_t llama_steer_set_add_callback(llama_context * ctx, llama_steer_add_callback callback, void * user_data) {
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
-        st.not_in_callback("Changing a callback");
+        st.not_in_callback("changing a callback");
         st.add_cb      = callback;
         st.add_cb_data = user_data;
     });
@@ -614,13 +613,23 @@ int32_t llama_steer_seq_error(llama_context * ctx, llama_seq_id seq) {
     return code;
 }
 
+int64_t llama_steer_config_fired(const llama_context * ctx, int32_t config_id, int32_t il, int32_t site) {
+    const auto * st = state_of(ctx);
+    if (!st || !st->configs.count(config_id)) {
+        return 0;
+    }
+    const auto & fired = st->configs.at(config_id).fired;
+    auto it = fired.find(place(il, site));
+    return it == fired.end() ? 0 : it->second;
+}
+
 int32_t llama_steer_free(llama_context * ctx) {
     return guarded(ctx, [&]() {
         if (!ctx) {
             throw steer_error(LLAMA_STEER_ERR_ARG, "the context is NULL");
         }
         if (const auto * st = state_of(ctx)) {
-            st->not_in_callback("Freeing the steering");
+            st->not_in_callback("freeing the steering");
         }
         ctx->synchronize();
         llama_steer_access::cvec(*ctx).state.reset();

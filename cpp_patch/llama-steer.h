@@ -226,6 +226,9 @@ extern "C" {
     // How often a (layer, site) was really edited with something that is not zero: the proof that a hook fired.
     LLAMA_API int64_t llama_steer_fired(const struct llama_context * ctx, int32_t il, int32_t site);
 
+    // In how many ubatches a config did so: 0 for a place that it should edit and that none of its tokens was seen to pass.
+    LLAMA_API int64_t llama_steer_config_fired(const struct llama_context * ctx, int32_t config, int32_t il, int32_t site);
+
     // Free everything: the context is as it was before the first call, callbacks included.
     LLAMA_API int32_t llama_steer_free(struct llama_context * ctx);
 

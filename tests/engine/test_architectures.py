@@ -109,7 +109,7 @@ def test_rows_are_what_the_graph_computes(fresh: MakeRaw, arch: str) -> None:
         reader.steer.set_captures([top], [RESID])
         reader.steer.want(0, 5, 6)
         assert reader.try_decode(toks) == -3
-        assert f"Layer {top} holds output tokens only: position 5 of sequence 0 is no output" in reader.steer.error()
+        assert f"layer {top} holds output tokens only: position 5 of sequence 0 is no output" in reader.steer.error()
 
 
 @every_architecture

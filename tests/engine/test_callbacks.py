@@ -95,7 +95,7 @@ def test_a_callback_that_raises(raw: MakeRaw, kind: str, error: BaseException) -
     r.steer.clear_rows()
     assert r.try_decode(toks) == -3
     assert calls == 2
-    assert r.steer.error() == f"The {kind} callback stopped this decode."
+    assert r.steer.error() == f"the {kind} callback stopped this decode"
     with pytest.raises(type(error)):
         r.steer.raise_callback_error()
     r.steer.raise_callback_error()  # once

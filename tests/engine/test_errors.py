@@ -217,7 +217,7 @@ def test_bad_arguments(raw: MakeRaw, arch: str) -> None:
 
 def test_error_sentences_reach_python(raw: MakeRaw) -> None:
     r = raw("llama")
-    with pytest.raises(EngineError, match=r"^Layer 4 is out of range: this model has layers 0 to 3\.$"):
+    with pytest.raises(EngineError, match=r"^layer 4 is out of range: this model has layers 0 to 3$"):
         H.vector(r.n_embd, [(4, RESID)]).put(r.steer, 0)
     with pytest.raises(EngineError, match="n_embd 128"):
         r.steer.set_vector(0, [1], [0], H.directions(1, 64), [1.0])
@@ -227,7 +227,7 @@ def test_error_sentences_reach_python(raw: MakeRaw) -> None:
         r.steer.set_vector(0, [1], [0], H.directions(1, 128), [])
     with pytest.raises(EngineError, match="n_embd 128"):
         r.steer.set_vector(0, [1], [0], H.directions(1, 128)[0], [1.0])
-    with pytest.raises(EngineError, match="Config 3 is not set"):
+    with pytest.raises(EngineError, match="config 3 is not set"):
         r.steer.set_range(0, 0, -1, 3)
 
 
@@ -339,7 +339,7 @@ def test_an_untested_architecture_is_refused(llama_cpp: Any, untested: Path) -> 
         native.load(r.library)
         toks = H.prompt(5)
         plain = r.decode(toks)
-        with pytest.raises(ModelError, match="'internlm2' has not been tested with steering; tested are: llama, qwen2"):
+        with pytest.raises(ModelError, match="'internlm2' has not been tested with steering: tested are llama, qwen2"):
             native.model_info(r.library, r.model)
         info = binding._Info()
         assert r.library.llama_steer_model_info(r.model, byref(info)) == ARCH

@@ -148,7 +148,7 @@ def test_last_layer_holds_outputs_only(raw: MakeRaw, arch: str, n_ubatch: int) -
     r.steer.want(0, 3, 4)
     r.steer.want(0, 7, 8)
     assert r.try_decode(few) == -3
-    assert f"Layer {top} holds output tokens only: position 7 of sequence 0 is no output" in r.steer.error()
+    assert f"layer {top} holds output tokens only: position 7 of sequence 0 is no output" in r.steer.error()
     r.clear()
     assert np.array_equal(r.decode(H.prompt(3, 1)), logits)
     r.clear()

@@ -109,6 +109,26 @@ def test_only_the_template_opens_thinking(library: ctypes.CDLL) -> None:
     assert not Plan(library, [term("answer")], 5, Tags((), ("</think>",), "<|assistant|></think>")).thinking
 
 
+@pytest.mark.parametrize(
+    "end, thinking",
+    [
+        ("a<think>", True),
+        ("a<think>\n", True),
+        ("a<think>\n\n</think>\n\n", False),
+        ("what does <think> mean", False),
+        ("<think>.", False),
+        ("", False),
+        ("think>", False),
+    ],
+)
+def test_of_a_raw_prompt_only_its_end_counts(library: ctypes.CDLL, end: str, thinking: bool) -> None:
+    for opening in ("<think>", "<think>\n"):
+        tags = Tags((opening,), ("</think>",), prompt_end=end)
+        assert Plan(library, [term("answer")], 5, tags).thinking is thinking
+    assert not Plan(library, [], 5, Tags(("<think>",), ("</think>",), generation_prompt="", prompt_end="<think>")).thinking
+    assert Plan(library, [], 5, Tags((), ("</think>",), prompt_end=end)).thinking is not end.endswith("</think>\n\n")
+
+
 def test_tool_calls_are_no_answer(library: ctypes.CDLL) -> None:
     tags = Tags(("[THINK]",), ("[/THINK]",), "", tool_open=("<tool_call>",), tool_close=("</tool_call>",))
     plan = Plan(library, [term("answer"), term("response", 2.0)], 3, tags)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from steer_plugins_textgen import extension, hooks, settings
 
-from steer_plugins.engine.scopes import ScopeMap
 from steer_plugins.errors import SteerError
 from steer_plugins.steering.formula import steer
 from steer_plugins.steering.grammar import parse
 from steer_plugins.steering.terms import Steering, Term
 from steer_plugins.steering.vector import ModelIdentity, SteeringVector
 from steer_plugins.store.library import Library
+from tests.scopes import acts
 from tests.unit import numpy_torch
 from tests.unit.textgen_webui import StandIn
 
@@ -34,9 +34,7 @@ def vector(name: str = "mood", seed: int = 0, op: str = "add", layers: tuple[int
 @pytest.mark.parametrize("n_prompt", [1, 2, 5])
 def test_scopes_are_those_of_the_engines(scope: str, n_prompt: int) -> None:
     term = Term(vector(), scope=scope)
-    engine = ScopeMap(Steering([term]), n_prompt, has_thinking=False)
-    wanted = [engine.active(p, False) == (0,) for p in range(8)]
-    assert hooks.acts(term, np.arange(8), n_prompt).tolist() == wanted
+    assert hooks.acts(term, np.arange(8), n_prompt).tolist() == [acts(scope, p, n_prompt) for p in range(8)]
 
 
 @pytest.mark.parametrize(
@@ -143,10 +141,9 @@ def states(n: int = 7) -> np.ndarray:
 
 def expected(kit: Kit, hidden: np.ndarray, terms: list[Term], n_prompt: int) -> np.ndarray:
     """The formula in numpy, token by token."""
-    scopes = ScopeMap(Steering(terms), n_prompt, has_thinking=False)
     for il in range(N_LAYER):
         hidden = hidden + hidden @ kit.weights[il].T + kit.biases[il]
-        rows = [steer(hidden[p], [terms[i] for i in scopes.active(p, False)], il) for p in range(len(hidden))]
+        rows = [steer(hidden[p], [t for t in terms if acts(t.effective_scope, p, n_prompt)], il) for p in range(len(hidden))]
         hidden = np.stack(rows).astype(np.float32)
     return hidden
 

@@ -32,7 +32,8 @@ GROUP_COST = 8
 class Text:
     """Tokens to push through the model. ``wanted``: positions to read; ``scored``: positions whose logits are needed.
 
-    ``average``: the mean of the rows is wanted, not the rows. ``configs``: the steering of each token; nothing if unsteered.
+    ``average``: the mean of the rows is wanted, not the rows. ``plan``: its steering, and ``edits``: what
+    that is at each token; nothing if unsteered.
     """
 
     tokens: list[int]
@@ -40,12 +41,13 @@ class Text:
     wanted: list[int]
     scored: list[int]
     average: bool = False
-    configs: list[int] = field(default_factory=list)
+    plan: SequenceSteering | None = None
+    edits: list[int] = field(default_factory=list)
 
     @cached_property
     def keys(self) -> list[Any]:
         """What a token's hidden state depends on, besides what is before it: the token, and how it is steered."""
-        return list(zip(self.tokens, self.configs, strict=True)) if self.configs else self.tokens
+        return list(zip(self.tokens, self.edits, strict=True)) if self.edits else self.tokens
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,20 @@ def run_texts(
 
 @contextmanager
 def _planned(session: Session, texts: Sequence[Text], steering: Steering) -> Iterator[list[Text]]:
-    """The texts with the configs of their tokens, which live as long as the context does."""
+    """The texts with their plans and the edits of their tokens."""
     if not steering:
         yield list(texts)
         return
-    plans = [SequenceSteering(session, steering, text.tokens[: text.n_prompt]) for text in texts]
-    try:
-        yield [replace(text, configs=plan.configs(text.tokens)) for text, plan in zip(texts, plans, strict=True)]
-    finally:
-        for plan in plans:
-            plan.release()
+    plans = [_plan(session, text, steering) for text in texts]
+    yield [replace(text, plan=plan, edits=plan.edits()) for text, plan in zip(texts, plans, strict=True)]
+
+
+def _plan(session: Session, text: Text, steering: Steering) -> SequenceSteering:
+    """The steering of a text with a given response."""
+    plan = SequenceSteering(session, steering, text.tokens[: text.n_prompt])
+    for token in text.tokens[text.n_prompt :]:
+        plan.feed(token)
+    return plan
 
 
 def run_groups(
@@ -134,8 +140,7 @@ def run_groups(
                 session.forget(slot)
             owners.update({(slot, p): i for p in text.scored})
             if steered:
-                plan = SequenceSteering(session, steering, text.tokens[: text.n_prompt])
-                session.set_ranges(slot, 0, plan.configs(text.tokens))
+                _plan(session, text, steering).apply(slot)
             wanted = {p for p in text.wanted if p >= group.shared}
             _want(session, slot, sorted(wanted))
             needed = set(text.scored) | (wanted if outputs_for_reading else set())

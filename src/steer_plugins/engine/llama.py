@@ -14,7 +14,8 @@ from ..steering.terms import Steering
 from ..steering.vector import ModelIdentity
 from ..store.identity import identity_of_gguf
 from .base import as_steering
-from .tables import UNKNOWN_EDIT, SequenceSteering, SteeringTables
+from .steered import UNKNOWN_EDIT, SequenceSteering, SteeredContext
+from .thinking import tags_of
 
 llama_cpp = activate(ensure_runtime())
 _Llama: Any = llama_cpp.Llama  # a name that exists only after the line above has chosen the library
@@ -26,8 +27,11 @@ _EDITS = "steer_edits"
 class _Facts:
     identity: ModelIdentity
     steer: native.SteerInfo
-    think_open: int | None
-    think_close: int | None
+    tags: native.Tags
+    model: Any
+
+    def token_text(self, token: int) -> bytes:
+        return bytes(self.model.token_to_piece(token, special=True))
 
 
 class SteeredLlama(_Llama):
@@ -48,10 +52,10 @@ class SteeredLlama(_Llama):
         self._facts = _Facts(
             identity=identity_of_gguf(Path(model_path)),
             steer=info,
-            think_open=self._single_token(b"<think>"),
-            think_close=self._single_token(b"</think>"),
+            tags=tags_of(self.metadata.get("tokenizer.chat_template")),
+            model=self._model,
         )
-        self._tables = SteeringTables(self._facts, native.SteerContext(library, self._ctx.ctx, info.n_embd))
+        self._context = SteeredContext(self._facts, native.SteerContext(library, self._ctx.ctx, info.n_embd))
         self._edits: list[int] = []  # edit id of each token in the cache
         self._wish: Steering = Steering()
         self._live: list[Steering] = []
@@ -60,10 +64,6 @@ class SteeredLlama(_Llama):
     def identity(self) -> ModelIdentity:
         """Which model this is, for the vectors that belong to it."""
         return self._facts.identity
-
-    def _single_token(self, text: bytes) -> int | None:
-        tokens = self.tokenize(text, add_bos=False, special=True)
-        return tokens[0] if len(tokens) == 1 else None
 
     # ---- calls that take steering ----
 
@@ -116,13 +116,11 @@ class SteeredLlama(_Llama):
         past = [] if reset else [int(t) for t in self._input_ids]
         prompt = past + [int(t) for t in tokens]
         self._live.clear()
-        plan = SequenceSteering(self._tables, wish, prompt)
-        configs = plan.configs(prompt)
+        plan = SequenceSteering(self._context, wish, prompt)
         if reset:
-            self._drop_stale(prompt, [self._tables.edit_id(c) for c in configs])
-        self._tables.clear_ranges(0)
-        self._tables.set_ranges(0, 0, configs, open_end=True)
-        config = configs[-1]
+            self._drop_stale(prompt, plan.edits())
+        self._context.clear_ranges(0)
+        plan.apply(0)
 
         inner = super().generate(tokens, *args, reset=reset, **kwargs)
         seen = list(prompt)
@@ -133,18 +131,14 @@ class SteeredLlama(_Llama):
             except StopIteration:
                 return
             sent = yield token
+            changed = bool(self._live)
             while self._live:
-                plan = SequenceSteering(self._tables, self._live.pop(0), prompt)
+                plan = SequenceSteering(self._context, self._live.pop(0), prompt)
                 for earlier in seen[len(prompt) :]:
                     plan.feed(earlier)
-                config = -1
-            plan.feed(token)
+            if plan.feed(token) or changed:
+                plan.apply(0, len(seen))
             seen.append(token)
-            position = len(seen) - 1
-            wanted = plan.config_at(position)
-            if wanted != config:
-                self._tables.set_ranges(0, position, [wanted], open_end=True)
-                config = wanted
 
     def _drop_stale(self, prompt: list[int], edits: list[int]) -> None:
         """Cut the cache where its tokens were computed under another edit than the prompt asks for."""
@@ -168,11 +162,11 @@ class SteeredLlama(_Llama):
         try:
             super().eval(tokens)
         except RuntimeError as error:
-            raise EngineError(f"{error}: {self._tables.steer.error()}") from None
+            raise EngineError(f"{error}: {self._context.steer.error()}") from None
         positions = range(first, int(self.n_tokens))
         del self._edits[first:]
-        self._edits += [self._tables.edit_of(0, p) for p in positions]
-        self._tables.prove([(0, p, p == positions[-1]) for p in positions])
+        self._edits += [self._context.edit_of(0, p) for p in positions]
+        self._context.check_decoded()
 
     def save_state(self) -> Any:
         """As ``Llama.save_state``; the state remembers the edits of its tokens."""

@@ -31,8 +31,8 @@ from .gates import check_gates, decide
 from .model import LoadedModel, shared_log
 from .reply import Reply, prefill
 from .session import Limits, Session, cleaned
+from .steered import check_fits
 from .stream import LocalStream
-from .tables import check_fits
 from .tokens import TokenEngine
 
 DEFAULT_CTX = 4096

@@ -13,6 +13,7 @@ from ..errors import DataError, ModelError
 from ..store.identity import identity_of_gguf
 from .base import Prompt
 from .chat import ChatTemplate, check_messages
+from .thinking import tags_of
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _LEVEL_ERROR = 4
@@ -92,15 +93,10 @@ class LoadedModel:
         if template:
             eos = self._special(llama_cpp.llama_vocab_eos(self.vocab))
             self.template = ChatTemplate(template.decode(errors="replace"), bos=self.bos, eos=eos)
-        self.think_open = self._single_token("<think>")
-        self.think_close = self._single_token("</think>")
+        self.tags = tags_of(template.decode(errors="replace") if template else None)
 
     def _special(self, token: int) -> str:
         return self.c.llama_vocab_get_text(self.vocab, token).decode(errors="replace") if token >= 0 else ""
-
-    def _single_token(self, text: str) -> int | None:
-        tokens = self._tokenize(text, add_special=False)
-        return tokens[0] if len(tokens) == 1 else None
 
     def _tokenize(self, text: str, *, add_special: bool) -> list[int]:
         data = text.encode()
@@ -155,6 +151,10 @@ class LoadedModel:
             if n >= 0:
                 return buffer.raw[:n]
             room = -n
+
+    def token_text(self, token: int) -> bytes:
+        """Bytes that a token prints, special ones included."""
+        return self.piece(token, special=True)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""

@@ -29,16 +29,13 @@ class Reply:
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._n_max = min(request.max_tokens, n_ctx - len(prompt))
         self.steering = SequenceSteering(session, as_steering(request.steering), prompt)
+        self._changed = False  # since ranges were set
         self._sampler = Sampler(session.c, request, session.model.n_vocab)
 
     @cached_property
     def wanted(self) -> list[tuple[int, int]]:
         """The prompt as what the KV cache has to hold: tokens and edit ids."""
-        return [(t, self.session.edit_id(c)) for t, c in zip(self.prompt, self._configs, strict=True)]
-
-    @cached_property
-    def _configs(self) -> list[int]:
-        return self.steering.configs(self.prompt)
+        return list(zip(self.prompt, self.steering.edits(), strict=True))
 
     def start(self) -> list[Entry]:
         """Set the ranges of the prompt and return what has to be computed of it."""
@@ -48,19 +45,16 @@ class Reply:
             session.copy(source, self.sequence)
         first = session.reuse(self.sequence, self.wanted)
         session.clear_ranges(self.sequence)
-        session.set_ranges(self.sequence, 0, self._configs, open_end=True)
-        self._config = self._configs[-1]
+        self.steering.apply(self.sequence)
         return [Entry(self.prompt[p], p, self.sequence, output=p == n - 1) for p in range(first, n)]
 
     def next_entry(self) -> Entry:
         """The token sampled last, with its steering set."""
         token = self.tokens[-1]
         position = len(self.prompt) + len(self.tokens) - 1
-        self.steering.feed(token)
-        config = self.steering.config_at(position)
-        if config != self._config:
-            self.session.set_ranges(self.sequence, position, [config], open_end=True)
-            self._config = config
+        if self.steering.feed(token) or self._changed:
+            self.steering.apply(self.sequence, position)
+            self._changed = False
         return Entry(token, position, self.sequence, output=True)
 
     def change(self, steering: Any) -> None:
@@ -68,7 +62,7 @@ class Reply:
         self.steering = SequenceSteering(self.session, as_steering(steering), self.prompt)
         for token in self.tokens[:-1]:
             self.steering.feed(token)
-        self._config = -1  # whatever comes next is set anew
+        self._changed = True
 
     def sample(self, index: int) -> str:
         """Draw a token from batch entry ``index``; returns the text it completes."""
@@ -98,7 +92,6 @@ class Reply:
 
     def close(self) -> None:
         self._sampler.close()
-        self.steering.release()
 
 
 def prefill(session: Session, replies: list[Reply]) -> None:

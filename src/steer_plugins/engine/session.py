@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .. import native
 from ..errors import EngineError
 from .model import LoadedModel, shared_log
-from .tables import UNKNOWN_EDIT, SequenceSteering, SteeringTables
+from .steered import UNKNOWN_EDIT, SequenceSteering, SteeredContext
 
 __all__ = [
     "COPY_COST",
@@ -53,7 +53,7 @@ class Limits:
     n_threads_batch: int = 4
 
 
-class Session(SteeringTables):
+class Session(SteeredContext):
     """A context of a model, with its KV cache. Not thread safe.
 
     Raises:
@@ -86,7 +86,7 @@ class Session(SteeringTables):
     # ---- decoding ----
 
     def decode(self, entries: Sequence[Entry]) -> None:
-        """Compute one batch of at most ``n_batch`` tokens, then prove that new configs fired.
+        """Compute one batch of at most ``n_batch`` tokens, and make sure that all was applied and read that should be.
 
         Raises:
             EngineError: the native call failed, or a layer that should be steered was not.
@@ -113,8 +113,7 @@ class Session(SteeringTables):
                 kv = self.kv[sequence]
                 del kv[e.position :]
                 kv.append((e.token, self.edit_of(sequence, e.position)))
-        if self._unproved:
-            self.prove([(e.sequence, e.position, e.output) for e in entries])
+        self.check_decoded()
 
     def logits(self, index: int) -> npt.NDArray[np.float32]:
         """Logits of batch entry ``index`` of the last decode: float32 [n_vocab], a view that the next decode overwrites."""

@@ -14,7 +14,7 @@ from ..steering.vector import SteeringVector
 from .base import GenerateRequest, Generation, GenerationStream, as_steering
 from .reply import Reply
 from .session import SequenceSteering, Session, cleaned
-from .tables import check_fits
+from .steered import check_fits
 
 if TYPE_CHECKING:
     from .local import LocalEngine

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EngineError
-from .session import Entry, Session, chunks, shared_prefix
+from .session import Entry, SequenceSteering, Session, chunks, shared_prefix
 
 TRUNK = 0
 """The sequence that holds the path which the next texts may begin with."""
@@ -34,13 +34,15 @@ OnLogits = Callable[[int, int, npt.NDArray[np.float32]], None]
 
 
 class TokenText(Protocol):
-    """Tokens, the positions to read and those whose logits are needed, ascending. ``configs``: the steering of each token, or
-    nothing. ``keys``: what two texts have to have in common at a position to share it, and all before it."""
+    """Tokens, the positions to read and those whose logits are needed, ascending. ``plan``: its steering, or None.
+
+    ``keys``: what two texts have to have in common at a position to share it, and all before it.
+    """
 
     tokens: list[int]
     wanted: list[int]
     scored: list[int]
-    configs: list[int]
+    plan: SequenceSteering | None
 
     @property
     def keys(self) -> list[Any]: ...
@@ -193,8 +195,9 @@ def _compute(session: Session, texts: Sequence[TokenText], batch: Batch, outputs
         session.forget(sequence)
         if kept:
             session.copy(TRUNK, sequence, kept)
-        session.set_ranges(sequence, 0, texts[i].configs)
-    steered = any(texts[i].configs for i in batch.texts)
+        if (plan := texts[i].plan) is not None:
+            plan.apply(sequence)
+    steered = any(texts[i].plan is not None for i in batch.texts)
     for node in batch.nodes:
         if node.read:
             session.steer.want(node.sequences[0], node.position, node.position + 1)

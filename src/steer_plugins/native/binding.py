@@ -124,6 +124,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_steer_set_add_callback": (c_int32, [c_void_p, _ADD_CB, c_void_p]),
     "llama_steer_get_stats": (c_int32, [c_void_p, POINTER(_Stats)]),
     "llama_steer_fired": (c_int64, [c_void_p, c_int32, c_int32]),
+    "llama_steer_config_fired": (c_int64, [c_void_p, c_int32, c_int32, c_int32]),
     "llama_steer_free": (c_int32, [c_void_p]),
 }
 
@@ -188,8 +189,7 @@ class NativeTerm:
 
 
 def _message(library: ctypes.CDLL, context: Any) -> str:
-    text = library.llama_steer_error(context).decode(errors="replace")
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+    return str(library.llama_steer_error(context).decode(errors="replace"))
 
 
 def model_info(library: ctypes.CDLL, model: Any) -> SteerInfo:
@@ -201,7 +201,7 @@ def model_info(library: ctypes.CDLL, model: Any) -> SteerInfo:
     info = _Info()
     if library.llama_steer_model_info(model, ctypes.byref(info)) != 0:
         known = ", ".join(tested_architectures(library))
-        raise ModelError(f"{_message(library, None)[:-1]}; tested are: {known}.")
+        raise ModelError(f"{_message(library, None)}: tested are {known}")
     return SteerInfo(
         n_layer=info.n_layer,
         n_embd=info.n_embd,
@@ -269,7 +269,7 @@ class SteerContext:
     """
 
     def __init__(self, library: ctypes.CDLL, context: Any, n_embd: int) -> None:
-        self._library = library
+        self.library = library
         self._context = context
         self._n_embd = n_embd
         self._callbacks: dict[str, Any] = {}
@@ -282,7 +282,7 @@ class SteerContext:
 
     def error(self) -> str:
         """The library's sentence on its last failing call, a failed decode included."""
-        return _message(self._library, self._context)
+        return _message(self.library, self._context)
 
     def set_vector(
         self,
@@ -298,7 +298,7 @@ class SteerContext:
         if data.shape != (n, self._n_embd) or len(sites) != n or len(scales) != n:
             raise EngineError(f"Directions of shape {data.shape} do not fit {n} layers of a model with n_embd {self._n_embd}.")
         self._check(
-            self._library.llama_steer_vector_set(
+            self.library.llama_steer_vector_set(
                 self._context,
                 vector,
                 n,
@@ -311,7 +311,7 @@ class SteerContext:
 
     def clear_vector(self, vector: int) -> None:
         """Forget a vector that no config uses."""
-        self._check(self._library.llama_steer_vector_clear(self._context, vector))
+        self._check(self.library.llama_steer_vector_clear(self._context, vector))
 
     def set_config(self, config: int, terms: Sequence[NativeTerm]) -> None:
         """Set or replace config ``config`` (>= 1)."""
@@ -319,31 +319,31 @@ class SteerContext:
         for slot, t in zip(array, terms, strict=False):
             slot.vector, slot.op, slot.strength = t.vector, t.op, t.strength
             slot.il_first, slot.il_last, slot.stream = t.il_first, t.il_last, t.stream
-        self._check(self._library.llama_steer_config_set(self._context, config, len(terms), array))
+        self._check(self.library.llama_steer_config_set(self._context, config, len(terms), array))
 
     def clear_config(self, config: int) -> None:
         """Forget a config; its ranges become unsteered."""
-        self._check(self._library.llama_steer_config_clear(self._context, config))
+        self._check(self.library.llama_steer_config_clear(self._context, config))
 
     def set_range(self, sequence: int, first: int, end: int, config: int) -> None:
         """Tokens at ``first <= position < end`` (``end`` -1: no end) of a sequence get a config."""
-        self._check(self._library.llama_steer_range(self._context, sequence, first, end, config))
+        self._check(self.library.llama_steer_range(self._context, sequence, first, end, config))
 
     def clear_sequence(self, sequence: int = -1) -> None:
         """Drop the ranges and read wishes of a sequence, or of all."""
-        self._check(self._library.llama_steer_seq_clear(self._context, sequence))
+        self._check(self.library.llama_steer_seq_clear(self._context, sequence))
 
     def config_id(self, config: int) -> int:
         """Edit id of a config: 64-bit content hash of what it applies; 0 = nothing."""
-        return int(self._library.llama_steer_config_id(self._context, config))
+        return int(self.library.llama_steer_config_id(self._context, config))
 
     def config_acts(self, config: int, layer: int, site: int) -> bool:
         """Whether a config applies anything at (layer, site); False where its terms cancel out."""
-        return bool(self._library.llama_steer_config_acts(self._context, config, layer, site))
+        return bool(self.library.llama_steer_config_acts(self._context, config, layer, site))
 
     def edit_id(self, sequence: int, position: int) -> int:
         """Edit id that a token at this place would get from its range."""
-        return int(self._library.llama_steer_edit_id(self._context, sequence, position))
+        return int(self.library.llama_steer_edit_id(self._context, sequence, position))
 
     # ---- plans ----
 
@@ -360,7 +360,7 @@ class SteerContext:
         """
         n = len(positions)
         out = (c_uint64 * n)()
-        self._check_plan(self._library.llama_steer_plan_edits(self._context, plan.pointer, n, _ints(positions), out))
+        self._check_plan(self.library.llama_steer_plan_edits(self._context, plan.pointer, n, _ints(positions), out))
         return list(out)
 
     def apply(self, plan: Plan, sequence: int, first: int) -> None:
@@ -370,23 +370,23 @@ class SteerContext:
             SpecError: the plan cannot be applied in this context.
             EngineError: not enough memory, or more different steerings at once than a context holds.
         """
-        self._check_plan(self._library.llama_steer_plan_apply(self._context, plan.pointer, sequence, first))
+        self._check_plan(self.library.llama_steer_plan_apply(self._context, plan.pointer, sequence, first))
 
     def pin(self, vector: PlanVector, op: int) -> int:
         """Id of a vector for an add callback that does ``op`` with it; it stays until :meth:`unpin`."""
         if vector.n_embd != self._n_embd:
             raise EngineError(f"directions of {vector.n_embd} numbers do not fit a model with n_embd {self._n_embd}")
         out = c_int32()
-        self._check(self._library.llama_steer_vector_pin(self._context, ctypes.byref(vector.struct), op, ctypes.byref(out)))
+        self._check(self.library.llama_steer_vector_pin(self._context, ctypes.byref(vector.struct), op, ctypes.byref(out)))
         return int(out.value)
 
     def unpin(self, vector: int) -> None:
         """Let a pinned vector go."""
-        self._check(self._library.llama_steer_vector_unpin(self._context, vector))
+        self._check(self.library.llama_steer_vector_unpin(self._context, vector))
 
     def sequence_error(self, sequence: int = -1) -> str | None:
         """What went wrong with a sequence (-1: any) while others were computed as they should; told once. None: nothing."""
-        code = self._library.llama_steer_seq_error(self._context, sequence)
+        code = self.library.llama_steer_seq_error(self._context, sequence)
         return self.error() if code else None
 
     # ---- reading ----
@@ -398,22 +398,22 @@ class SteerContext:
         if len(layers) != len(sites):
             raise EngineError(f"{len(layers)} layers and {len(sites)} sites were given for captures: name a site for each layer.")
         self._check(
-            self._library.llama_steer_capture_set(self._context, len(layers), _ints(layers), _ints(sites), stream, n_rows, keep)
+            self.library.llama_steer_capture_set(self._context, len(layers), _ints(layers), _ints(sites), stream, n_rows, keep)
         )
 
     def want(self, sequence: int, first: int, end: int, wanted: bool = True) -> None:
         """Read the tokens at ``first <= position < end`` of a sequence when they are computed."""
-        self._check(self._library.llama_steer_capture_range(self._context, sequence, first, end, wanted))
+        self._check(self.library.llama_steer_capture_range(self._context, sequence, first, end, wanted))
 
     def kept(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(sequences, positions), int32 [n] each, of the rows kept so far, in the order they were computed."""
-        n = self._library.llama_steer_capture_count(self._context)
+        n = self.library.llama_steer_capture_count(self._context)
         sequences = np.empty(n, np.int32)
         positions = np.empty(n, np.int32)
         if n:
             as_int = POINTER(c_int32)
             self._check(
-                self._library.llama_steer_capture_index(
+                self.library.llama_steer_capture_index(
                     self._context, sequences.ctypes.data_as(as_int), positions.ctypes.data_as(as_int)
                 )
             )
@@ -421,16 +421,16 @@ class SteerContext:
 
     def rows(self, layer: int, site: int, n_streams: int = 1) -> npt.NDArray[np.float32]:
         """Rows kept at one capture: float32 [n, n_embd], or [n, n_streams, n_embd] for ``n_streams`` > 1."""
-        n = self._library.llama_steer_capture_count(self._context)
+        n = self.library.llama_steer_capture_count(self._context)
         out = np.empty((n, n_streams, self._n_embd), np.float32)
         self._check(
-            self._library.llama_steer_capture_get(self._context, layer, site, out.ctypes.data_as(POINTER(c_float)), out.size)
+            self.library.llama_steer_capture_get(self._context, layer, site, out.ctypes.data_as(POINTER(c_float)), out.size)
         )
         return out if n_streams > 1 else out[:, 0, :]
 
     def clear_rows(self) -> None:
         """Drop the rows kept so far."""
-        self._check(self._library.llama_steer_capture_clear(self._context))
+        self._check(self.library.llama_steer_capture_clear(self._context))
 
     def on_read(self, callback: Callable[[ReadRows], None] | None) -> None:
         """Call ``callback`` after each ubatch for each capture; None takes it away. An exception in it fails the decode."""
@@ -455,7 +455,7 @@ class SteerContext:
                 return False
             return True
 
-        self._set_callback("read", _READ_CB, trampoline if callback else None, self._library.llama_steer_set_read_callback)
+        self._set_callback("read", _READ_CB, trampoline if callback else None, self.library.llama_steer_set_read_callback)
 
     def on_add(self, callback: Callable[[AddTokens], None] | None) -> None:
         """Call ``callback`` before each ubatch to add to the coefficients; None takes it away."""
@@ -478,7 +478,7 @@ class SteerContext:
                 return False
             return True
 
-        self._set_callback("add", _ADD_CB, trampoline if callback else None, self._library.llama_steer_set_add_callback)
+        self._set_callback("add", _ADD_CB, trampoline if callback else None, self.library.llama_steer_set_add_callback)
 
     @contextlib.contextmanager
     def interrupts_held(self) -> Iterator[None]:
@@ -515,15 +515,19 @@ class SteerContext:
     def stats(self) -> SteerStats:
         """Counters since the first steering call on this context."""
         raw = _Stats()
-        self._check(self._library.llama_steer_get_stats(self._context, ctypes.byref(raw)))
+        self._check(self.library.llama_steer_get_stats(self._context, ctypes.byref(raw)))
         return SteerStats(**{name: getattr(raw, name) for name in SteerStats.__dataclass_fields__})
 
     def fired(self, layer: int, site: int) -> int:
         """How often (layer, site) was edited with something that is not zero."""
-        return int(self._library.llama_steer_fired(self._context, layer, site))
+        return int(self.library.llama_steer_fired(self._context, layer, site))
+
+    def config_fired(self, config: int, layer: int, site: int) -> int:
+        """In how many ubatches a config did so; 0 for a place that none of its tokens was seen to pass."""
+        return int(self.library.llama_steer_config_fired(self._context, config, layer, site))
 
     def free(self) -> None:
         """Free the steering of the context, which is then as it was before."""
-        self._check(self._library.llama_steer_free(self._context))
+        self._check(self.library.llama_steer_free(self._context))
         self._callbacks.clear()
         self._set.clear()

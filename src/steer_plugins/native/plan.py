@@ -57,6 +57,7 @@ class _Tags(ctypes.Structure):
         ("known", c_bool),
         ("all_tools", c_bool),
         ("generation_prompt", c_char_p),
+        ("prompt_end", c_char_p),
         ("open", POINTER(c_char_p)),
         ("n_open", c_int32),
         ("close", POINTER(c_char_p)),
@@ -173,12 +174,13 @@ class Tags:
     """The tags that part a response, as text; see ``struct llama_steer_tags``.
 
     ``known`` False: thinking cannot be told from the answer, so both scopes are refused. ``generation_prompt``: what the chat
-    template put at the end of the prompt, "" where there is no template.
+    template put at the end of the prompt. Where that is None, only a tag at the very end of ``prompt_end`` counts.
     """
 
     open: tuple[str, ...] = ()
     close: tuple[str, ...] = ()
-    generation_prompt: str = ""
+    generation_prompt: str | None = None
+    prompt_end: str = ""
     known: bool = True
     tool_open: tuple[str, ...] = ()
     tool_close: tuple[str, ...] = ()
@@ -188,11 +190,11 @@ class Tags:
         def texts(tags: Sequence[str]) -> tuple[Any, int]:
             return (c_char_p * len(tags))(*(tag.encode() for tag in tags)), len(tags)
 
-        prompt = self.generation_prompt.encode()
         return _Tags(
             self.known,
             self.all_tools,
-            prompt,
+            None if self.generation_prompt is None else self.generation_prompt.encode(),
+            self.prompt_end.encode(),
             *texts(self.open),
             *texts(self.close),
             *texts(self.tool_open),
