@@ -206,7 +206,7 @@ def test_fewer_rows_than_wanted(raw: MakeRaw) -> None:
     r.steer.want(0, 0, 3)
     r.steer.want(0, 8, 12)
     assert r.try_decode(toks) == -3
-    assert "More than 3 tokens of one ubatch are to be read" in r.steer.error()
+    assert "more than 3 tokens of one ubatch are to be read" in r.steer.error()
     seqs, _ = r.steer.kept()
     assert r.steer.rows(1, RESID).shape[0] == len(seqs) == 3, "the ubatch that succeeded"
     r.clear()
