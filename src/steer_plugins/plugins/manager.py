@@ -28,7 +28,8 @@ ENTRY_POINT_GROUP = "steer_plugins"
 COMMAND_PLUGINS = {
     name: f"steer_plugins.cli.{name.replace('-', '_')}"
     for name in (
-        "build doctor demo train train-gate generate chat read inspect show plot convert serve bench textgen plugins".split()
+        "build doctor demo train train-gate generate chat read inspect show plot convert".split()
+        + "sae discover diff serve bench textgen plugins".split()
     )
 }
 #: Built-in plugins that bring methods, formats and metrics.
