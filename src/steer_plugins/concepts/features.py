@@ -142,10 +142,10 @@ def next_logprobs(engine: Engine, prompts: Sequence[Prompt], steering: Steering 
 
     Raises SpecError where the engine cannot tell the whole distribution (one over HTTP).
     """
-    method = getattr(engine, "next_logprobs", None)
-    if method is None:
+    if not engine.has_distributions:
         raise SpecError("this engine cannot tell whole distributions: use a model in this process, without --server")
-    return np.asarray(method(prompts, steering=steering), np.float64)
+    found = engine.distributions([(prompt, [0]) for prompt in prompts], steering=steering)
+    return np.stack([one[0] for one in found]).astype(np.float64)
 
 
 def ranked(

@@ -101,10 +101,11 @@ def ce_recovered(
     *,
     mean: Floats,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Share of the cross-entropy between the mean state and the true one that each arm keeps, over windows of tokens.
 
-    Position 0, an attention sink, stays as it is. Reconstruction is of the states that the windows really have.
+    Position 0, an attention sink, stays as it is. Reconstruction is of the states that the windows really have. None where the mean
+    state is no worse than the true one, so that there is nothing to recover.
     """
     totals = dict.fromkeys(("plain", "mean", *arms), 0.0)
     n = 0
@@ -119,4 +120,4 @@ def ce_recovered(
         if progress is not None:
             progress(i + 1, len(windows))
     span = totals["mean"] - totals["plain"]
-    return {name: (totals["mean"] - totals[name]) / span if span > 0 else float("nan") for name in arms}
+    return {name: (totals["mean"] - totals[name]) / span if span > 0 else None for name in arms}
