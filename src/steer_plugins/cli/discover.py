@@ -94,11 +94,8 @@ def discover(
         print_json({"directions": [_plain(i, one, kept.get(i)) for i, one in enumerate(found)]})
         return
     for i, direction in enumerate(found):
-        label = f" {direction.note}" if direction.note else ""
-        click.echo(
-            f"[{i}]{label}  layer {direction.layer}, share {direction.share:.3f}, KL {direction.kl:.2f} nats (random {direction.random_kl:.2f}) "
-            f"at dose {direction.dose:.3g}"
-        )
+        click.echo(f"[{i}] {direction.note}".rstrip() + f"  layer {direction.layer}, share {direction.share:.3f}")
+        click.echo(f"    KL {direction.kl:.2f} nats (random {direction.random_kl:.2f}) at dose {direction.dose:.3g}")
         plus, minus = direction.words
         click.echo(f"    more on +: {', '.join(plus) or '-'}\n    more on -: {', '.join(minus) or '-'}")
         for prompt, low, high in direction.samples:

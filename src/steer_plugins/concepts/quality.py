@@ -104,8 +104,8 @@ def ce_recovered(
 ) -> dict[str, float | None]:
     """Share of the cross-entropy between the mean state and the true one that each arm keeps, over windows of tokens.
 
-    Position 0, an attention sink, stays as it is. Reconstruction is of the states that the windows really have. None where the mean
-    state is no worse than the true one, so that there is nothing to recover.
+    Position 0, an attention sink, stays as it is. Reconstruction is of the states that the windows really have.
+    None where the mean state is no worse than the true one, so that there is nothing to recover.
     """
     totals = dict.fromkeys(("plain", "mean", *arms), 0.0)
     n = 0
