@@ -14,7 +14,6 @@ from steer_plugins import atomic as files_module
 from steer_plugins.bench import report as report_module
 from steer_plugins.bench.costs import Costs, Measure, compare, figures, ratios_of, summary_rows
 from steer_plugins.bench.fitting import opening_pairs, prompt_pairs
-from steer_plugins.bench.layout import ticks
 from steer_plugins.bench.repeng import Repeng
 from steer_plugins.bench.report import (
     KINDS,
@@ -32,6 +31,7 @@ from steer_plugins.bench.stats import median_change, median_of
 from steer_plugins.cli.main import main
 from steer_plugins.engine.chat import ChatTemplate
 from steer_plugins.errors import DataError
+from steer_plugins.report.svg import ticks
 
 from .fakes import IDENTITY
 from .test_bench_report import _Tags

@@ -264,7 +264,7 @@ def test_html_escapes_what_comes_from_the_model() -> None:
     )
     page = _Read(to_page(evil, title="<title>"))
     assert {tag for tag, _ in page.tags} <= set(
-        "html head meta title style body h1 h2 h3 section div span p b table thead tbody tr th td i".split()
+        "html head meta title style body main h1 h2 h3 section div span p b table thead tbody tr th td i".split()
     )
     assert not any(name.startswith("on") or name in ("src", "href") for _, given in page.tags for name in given)
     for text in evil.texts:

@@ -12,6 +12,7 @@ import pytest
 from steer_plugins_textgen import charts, jobs
 
 from steer_plugins.errors import DataError, SpecError, SteerError
+from steer_plugins.report import svg
 from steer_plugins.steering.vector import SteeringVector
 from steer_plugins.store.library import Library
 from steer_plugins.training.traits import bundled_traits, load_trait
@@ -159,7 +160,7 @@ def test_charts_are_well_formed_and_show_each_point() -> None:
         root = ElementTree.fromstring(drawn)
         assert len(root.findall(".//circle")) == n
         for circle in root.iter("circle"):
-            assert 0 <= float(circle.get("cx", "")) <= charts.WIDTH and 0 <= float(circle.get("cy", "")) <= charts.HEIGHT
+            assert 0 <= float(circle.get("cx", "")) <= svg.WIDTH and 0 <= float(circle.get("cy", "")) <= svg.HEIGHT
     assert "mood &lt;b&gt;" in charts.curve_chart(fitted) and "<b>" not in charts.curve_chart(fitted)
     assert "± 0.05" in charts.summary(fitted)
 
@@ -172,5 +173,5 @@ def test_vectors_without_a_report_have_no_picture(report: Any) -> None:
 
 
 def test_a_flat_line_can_be_drawn() -> None:
-    drawn = charts.chart("t", "x", [charts.Series("s", [(1.0, 2.0)])])
+    drawn = svg.lines([svg.Series("s", [(1.0, 2.0)])], label="t", x_label="x")
     assert ElementTree.fromstring(drawn) is not None

@@ -1,29 +1,13 @@
-"""Small SVG charts in the colours of the page: a portable webui has no matplotlib."""
+"""What is known of a vector, drawn in the colours of the page: a portable webui has no matplotlib."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from steer_plugins.report.svg import Point, Series, key, lines
 from steer_plugins.steering.vector import SteeringVector, layer_ranges
-
-WIDTH, HEIGHT = 460, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 46, 14, 38
-
-Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line. ``kind``: its colour, by class (``a``, ``b``); ``right``: measured on the right axis."""
-
-    label: str
-    points: list[Point]
-    kind: str = "a"
-    right: bool = False
 
 
 def report_chart(vector: SteeringVector) -> str:
@@ -40,7 +24,9 @@ def report_chart(vector: SteeringVector) -> str:
     if ordered:
         series.append(Series("pairs in order (%)", ordered, "b", right=True))
     band = (vector.layers[0] - 0.5, vector.layers[-1] + 0.5)
-    return chart("Where the poles are told apart", "layer (shaded: steered)", series, band=band, right_from=0.0, right_to=100.0)
+    title = "Where the poles are told apart"
+    drawn = lines(series, label=title, x_label="layer (shaded: steered)", band=band, right=(0.0, 100.0))
+    return _figure(title, series, drawn)
 
 
 def curve_chart(vector: SteeringVector) -> str:
@@ -61,7 +47,8 @@ def curve_chart(vector: SteeringVector) -> str:
     series = [Series(f"score: {name}", scores)]
     if fluency:
         series.append(Series(f"perplexity / plain (guard {limit:g})", fluency, "b", right=True))
-    return chart("Dose curve", "strength", series, right_from=0.0)
+    title = "Dose curve"
+    return _figure(title, series, lines(series, label=title, x_label="strength", right=(0.0, None)))
 
 
 def summary(vector: SteeringVector) -> str:
@@ -78,54 +65,8 @@ def summary(vector: SteeringVector) -> str:
         return f"{vector.name}: {where}."
 
 
-def chart(
-    title: str,
-    x_label: str,
-    series: Sequence[Series],
-    *,
-    band: tuple[float, float] | None = None,
-    right_from: float | None = None,
-    right_to: float | None = None,
-) -> str:
-    """An ``<svg>`` that takes text colour and width from where it is put. Numbers appear on hover."""
-    xs = [x for one in series for x, _ in one.points]
-    x_lo, x_hi = min(xs), max(xs)
-    left = _range([y for one in series if not one.right for _, y in one.points])
-    right = _range([y for one in series if one.right for _, y in one.points], right_from, right_to)
-
-    def place(x: float, y: float, scale: tuple[float, float]) -> str:
-        across = LEFT + (x - x_lo) / ((x_hi - x_lo) or 1.0) * (WIDTH - LEFT - RIGHT)
-        down = HEIGHT - BOTTOM - (y - scale[0]) / ((scale[1] - scale[0]) or 1.0) * (HEIGHT - TOP - BOTTOM)
-        return f"{across:.1f},{down:.1f}"
-
-    parts = [f'<figure class="steer-chart"><figcaption>{escape(title)}</figcaption>']
-    parts.append(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">')
-    if band is not None:
-        edges = [float(place(min(max(x, x_lo), x_hi), left[0], left).split(",")[0]) for x in band]
-        wide = edges[1] - edges[0]
-        parts.append(f'<rect class="band" x="{edges[0]:.1f}" y="{TOP}" width="{wide:.1f}" height="{HEIGHT - TOP - BOTTOM}"/>')
-    for y in _ticks(*left):
-        at = place(x_lo, y, left).split(",")[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{float(at) + 4:.1f}" text-anchor="end">{_number(y)}</text>')
-    if any(one.right for one in series):
-        for y in _ticks(*right):
-            at = place(x_lo, y, right).split(",")[1]
-            parts.append(f'<text class="b" x="{WIDTH - RIGHT + 6}" y="{float(at) + 4:.1f}">{_number(y)}</text>')
-    for x in _ticks(x_lo, x_hi):
-        at = place(x, left[0], left).split(",")[0]
-        parts.append(f'<text x="{at}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_number(x)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    for one in series:
-        scale = right if one.right else left
-        line = " ".join(place(x, y, scale) for x, y in one.points)
-        parts.append(f'<polyline class="{one.kind}" points="{line}"/>')
-        for x, y in one.points:
-            cx, cy = place(x, y, scale).split(",")
-            tip = escape(f"{one.label}: {_number(y)} at {_number(x)}")
-            parts.append(f'<circle class="{one.kind}" cx="{cx}" cy="{cy}" r="3"><title>{tip}</title></circle>')
-    keys = "".join(f'<span class="{one.kind}">{escape(one.label)}</span>' for one in series)
-    return "".join([*parts, f'</svg><div class="key">{keys}</div></figure>'])
+def _figure(title: str, series: Sequence[Series], drawn: str) -> str:
+    return f'<figure class="steer-chart"><figcaption>{escape(title)}</figcaption>{drawn}{key(series)}</figure>'
 
 
 def _column(rows: list[Any], key: str) -> list[Point]:
@@ -134,23 +75,3 @@ def _column(rows: list[Any], key: str) -> list[Point]:
         for row in rows
         if isinstance(row, dict) and isinstance(row.get(key), int | float) and isinstance(row.get("layer"), int)
     ]
-
-
-def _range(values: list[float], lo: float | None = None, hi: float | None = None) -> tuple[float, float]:
-    low = min(values, default=0.0) if lo is None else lo
-    high = max(values, default=1.0) if hi is None else hi
-    margin = 0.06 * ((high - low) or 1.0)
-    return (low - margin if lo is None else low, high + margin if hi is None else high)
-
-
-def _ticks(lo: float, hi: float) -> list[float]:
-    """Four to eight round numbers."""
-    span = (hi - lo) or 1.0
-    step = 10 ** math.floor(math.log10(span / 4))
-    step = next(step * m for m in (1, 2, 5, 10) if span / (step * m) <= 6)
-    first = math.ceil(lo / step - 1e-9)
-    return [k * step for k in range(first, math.floor(hi / step + 1e-9) + 1)]
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")

@@ -1,6 +1,10 @@
 """Styles of the tab. Colours come from the webui's own variables, so that both themes fit."""
 
-CSS = """
+from steer_plugins.report import svg
+
+CSS = (
+    f"{svg.STYLE}\n"
+    + """
 #steering-tab { max-width: 1100px; margin: 0 auto; gap: 18px; }
 #steering-tab h3 { margin: 0; font-size: 1.05rem; }
 #steering-tab code { overflow-wrap: anywhere; }
@@ -24,21 +28,9 @@ CSS = """
 .steer-bar i { display: block; height: 100%; background: var(--accent, #4a72ff); transition: width .4s; }
 .steer-charts { display: flex; flex-wrap: wrap; gap: 24px; }
 .steer-chart { flex: 1 1 320px; min-width: 0; max-width: 520px; margin: 0; color: var(--body-text-color);
-  --steer-a: #3b62e0; --steer-b: #b4530f; }
-.dark .steer-chart { --steer-a: #7f9cff; --steer-b: #f0935a; }
+  --a: #3b62e0; --b: #b4530f; }
+.dark .steer-chart { --a: #7f9cff; --b: #f0935a; }
 .steer-chart figcaption { font-weight: 600; margin-bottom: 4px; }
-.steer-chart svg { width: 100%; height: auto; display: block; }
-.steer-chart text { font-size: 11px; fill: currentColor; opacity: .8; }
-.steer-chart .grid { stroke: currentColor; opacity: .13; }
-.steer-chart .band { fill: var(--steer-a); opacity: .13; }
-.steer-chart polyline { fill: none; stroke-width: 2; }
-.steer-chart polyline.a { stroke: var(--steer-a); } .steer-chart circle.a { fill: var(--steer-a); }
-.steer-chart polyline.b { stroke: var(--steer-b); stroke-dasharray: 4 3; } .steer-chart circle.b { fill: var(--steer-b); }
-.steer-chart text.b { fill: var(--steer-b); opacity: 1; }
-.steer-chart .key { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .85rem; }
-.steer-chart .key span::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px;
-  vertical-align: middle; background: var(--steer-a); }
-.steer-chart .key span.b::before { background: var(--steer-b); }
 #steering-tab .small-button { min-width: 84px !important; white-space: nowrap; }
 #steering-tab .form { gap: 12px; }
 #steering-tab .label-wrap { text-align: left; gap: 12px; }
@@ -49,3 +41,4 @@ CSS = """
 #steering-picture td, #steering-picture th { border: 0; }
 #steering-picture td { padding: 0; }
 """
+)

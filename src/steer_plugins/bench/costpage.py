@@ -5,8 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ..report.html import how_to_repeat, shell, table
+from ..report.svg import bars, points, ticks
 from .costs import SUMMARY, figures, name_by_processor, ratios_of, summary_rows
-from .layout import bars, how_to_repeat, points, shell, table, ticks
 
 if TYPE_CHECKING:
     from .report import BenchReport

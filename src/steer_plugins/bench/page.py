@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ..report.html import how_to_repeat, shell, table
+from ..report.svg import Series, lines, points, signed
 from .arms import ARMS
-from .layout import curve, how_to_repeat, points, shell, table
 
 if TYPE_CHECKING:
     from .report import BenchReport
@@ -138,12 +139,22 @@ def _dose(dose: dict[str, Any]) -> str:
         for strength, f in dose["full"].items()
     ]
     return (
-        f"<h3>Dose and response</h3>{curve(known, 'dose and response')}"
+        f"<h3>Dose and response</h3>{_curve(known)}"
         f'<p class="soft">Metric by strength, on prompts of {escape(dose["family"])}. Spearman {number(dose["spearman"])}.</p>'
         + table(("strength", "metric", "effect", "perplexity / plain", "repeated"), rows)
         + "<p></p>"
         + table(("at full strength", "effect", "random vectors", "times random", "interval excludes 0"), full)
     )
+
+
+def _curve(known: Sequence[tuple[float, float, float, float]]) -> str:
+    """The metric over strengths: (strength, middle, low, high), in the order of strengths."""
+    if len(known) < 2:
+        return ""
+    most = max(0.1, *(abs(v) for _, _, low, high in known for v in (low, high))) * 1.1
+    strengths, middles, lows, highs = zip(*known, strict=True)
+    series = Series("metric", list(zip(strengths, middles, strict=True)), "b", spread=list(zip(lows, highs, strict=True)))
+    return lines([series], label="dose and response", left=(-most, most), marks=strengths, text=signed)
 
 
 def _persistence(found: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from .colour import NEGATIVE, POSITIVE, STRONGEST, amount
+from .html import shell
 from .inspection import Inspection, Reading
 from .tokens import NEWLINE
 
@@ -46,14 +47,7 @@ max-height:9em;overflow:hidden}}
 rgba(var(--n),0) 50%,rgba(var(--p),0) 50%,rgba(var(--p),{STRONGEST}))}}
 """.replace("\n", "")
 
-_PAGE_STYLE = """
-:root{color-scheme:light dark}
-body{margin:0 auto;max-width:72rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;background:#fff;color:#1f2328}
-h1{font-size:1.35rem;margin:.2em 0}h2{font-size:1.1rem}
-section{margin:0 0 2.5rem}
-@media (prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}}
-@media print{.sp-x{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
-""".replace("\n", "")
+_PRINT = "<style>@media print{.sp-x{print-color-adjust:exact;-webkit-print-color-adjust:exact}}</style>"
 
 
 def to_html(inspection: Inspection, *, heatmap: bool = True) -> str:
@@ -78,12 +72,7 @@ def to_page(inspections: Inspection | Sequence[Inspection], *, title: str = "") 
     title = title or "Activations along " + ", ".join(one.vector for one in several)
     headings = [f"<h2>{escape(one.vector)}</h2>" if len(several) > 1 else "" for one in several]
     sections = "".join(f"<section>{head}{to_html(one)}</section>" for head, one in zip(headings, several, strict=True))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_PAGE_STYLE}</style></head>"
-        f"<body><h1>{escape(title)}</h1>{sections}</body></html>\n"
-    )
+    return shell(title, [_PRINT, sections]).decode()
 
 
 def _capital(text: str) -> str:
