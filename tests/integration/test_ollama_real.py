@@ -156,7 +156,7 @@ def test_the_stock_cli_and_its_carrier_line(setup: Setup) -> None:
     assert httpx.post(f"{setup.url}/api/show", json={"model": "direct"}, trust_env=False).json()["steering"] == "mood:0.5"
     assert setup.generate("direct") == setup.generate("stock")
     wrong = setup.write("wrong", 'FROM base\nLICENSE "steering: nosuch"\n')
-    assert "No vector 'nosuch'" in setup.ollama("create", "wrong", "-f", wrong, status=1)
+    assert "no vector 'nosuch'" in setup.ollama("create", "wrong", "-f", wrong, status=1)
     assert "wrong" not in setup.ollama("list")
 
 
@@ -180,7 +180,7 @@ def test_without_the_sidecar_the_cli_checks_itself(setup: Setup) -> None:
     assert "success" in setup.steer("create", "alone", "-f", path, url=nowhere)
     assert setup.generate("alone")
     wrong = setup.write("alone2", "FROM base\nPARAMETER steering nosuch")
-    assert "No vector 'nosuch'" in setup.steer("create", "alone2", "-f", wrong, url=nowhere, status=1)
+    assert "no vector 'nosuch'" in setup.steer("create", "alone2", "-f", wrong, url=nowhere, status=1)
     wrong = setup.write("alone3", "FROM base\n\nPARAMETER steering mood:")
     assert "line 3" in setup.steer("create", "alone3", "-f", wrong, url=nowhere, status=1)
     assert "alone2" not in setup.ollama("list") and "alone3" not in setup.ollama("list")

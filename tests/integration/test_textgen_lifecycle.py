@@ -102,7 +102,7 @@ def test_models_come_and_go_without_a_page(make: Callable[..., Webui], tmp_path:
     webui.post("/v1/internal/model/load", {"model_name": "tiny.gguf"})
     assert webui.get("/v1/internal/steering")["vectors"] == []
     answer = webui.post("/v1/chat/completions", body)
-    assert answer.status_code == 400 and "No vector 'push' for this model" in answer.text
+    assert answer.status_code == 400 and "no vector 'push' for this model" in answer.text
     webui.post("/v1/internal/model/load", {"model_name": webui.model})
     assert (webui.chat(steering="push:1"), webui.chat()) == (steered, plain)
 

@@ -137,7 +137,7 @@ def test_comparing() -> None:
     assert found["decode", "steer-1"]["B - A"] == pytest.approx(0.25) and found["decode", "steer-1"]["A"] == 10.0
     assert found["ttft", "steer-1"]["ratio B"] == pytest.approx(0.75) and found["decode", "plain"]["B - A"] == 0.0
     assert found["ttft", "steer-1"]["95 %"] == "+0.250 to +0.250"
-    with pytest.raises(DataError, match="A is a report of steer bench speed and B one of steer bench server"):
+    with pytest.raises(DataError, match="the first report is of steer bench speed and the second of steer bench server"):
         comparison(a, report("server"))
     with pytest.raises(DataError, match="nothing to compare"):
         comparison(a, BenchReport(a.manifest, [], {"measures": {}}))

@@ -200,8 +200,8 @@ def test_commands(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["control", "--trait", "succinctness"], "No vector 'succinctness' for this model"),
-        (["control", "--trait", "nix"], 'There is no trait "nix"'),
+        (["control", "--trait", "succinctness"], "no vector 'succinctness' for this model"),
+        (["control", "--trait", "nix"], 'there is no trait "nix"'),
         (["control", "--family", "nix"], "there is no task named 'nix': choose from advice, code, docs, faults, style"),
         (["control", "--reporter", "nix"], "there is no reporter named 'nix'"),
         (["compare", "x", "y"], "cannot be read"),

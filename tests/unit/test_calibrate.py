@@ -308,7 +308,7 @@ def test_a_winner_that_has_to_be_weaker_may_fall_behind_the_next(monkeypatch):
 
 
 def test_nothing_passes():
-    with pytest.raises(DataError, match="No dose of 'up' .* --calibrate none"):
+    with pytest.raises(DataError, match="no dose of 'up' .* --calibrate none"):
         sweep(FakeEngine(harm=100.0)).run()
 
 
@@ -478,7 +478,7 @@ def test_at_most_n_pairs_are_scored():
 def test_pairs_without_answers_are_refused():
     engine = FakeEngine()
     engine.reply = lambda prompt, pull, dose, n: ("", "stop")
-    with pytest.raises(DataError, match="None of the held-out pairs"):
+    with pytest.raises(DataError, match="none of the held-out pairs"):
         ContrastObjective(engine, [Pair(Side(PAIR.positive.prompt), Side(PAIR.negative.prompt))])
 
 

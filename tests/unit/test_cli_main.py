@@ -294,7 +294,7 @@ def test_show_checks_the_fit_with_a_model(vector, tmp_path, capsys):
     assert main(["show", "mine", "-m", str(model)]) == 0
     assert identity.key in capsys.readouterr().out
     assert main(["show", "mood", "-m", str(model)]) == 1
-    assert f"No vector 'mood' for this model ({identity.label})" in capsys.readouterr().err
+    assert f"no vector 'mood' for this model ({identity.label})" in capsys.readouterr().err
     assert main(["show", "-m", str(model), "--json"]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)["vectors"]] == ["mine"]
     file = tmp_path / "mood.safetensors"

@@ -194,7 +194,7 @@ def test_servers_that_fail(binary: Path, tmp_path: Path) -> None:
         server.wait_ready(30)
     assert not server.running and server.stop() == 3
     server.start(None, env={"FAKE_MODE": "bind"})
-    with pytest.raises(EngineError, match=f"Port {server.port} of 127.0.0.1 is in use"):
+    with pytest.raises(EngineError, match=f"port {server.port} of 127.0.0.1 is in use"):
         server.wait_ready(30)
     server.stop()
     loading.clear()
@@ -236,7 +236,7 @@ def test_a_port_in_use(binary: Path) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(EngineError, match=f"^Port {port} of 127.0.0.1 is in use: stop what runs there, or choose another"):
+        with pytest.raises(EngineError, match=f"^port {port} of 127.0.0.1 is in use: stop what runs there, or choose another"):
             ServerProcess(binary, port=port).start(None)
     assert free_port() != 0
     with pytest.raises(EngineError, match="cannot listen on 203.0.113.1"):
@@ -477,7 +477,7 @@ def test_serve_says_no(binary: Path, model: Path) -> None:
 
     assert run("-h")[0] == 0 and " serve [MODEL] [OPTIONS] [LLAMA-SERVER FLAGS]" in run("-h")[1]
     assert run("-hf", "a/b", "--steering", "mood")[1].endswith(
-        "--steering and --vector need a model file: name one, in place of the flag that fetches a model."
+        "--steering and --vector need a model file: name one, in place of the flag that fetches a model"
     )
     assert run(str(model), "-m", str(model))[0] == 2
     assert run(str(model), "--port", "70000")[0] == 2
@@ -512,6 +512,6 @@ def test_server_or_model(model: Path) -> None:
         assert code == 2 and "--server uses the model that runs there" in out
     # what is said on the command line wins over the environment
     assert "no model file" in run("generate", "-m", "none.gguf", "go", STEER_SERVER="http://127.0.0.1:1")[2]
-    assert "No server answers at http://127.0.0.1:1" in run("generate", "go", STEER_SERVER="127.0.0.1:1")[2]
+    assert "no server answers at http://127.0.0.1:1" in run("generate", "go", STEER_SERVER="127.0.0.1:1")[2]
     for command in (["train", "mood"], ["read", "x", "-o", "nothing.safetensors"], ["demo"]):
         assert "No server answers" in run(*command, "--server", "http://127.0.0.1:1")[2]

@@ -192,7 +192,7 @@ BAD_INPUT = {
     (
         "train",
         "nothing",
-    ): "No trait 'nothing' comes with the package (caution, creativity, debugging, formality, mood, succinctness do)",
+    ): "no trait 'nothing' comes with the package (caution, creativity, debugging, formality, mood, succinctness do)",
     ("train", "Bad Name", "--pairs", "pairs.jsonl"): "is not a vector name",
     ("train", "../up", "--pairs", "pairs.jsonl"): "is not a vector name",
     ("train", "calm", "--pairs", "nowhere.jsonl"): "does not exist",
@@ -205,7 +205,7 @@ BAD_INPUT = {
     ("train", "calm", "--pairs", "pairs.jsonl", "--out", "no/v.safetensors"): "no folder no",
     ("train", "calm", "--pairs", "pairs.jsonl", "--out", "."): "is a folder",
     ("train", "calm", "--trait", "odd.json"): "no metric named 'odd'",
-    ("generate", "hi", "--steer", "nobody:1"): "No vector 'nobody'",
+    ("generate", "hi", "--steer", "nobody:1"): "no vector 'nobody'",
     ("generate", "hi", "--steer", "mood:much"): "mood:much",
     ("generate", "hi", "--steer", "mood:nan"): "mood:nan",
     ("generate", "hi", "--steer", "broken.safetensors:1"): "broken.safetensors",

@@ -291,7 +291,7 @@ def test_thoughts_are_generated_where_they_are_missing():
     found = read_contrast(engine, data(*pairs), options(positions="thinking", thinking=True))
     assert found.n_pairs == 1 and found.positive[0][0, 0] == 1
     assert all(request.thinking for request in engine.generated)
-    with pytest.raises(DataError, match="The model thinks in no pair"):
+    with pytest.raises(DataError, match="the model thinks in no pair"):
         read_contrast(engine, data(pairs[1]), options(positions="thinking"))
     with pytest.raises(DataError, match="plain texts, in which nobody thinks"):
         read_contrast(engine, numbered(2), options(positions="thinking"))

@@ -408,7 +408,7 @@ def test_command_png(engine: Steered, tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--vector", "mood"], "No vector 'mood' for this model"),
+        (["--vector", "mood"], "no vector 'mood' for this model"),
         (["--vector", "mood.safetensors", "--out", "a.jpg"], "ends in .html or .png"),
         (["--vector", "mood.safetensors", "--out", "no/a.html"], "no folder no"),
         (["--vector", "mood.safetensors", "--out", "mood.html"], "mood.html exists"),

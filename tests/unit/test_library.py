@@ -48,7 +48,7 @@ def test_nothing_is_created_before_the_first_put(library):
 def test_the_sentence():
     sentence = """No vector 'mood' for this model (llama 4x8 "Tiny Llama"): fit it with: steer train mood"""
     assert missing_sentence("mood", MODEL) == sentence
-    assert missing_sentence("mood", None) == "No vector 'mood' in the library: fit it with: steer train mood"
+    assert missing_sentence("mood", None) == "no vector 'mood' in the library: fit it with: steer train mood"
 
 
 def test_every_way_to_a_missing_vector_says_the_sentence(library):

@@ -195,7 +195,7 @@ def test_bad_modelfile_lines(tmp_path: Path, daemon: StandInDaemon, text: str, p
 def test_port_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(EngineError, match=f"Port {port} of 127.0.0.1 is in use"):
+        with pytest.raises(EngineError, match=f"port {port} of 127.0.0.1 is in use"):
             serve(ServeOptions(port=port, folder=tmp_path), lambda said: pytest.fail("it said that it serves"))
 
 

@@ -316,7 +316,7 @@ def test_thinking(engine: ServerEngine, server: FakeServer) -> None:
         other.generate("x", max_tokens=1, steering=Term(v, scope="answer"))
         assert server.bodies("/completion")[-1]["steering"][0]["scope"] == "response"
         for call in (lambda s: other.generate("x", steering=s), lambda s: other.read(["x"], steering=s)):
-            with pytest.raises(SpecError, match="Scope 'thinking' of 'mood' needs a model with <think> tags"):
+            with pytest.raises(SpecError, match="scope 'thinking' of 'mood' needs a model with <think> tags"):
                 call(Term(v, scope="thinking"))
 
 
@@ -382,11 +382,11 @@ def test_many_texts_go_in_portions(engine: ServerEngine, server: FakeServer, mon
 
 def test_what_cannot_be_read(engine: ServerEngine, server: FakeServer) -> None:
     cases: list[tuple[dict[str, Any], type[SteerError], str]] = [
-        ({"layers": [4]}, SpecError, "Layer 4 does not exist: this model has layers 0 to 3"),
-        ({"layers": []}, SpecError, "No layer was named"),
-        ({"site": "attn_out"}, SpecError, "Site 'attn_out' is not available in llama"),
-        ({"stream": "first"}, SpecError, "Unknown stream 'first'"),
-        ({"positions": "middle"}, DataError, "Unknown positions"),
+        ({"layers": [4]}, SpecError, "layer 4 does not exist: this model has layers 0 to 3"),
+        ({"layers": []}, SpecError, "no layer was named"),
+        ({"site": "attn_out"}, SpecError, "site 'attn_out' is not available in llama"),
+        ({"stream": "first"}, SpecError, "unknown stream 'first'"),
+        ({"positions": "middle"}, DataError, "unknown positions"),
         ({"positions": [9]}, DataError, "do not all lie"),
         ({"positions": "response"}, DataError, "no response"),
     ]
@@ -424,7 +424,7 @@ def test_nonsense_for_hidden_states(server: FakeServer, engine: ServerEngine) ->
 def test_nobody_there(server: FakeServer) -> None:
     with FakeServer() as gone:
         url = gone.url
-    with pytest.raises(EngineError, match=f"No server answers at {url}: start one with `steer serve`"):
+    with pytest.raises(EngineError, match=f"no server answers at {url}: start one with `steer serve`"):
         ServerEngine(url)
     for bad in ("", "ftp://x", "http://", "http://a b", "http://h:port", "http://h?x=1", "http://h:99999"):
         with pytest.raises(EngineError, match="is no address of a server"):

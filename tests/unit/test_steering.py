@@ -118,15 +118,15 @@ def test_parse_term(text, expected):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("mood:abc", "'abc' is no number (character 6 of 'mood:abc')"),
-        ("mood:", "'' is no number (character 6"),
+        ("mood:abc", "'abc' is not a number (character 6 of 'mood:abc')"),
+        ("mood:", "'' is not a number (character 6"),
         ("mood:0,8", "'0,8' is no number"),
         ("mood:nan", "is no number"),
         ("mood:inf", "is no number"),
         ("mood:1_0", "is no number"),
         ("mood: 1", "is no number"),
         ("mood:٣", "is no number"),
-        ("mood:1e999", "'1e999' is no finite number (character 6"),
+        ("mood:1e999", "'1e999' is not a finite number (character 6"),
         (":0.5", "names no vector"),
         ("", "names no vector"),
         ("  ", "names no vector"),

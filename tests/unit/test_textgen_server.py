@@ -76,7 +76,7 @@ def stock(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def refuse(url: str) -> Any:
         if stand_in.shared.model.server_path != "ours":
-            raise SteerError(f"The server at {url} cannot steer")
+            raise SteerError(f"the server at {url} cannot steer")
         return real(url)
 
     monkeypatch.setattr(link, "Link", refuse)
@@ -347,7 +347,7 @@ def test_a_server_that_cannot_steer_is_said(stand_in: StandIn, server: FakeServe
 
 def test_other_loaders_say_so(stand_in: StandIn) -> None:
     setup_with(stand_in)
-    with pytest.raises(SteerError, match="No model"):
+    with pytest.raises(SteerError, match="no model"):
         api.checked("mood:1")
     stand_in.shared.model = SimpleNamespace()
     stand_in.shared.args.loader = "ExLlamav3"
@@ -407,7 +407,7 @@ def test_names_are_looked_for_in_the_library_only(
     setup_with(stand_in)
     stand_in.shared.model, _ = stand_in.load("m")
     monkeypatch.chdir(Library().path("mood", IDENTITY).parent)  # where mood.safetensors is a file
-    with pytest.raises(SteerError, match="No vector 'mood.safetensors'"):
+    with pytest.raises(SteerError, match="no vector 'mood.safetensors'"):
         link.current().steering(parse("mood.safetensors"))
     assert link.current().steering(parse('"./mood.safetensors"')).terms  # typed in the page
 

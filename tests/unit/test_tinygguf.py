@@ -620,4 +620,4 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == [str(file) for file in files]
     assert (Model(files[0])["block_count"], Model(files[0])["context_length"]) == (2, 99)
     assert command.main(["gpt5", str(path)]) == 1
-    assert capsys.readouterr().err.startswith("error: There is no tiny model of architecture 'gpt5'")
+    assert capsys.readouterr().err.startswith("error: there is no tiny model of architecture 'gpt5'")

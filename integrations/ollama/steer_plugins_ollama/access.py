@@ -61,7 +61,7 @@ class Access:
                 text = f"the origin {origin[:100]!r} is not allowed: add it to OLLAMA_ORIGINS"
                 refused = JSONResponse({"error": text}, 403)
         except ValueError:
-            refused = JSONResponse({"error": "the Host or Origin header is no address"}, 400)
+            refused = JSONResponse({"error": "the Host or Origin header is not an address"}, 400)
         if refused is not None:
             await refused(scope, receive, send)
         elif origin:

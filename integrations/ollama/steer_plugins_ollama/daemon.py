@@ -57,7 +57,7 @@ def host_url(text: str, what: str = "OLLAMA_HOST") -> str:
         port = parts.port or {"http": 11434 if not mark else 80, "https": 443}[scheme]
         host = parts.hostname or "127.0.0.1"
     except (ValueError, KeyError):
-        raise BadRequest(f"{what}={text[:100]!r} is no address: write one such as 127.0.0.1:11434") from None
+        raise BadRequest(f"{what}={text[:100]!r} is not an address: write one such as 127.0.0.1:11434") from None
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{parts.path.rstrip('/')}"
 

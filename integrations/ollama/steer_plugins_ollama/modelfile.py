@@ -113,7 +113,7 @@ def parse(text: str) -> Modelfile:
             found.drafts.append((one.value, one.line))
         elif one.name == "requires":
             if not _SEMVER.fullmatch(one.value):
-                raise ModelfileError(one.line, f"REQUIRES {one.value[:80]!r} is no version: write one such as 0.14.0")
+                raise ModelfileError(one.line, f"REQUIRES {one.value[:80]!r} is not a version: write one such as 0.14.0")
             found.requires = one.value.removeprefix("v")
         else:
             setattr(found, one.name, one.value)

@@ -181,5 +181,5 @@ def _seconds(text: str) -> float:
         return sign * float(body)
     parts = _DURATION.findall(body)
     if not parts or "".join(n + u for n, u in parts) != body:
-        raise BadRequest(f"keep_alive {text[:40]!r} is no duration: write one such as 5m, 1h30m or -1")
+        raise BadRequest(f"keep_alive {text[:40]!r} is not a duration: write one such as 5m, 1h30m or -1")
     return sign * sum(float(number) * _UNITS[unit] for number, unit in parts)

@@ -69,7 +69,7 @@ def serve(
     from .serving import serve as run
 
     if folder is not None and daemon is not None:
-        raise click.UsageError("--folder serves without Ollama, so --daemon has no meaning: leave one of them out.")
+        raise click.UsageError("--folder serves without Ollama, so --daemon does not apply: leave one of them out")
     configure_logging(debug)
 
     def ready(sentence: str) -> None:

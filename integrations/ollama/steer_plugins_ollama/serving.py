@@ -106,7 +106,7 @@ def serve(wanted: ServeOptions, ready: Callable[[str], None]) -> None:
     from .app import make_app
 
     if wanted.port and port_taken(wanted.host, wanted.port):
-        raise EngineError(f"Port {wanted.port} of {wanted.host} is in use: stop what runs there, or choose another with --port.")
+        raise EngineError(f"port {wanted.port} of {wanted.host} is in use: stop what runs there, or choose another with --port")
     service, what = make_service(wanted)
     ensure_runtime(need_server=True)  # where it has to be compiled, that takes minutes: not while a client waits
 

@@ -28,7 +28,7 @@ def patch() -> None:
     global problem
     arguments = webui.shared().args
     if not (arguments.api or arguments.public_api):
-        problem = "The API is off: start the webui with --api."
+        problem = "the API is off: start the webui with --api"
         return
     problem = ""
     typing = webui.module("api.typing")
@@ -75,7 +75,7 @@ def with_steering(model: Any) -> Any:
         try:
             self.steering = checked(self.steering)
             if self.steering and getattr(self, "echo", False) and getattr(self, "logprobs", None) is not None:
-                raise SpecError("Log-probabilities of a prompt are not steered: leave out echo, logprobs or steering.")
+                raise SpecError("log-probabilities of a prompt are not steered: leave out echo, logprobs or steering")
         except SteerError as error:
             raise _refusal(model.__name__, str(error)) from None
         return self
@@ -98,7 +98,7 @@ def checked(value: Any) -> list[dict[str, Any]] | None:
     if value is None:
         return None
     if not webui.enabled():
-        raise SpecError("The steering extension is switched off: switch it on in the Session tab, or leave steering out.")
+        raise SpecError("the steering extension is switched off: switch it on in the Session tab, or leave steering out")
     terms = wishes.terms_of(value, settings())
     if not (isinstance(value, dict) and "preset" in value):
         wishes.names_only(terms)

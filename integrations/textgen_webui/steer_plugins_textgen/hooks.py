@@ -106,16 +106,16 @@ def check_term(term: Term, n_layer: int) -> None:
     """As :func:`check`, for one term."""
     name = term.vector.name
     if term.effective_scope in ("thinking", "answer"):
-        raise SpecError(f"{name!r} acts on {term.effective_scope}, which the Transformers loader cannot tell: use {SCOPES}.")
+        raise SpecError(f"{name!r} acts on {term.effective_scope}, which the Transformers loader cannot tell: use {SCOPES}")
     if term.vector.sites != ["resid_post"]:
-        raise SpecError(f"{name!r} acts inside the block ({', '.join(term.vector.sites)}); hooks reach resid_post only.")
+        raise SpecError(f"{name!r} acts inside the block ({', '.join(term.vector.sites)}); hooks reach resid_post only")
     if term.gate is not None or term.schedule is not None:
         what = "a gate" if term.gate is not None else "a schedule"
-        raise SpecError(f"{name!r} has {what}, which the Transformers loader cannot follow: leave it out.")
+        raise SpecError(f"{name!r} has {what}, which the Transformers loader cannot follow: leave it out")
     if term.stream is not None:
-        raise SpecError(f"{name!r} names a stream, which models of the Transformers loader do not have.")
+        raise SpecError(f"{name!r} names a stream, which models of the Transformers loader do not have")
     if term.vector.layers[-1] >= n_layer:
-        raise VectorError(f"{name!r} names layer {term.vector.layers[-1]}, and this model has 0 to {n_layer - 1}.")
+        raise VectorError(f"{name!r} names layer {term.vector.layers[-1]}, and this model has 0 to {n_layer - 1}")
 
 
 def resolve(terms: list[TermSpec]) -> Steering:
@@ -140,12 +140,12 @@ def vector_for(name: str, shape: tuple[int, int]) -> SteeringVector:
     ]
     if not found:
         raise VectorError(
-            f"No vector {name!r} for a model of {shape[0]} layers and width {shape[1]}: fit it on this model's GGUF "
+            f"no vector {name!r} for a model of {shape[0]} layers and width {shape[1]}: fit it on this model's GGUF "
             f"with: steer train {name}"
         )
     if len(found) > 1:
         models = ", ".join(entry.identity.label for entry in found if entry.identity)
-        raise VectorError(f"{name!r} is in the library for several models of this shape ({models}): keep one of them.")
+        raise VectorError(f"{name!r} is in the library for several models of this shape ({models}): keep one of them")
     return found[0].read()
 
 
@@ -182,7 +182,7 @@ def layers_of(model: Any) -> Any:
         found = functools.reduce(lambda at, name: getattr(at, name, None), path.split("."), model)
         if found is not None:
             return found
-    raise SpecError(f"The blocks of {type(model).__name__} were not found, so it cannot be steered.")
+    raise SpecError(f"the blocks of {type(model).__name__} were not found, so it cannot be steered")
 
 
 def change_running(terms: list[TermSpec]) -> None:

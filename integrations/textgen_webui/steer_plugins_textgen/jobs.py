@@ -85,11 +85,11 @@ class Trainer:
         """
         check_name(name)
         if not overwrite and link.library.path(name, link.info.identity).exists():
-            raise SpecError(f"The library has {name!r} for this model already: choose another name, or allow it to be replaced.")
+            raise SpecError(f"the library has {name!r} for this model already: choose another name, or allow it to be replaced")
         job = Job(name, source, calibrate, overwrite, link)
         with self._lock:
             if any(other.name == name and other.state in ("waiting", "running") for other in self._jobs):
-                raise SpecError(f"{name!r} is being fitted already.")
+                raise SpecError(f"{name!r} is being fitted already")
             self._jobs = [*(other for other in self._jobs if other.state in ("waiting", "running")), job]
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, daemon=True, name="steering fits vectors")
@@ -168,9 +168,9 @@ def lines_of(text: str, what: str) -> list[str]:
     """The lines of a box that hold something. Raises DataError when none does, or too many do."""
     lines = [line.strip() for line in str(text or "").splitlines() if line.strip()]
     if not lines:
-        raise DataError(f"The {what} box is empty: write at least one line.")
+        raise DataError(f"the {what} box is empty: write at least one line")
     if len(lines) > MAX_LINES:
-        raise DataError(f"The {what} box has {len(lines)} lines: {MAX_LINES} are the limit.")
+        raise DataError(f"the {what} box has {len(lines)} lines: {MAX_LINES} are the limit")
     return lines
 
 
@@ -184,7 +184,7 @@ def trait_of(name: str, positive: str, negative: str, n_prompts: int) -> Trait:
     """
     sides = {"positive": lines_of(positive, "positive"), "negative": lines_of(negative, "negative")}
     if len(sides["positive"]) != len(sides["negative"]):
-        raise DataError("The two boxes have different numbers of lines: line 1 goes with line 1, line 2 with line 2.")
+        raise DataError("the two boxes have different numbers of lines: line 1 goes with line 1, line 2 with line 2")
     train, held = _prompts(n_prompts)
     frames = ("Whatever you are asked, write a text that is {}.", "Answer in a way that is {}. Every sentence is {}.")
     system = {pole: [f.replace("{}", line) for line in lines for f in frames] for pole, lines in sides.items()}
@@ -210,7 +210,7 @@ def pairs_of(positive: str, negative: str) -> ContrastData:
     """
     one, other = lines_of(positive, "positive"), lines_of(negative, "negative")
     if len(one) != len(other):
-        raise DataError(f"{len(one)} positive and {len(other)} negative prompts: line 1 goes with line 1, line 2 with line 2.")
+        raise DataError(f"{len(one)} positive and {len(other)} negative prompts: line 1 goes with line 1, line 2 with line 2")
     pairs = tuple(Pair(Side(chat(a)), Side(chat(b))) for a, b in zip(one, other, strict=True))
     content = json.dumps([one, other], ensure_ascii=False).encode()
     return ContrastData("pairs", pairs, hashlib.sha256(content).hexdigest(), {"file": "text-generation-webui"})

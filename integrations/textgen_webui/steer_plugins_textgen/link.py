@@ -177,7 +177,7 @@ def why_not() -> str:
     """Why the loaded model has no server that could steer."""
     name = webui.loader_name()
     if not name:
-        return "No model is loaded: load one in the Model tab."
+        return "no model is loaded: load one in the Model tab"
     if name == "Transformers":
-        return "Models of the Transformers loader are steered by hooks, not by a server: this needs the llama.cpp loader."
-    return f"Models of the {name} loader cannot be steered: load a GGUF with llama.cpp, or use the Transformers loader."
+        return "models of the Transformers loader are steered by hooks, not by a server: this needs the llama.cpp loader"
+    return f"models of the {name} loader cannot be steered: load a GGUF with llama.cpp, or use the Transformers loader"

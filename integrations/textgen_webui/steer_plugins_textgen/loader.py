@@ -60,7 +60,7 @@ def _init(original: Any) -> Any:
                 return
             except Exception as error:  # whatever it is, the webui's own server may do better
                 state.server = ""
-                state.problem = f"The steering server did not start ({_line(error)}), so the webui's own is in use."
+                state.problem = f"the steering server did not start ({_line(error)}), so the webui's own is in use"
                 webui.log(state.problem, error=True)
                 with contextlib.suppress(Exception):
                     self.stop()
@@ -150,7 +150,7 @@ def candidate() -> str | None:
     if ours is None:
         return None
     if getattr(webui.shared().args, "ik", False):
-        state.problem = "The webui runs with --ik, whose flags and quantisations are not llama.cpp's: leave it out to steer."
+        state.problem = "the webui runs with --ik, whose flags and quantisations are not llama.cpp's: leave it out to steer"
         return None
     state.problem = cpu_problem(ours)
     return None if state.problem else ours
@@ -169,7 +169,7 @@ def cpu_problem(ours: str) -> str:
     else:
         return ""
     return (
-        f"The steering server here runs on the CPU only, and {where}: "
+        f"the steering server here runs on the CPU only, and {where}: "
         f"build it on those libraries with: steer build --on {Path(stock).parent}"
     )
 
@@ -185,7 +185,7 @@ def find_server() -> tuple[str | None, str]:
     if runtime is None or runtime.server is None:
         stock = stock_server()
         how = f"steer build --on {Path(stock).parent}" if stock else "steer build"
-        return None, f"There is no steering llama-server yet. Make one, once, with: {how}"
+        return None, f"there is no steering llama-server yet: make one, once, with: {how}"
     return str(runtime.server), ""
 
 
@@ -248,12 +248,12 @@ def adopt() -> None:
         return
     problem = flags_problem(ours, [str(part) for part in server.process.args[1:]])
     if problem:
-        state.problem = f"The steering server does not take the webui's flags ({problem}), so the webui's own stays in use."
+        state.problem = f"the steering server does not take the webui's flags ({problem}), so the webui's own stays in use"
         webui.log(state.problem, error=True)
         return
     models = webui.module("models")
     if getattr(models, "active_generation_count", 0) > 0:
-        state.problem = "A reply is being written: look for the steering server again when it has ended."
+        state.problem = "a reply is being written: look for the steering server again when it has ended"
         return
     webui.log(f"reloading {name} with the steering server")
     models.unload_model(keep_model_name=True)

@@ -47,12 +47,12 @@ def activations(link: Link, vector_name: str) -> str:
         DataError: there is no reply yet. And what the vector and the server raise.
     """
     if last is None:
-        raise DataError("There is no reply yet: write something in the Chat tab first.")
+        raise DataError("there is no reply yet: write something in the Chat tab first")
     vector = link.library.resolve(vector_name, link.info.identity)
     engine = link.engine
     server = webui.llama_server()
     if server is None:
-        raise EngineError("The model has been unloaded: load it again in the Model tab.")
+        raise EngineError("the model has been unloaded: load it again in the Model tab")
     layers = [il for il in vector.layers if not (engine.info.last_layer_outputs_only and il == engine.info.n_layer - 1)]
     tokens = server.encode(last.prompt, add_bos_token=last.add_bos)  # as it was sent
     with webui.busy():
@@ -77,7 +77,7 @@ def compare(link: Link, prompt: str, terms: list[TermSpec], max_tokens: int) -> 
         DataError: no prompt. And what the steering and the server raise.
     """
     if not prompt.strip():
-        raise DataError("Write a prompt to compare.")
+        raise DataError("write a prompt to compare")
     question: Any = [{"role": "user", "content": prompt}] if link.info.has_chat_template else prompt
     wanted = [None, link.steering(terms)]
     streams = [link.engine.stream(GenerateRequest(question, steering=s, max_tokens=int(max_tokens))) for s in wanted]

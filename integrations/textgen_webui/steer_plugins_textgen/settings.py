@@ -85,7 +85,7 @@ class Settings:
         name = check_preset_name(name)
         with self._lock:
             if name not in self.presets and len(self.presets) >= MAX_PRESETS:
-                raise SpecError(f"There are {MAX_PRESETS} presets already: delete one first.")
+                raise SpecError(f"there are {MAX_PRESETS} presets already: delete one first")
             self.presets[name] = list(self.terms)
         self._changed()
         return name
@@ -95,7 +95,7 @@ class Settings:
         with self._lock:
             if name not in self.presets:
                 known = ", ".join(sorted(self.presets)) or "none"
-                raise SpecError(f"There is no preset {name!r:.80}: the presets are {known}.")
+                raise SpecError(f"there is no preset {name!r:.80}: the presets are {known}")
             return list(self.presets[name])
 
     def delete_preset(self, name: str) -> None:
@@ -157,7 +157,7 @@ class Settings:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(self._path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
             except OSError as error:
-                self.problem = f"Settings cannot be written to {self._path}: {error.strerror or error}."
+                self.problem = f"settings cannot be written to {self._path}: {error.strerror or error}"
 
     def _load(self) -> None:
         """A file that cannot be read is set aside, not overwritten."""
@@ -179,14 +179,14 @@ class Settings:
             aside = self._path.with_suffix(".damaged.json")
             with contextlib.suppress(OSError):
                 self._path.replace(aside)
-            self.problem = f"{self._path} could not be read ({' '.join(str(error).split()):.120}): it is now {aside.name}."
+            self.problem = f"{self._path} could not be read ({' '.join(str(error).split()):.120}): it is now {aside.name}"
 
 
 def check_preset_name(name: Any) -> str:
     """The name without spaces around it. Raises SpecError unless it can be shown in a list and typed in a request."""
     text = name.strip() if isinstance(name, str) else ""
     if not _PRESET.fullmatch(text):
-        raise SpecError("A preset's name begins with a letter or digit and has at most 64 characters: choose another.")
+        raise SpecError("a preset's name begins with a letter or digit and has at most 64 characters: choose another")
     return text
 
 

@@ -297,7 +297,7 @@ class Tab:
     @told
     def add_vector(self, name: str | None) -> None:
         if not name:
-            raise SpecError("Choose a vector to add.")
+            raise SpecError("choose a vector to add")
         settings().set_terms([*settings().terms, TermSpec(name, 0.0)])
         follow()
 
@@ -319,7 +319,7 @@ class Tab:
     def change_term(self, index: int | None, window: str, op: str, scope: str) -> None:
         terms = settings().terms
         if index is None or not 0 <= index < len(terms):
-            raise SpecError("Choose a term first.")
+            raise SpecError("choose a term first")
         # through the grammar, which checks all of it
         layers = f"@{window.strip()}" if window.strip() else ""
         tail = f"?{scope.strip()}" if scope.strip() else ""
@@ -346,9 +346,9 @@ class Tab:
     @told
     def bind_character(self, bound: bool, preset: str | None, character: str | None) -> None:
         if not character:
-            raise SpecError("The chat has no character: choose one in the Chat tab.")
+            raise SpecError("the chat has no character: choose one in the Chat tab")
         if bound and preset not in settings().presets:
-            raise SpecError("Save the sliders as a preset first, or choose one.")
+            raise SpecError("save the sliders as a preset first, or choose one")
         settings().set_character(character, preset if bound else None)
 
     def new_character(self, character: str | None) -> list[Any]:
@@ -359,7 +359,7 @@ class Tab:
     @told
     def fit_traits(self, names: list[str] | None) -> None:
         if not names:
-            raise SpecError("Choose at least one trait to fit.")
+            raise SpecError("choose at least one trait to fit")
         link = current()
         for name in names:
             jobs.trainer.add(link, name, jobs.load_trait(name))
@@ -402,7 +402,7 @@ class Tab:
         try:
             terms = settings().active
             if not terms:
-                raise SpecError("Nothing is steered: move a slider, or switch steering on.")
+                raise SpecError("nothing is steered: move a slider, or switch steering on")
             for plain, steered in replies.compare(current(), prompt or "", terms, int(length)):
                 yield plain, steered, ""
         except SteerError as error:
@@ -411,7 +411,7 @@ class Tab:
     def show_activations(self, name: str | None) -> str:
         try:
             if not name:
-                raise SpecError("Choose a vector.")
+                raise SpecError("choose a vector")
             return replies.activations(current(), name)
         except SteerError as error:
             return wording.bad(str(error))

@@ -26,12 +26,12 @@ def terms_of(value: Any, settings: Settings) -> list[TermSpec]:
     if isinstance(value, dict):
         if "preset" in value:
             if set(value) != {"preset"} or not isinstance(value["preset"], str):
-                raise SpecError('A preset is named as {"preset": "NAME"}, without other keys.')
+                raise SpecError('a preset is named as {"preset": "NAME"}, without other keys')
             return settings.preset(value["preset"])
         return from_json([value])
     if isinstance(value, list):
         return from_json(value)
-    raise SpecError(f"steering is {value!r:.60}: give a text, a list of terms, or a preset.")
+    raise SpecError(f"steering is {value!r:.60}: give a text, a list of terms, or a preset")
 
 
 def wish_of(state: dict[str, Any], settings: Settings) -> list[TermSpec] | None:
@@ -53,7 +53,7 @@ def names_only(terms: list[TermSpec]) -> None:
     """Raise SpecError for a term that names a file: whoever can send a request must not open files here."""
     for name in (name for term in terms for name in (term.vector, term.gate) if name is not None):
         if is_file(name):
-            raise SpecError(f"{name!r:.80} is a file: requests name vectors of the library.")
+            raise SpecError(f"{name!r:.80} is a file: requests name vectors of the library")
 
 
 def is_file(name: str) -> bool:

@@ -115,8 +115,8 @@ def status(link: Link | None) -> str:
         )
     sentence = why_not() if webui.llama_server() is None else loader.state.problem
     if not webui.loader_name() and loader.state.problem:
-        sentence = f"{sentence} {loader.state.problem}"
-    why = coded(sentence or "This server cannot steer.")
+        sentence = f"{sentence}; {loader.state.problem}"
+    why = coded(sentence or "this server cannot steer")
     return f'<div class="steer-status warn"><i></i><b>Not available</b><span>{why}</span></div>'
 
 

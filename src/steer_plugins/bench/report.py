@@ -158,10 +158,10 @@ def _versions() -> dict[str, str]:
 def check_folder(folder: Path, kind: str, *, overwrite: bool = False) -> None:
     """Refuse, before anything is measured, a folder that a report cannot or must not be written to. Raises DataError."""
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is no folder: name another with --out")
+        raise DataError(f"{folder} is not a folder: name another with --out")
     nearest = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise DataError(f"{nearest} is no folder that you may write to: name another with --out")
+        raise DataError(f"{nearest} is not a folder that you may write to: name another with --out")
     there = [name for name in STANDARD_FILES if (folder / name).exists()]
     if not there:
         return
@@ -200,7 +200,7 @@ def write_report(report: BenchReport, folder: Path, reporters: dict[str, Reporte
             continue
         for file, data in made.items():
             if not isinstance(file, str) or not _FILE.fullmatch(file) or file in files:
-                raise DataError(f"the reporter {name!r} wants to write {file!r:.60}, which is no free file name")
+                raise DataError(f"the reporter {name!r} wants to write {file!r:.60}, which is not a free file name")
             files[file] = data
     order = sorted(files, key=lambda file: file == "manifest.json")
     new = not folder.exists()
@@ -243,7 +243,7 @@ def read_report(folder: Path) -> BenchReport:
     except ValueError:
         raise DataError(f"{folder / 'results.jsonl'} is not JSON lines, as steer bench writes them") from None
     if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{folder / 'results.jsonl'} holds a line that is no JSON object")
+        raise DataError(f"{folder / 'results.jsonl'} holds a line that is not a JSON object")
     return BenchReport({k: v for k, v in manifest.items() if k != "summary"}, rows, manifest["summary"])
 
 
@@ -351,7 +351,9 @@ COMPARISON = ("trait", "tasks", "arm", "decoding", "n", "A", "B", "B - A", "95 %
 def comparison(a: BenchReport, b: BenchReport, seed: int = 0) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     """Columns and rows of two reports of one kind. Raises DataError for unlike ones and where nothing can be compared."""
     if a.kind != b.kind:
-        raise DataError(f"A is a report of steer bench {a.kind} and B one of steer bench {b.kind}: compare two of the same kind")
+        raise DataError(
+            f"the first report is of steer bench {a.kind} and the second of steer bench {b.kind}: compare two of the same kind"
+        )
     if a.kind == "control":
         return COMPARISON, compare(a, b, seed)
     from . import costs

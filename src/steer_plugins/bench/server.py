@@ -108,7 +108,7 @@ class _Client:
         headers = {"Content-Type": "application/octet-stream"} if data is not None else None
         answer = self._session.post(self.url + path, json=body, data=data, headers=headers, timeout=600)
         if answer.status_code != 200:
-            raise EngineError(f"The server refused a benchmark request: {answer.text[:300]}")
+            raise EngineError(f"the server refused a benchmark request: {answer.text[:300]}")
         return answer
 
     def first_token(self, body: dict[str, Any]) -> float:
@@ -118,7 +118,7 @@ class _Client:
             for line in answer.iter_lines():
                 if line.startswith(b"data: "):
                     return time.perf_counter() - start
-        raise EngineError("A benchmark reply ended before its first token.")
+        raise EngineError("a benchmark reply ended before its first token")
 
 
 def _server_pid(process: ServerProcess) -> int | None:
@@ -197,7 +197,7 @@ class _Bench:
         self.rng = np.random.default_rng(seed)
         facts = requests.get(client.url + "/steering", timeout=60).json()["model"]
         if "error" in facts:
-            raise EngineError(f"{facts['error']}.")
+            raise EngineError(str(facts["error"]))
         self.n_vocab = int(facts["n_vocab"])
         self.n_layer, self.n_embd = int(facts["identity"]["n_layer"]), int(facts["identity"]["n_embd"])
         self._upload()

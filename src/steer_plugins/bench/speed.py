@@ -116,7 +116,7 @@ class _LocalArm:
         c.llama_synchronize(self.session.pointer)
         seconds = time.perf_counter() - start, time.process_time() - cpu
         if code != 0:
-            raise EngineError(f"A benchmark batch failed: {self.session.steer.error()}")
+            raise EngineError(f"a benchmark batch failed: {self.session.steer.error()}")
         if self.name == "read-all":
             self.session.steer.clear_rows()
         return seconds

@@ -125,7 +125,7 @@ class Together:
 
 def _finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
-        raise click.BadParameter("it has to be a finite number, such as 1.", context, parameter)
+        raise click.BadParameter("it has to be a finite number, such as 1", context, parameter)
     return value
 
 
@@ -159,7 +159,7 @@ def _chosen_server(server: str | None, local: list[str]) -> str | None:
     source = click.get_current_context().get_parameter_source("server")
     if source is click.core.ParameterSource.ENVIRONMENT:
         return None
-    raise click.UsageError(f"--server uses the model that runs there, so {local[0]} has no meaning: leave one of them out.")
+    raise click.UsageError(f"--server uses the model that runs there, so {local[0]} does not apply: leave one of them out")
 
 
 def model_path(model: str | None) -> Path:

@@ -178,7 +178,7 @@ def _probe(source: Path, model: str | None) -> Numbering:
     from ..store.foreign.numbering import probe_numbering
 
     if model is None:
-        raise click.UsageError("--gguf-layers probe asks the model: name it with --model.")
+        raise click.UsageError("--gguf-layers probe asks the model: name it with --model")
     with reading(source):
         directions = read_directions(source).directions
     with LocalEngine(model, n_ctx=512) as engine, reading(source):

@@ -161,6 +161,6 @@ def _numbers(text: str, option: str, example: str, limit: int, *, negative: bool
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
         if last < first or last - first + len(found) >= limit:
-            raise SpecError(f"{option} {text!r}: {part.strip()!r} is no range of up to {limit}, lower number first")
+            raise SpecError(f"{option} {text!r}: {part.strip()!r} is not a range of up to {limit}, lower number first")
         found += range(first, last + 1)
     return found

@@ -104,7 +104,7 @@ def serve(
             rest = [*staged.flags(steering, together), *rest]
             names = staged.names
         elif steering is not None or vectors:
-            raise SpecError("--steering and --vector need a model file: name one, in place of the flag that fetches a model.")
+            raise SpecError("--steering and --vector need a model file: name one, in place of the flag that fetches a model")
         try:
             server.start(model, rest)
             _wait_ready(server, model, quiet=as_json)
@@ -135,11 +135,11 @@ def split_flags(flags: Sequence[str]) -> tuple[Path | None, list[str]]:
         while flag in rest:
             at = rest.index(flag)
             if at + 1 == len(rest):
-                raise click.UsageError(f"{flag} needs a file.")
+                raise click.UsageError(f"{flag} needs a file")
             named.append(rest[at + 1])
             del rest[at : at + 2]
     if len(named) > 1:
-        raise click.UsageError(f"Name one model, not {' and '.join(named)}.")
+        raise click.UsageError(f"name one model, not {' and '.join(named)}")
     if not named and any(flag in rest for flag in _ELSEWHERE):
         return None, rest
     return model_path(named[0] if named else None), rest

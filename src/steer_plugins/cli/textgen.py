@@ -62,7 +62,7 @@ def find_place(folder: Path) -> Place:
         if (root / "server.py").is_file() and (root / "modules" / "extensions.py").is_file():
             root = root.absolute()
             return Place(root, _user_data(root))
-    raise SteerError(f"{folder} holds no text-generation-webui: give the folder that has its server.py.")
+    raise SteerError(f"{folder} holds no text-generation-webui: give the folder that has its server.py")
 
 
 def _user_data(root: Path) -> Path:
@@ -97,12 +97,12 @@ def install(folder: Path, user_data_dir: Path | None) -> None:
     place = _place(folder, user_data_dir)
     script = place.script
     if script.is_file() and not _is_ours(script):
-        raise SteerError(f"{script} is another extension of this name: move it away first.")
+        raise SteerError(f"{script} is another extension of this name: move it away first")
     try:
         script.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(script, SCRIPT.encode())
     except OSError as error:
-        raise SteerError(f"{script} cannot be written: {error.strerror or error}.") from None
+        raise SteerError(f"{script} cannot be written: {error.strerror or error}") from None
     out = console()
     out.print(f"Written: {script}", markup=False)
     if place.python is not None and not _importable(place.python):
@@ -117,9 +117,9 @@ def uninstall(folder: Path, user_data_dir: Path | None) -> None:
     """Take the script out again. Settings and presets in user_data/steering and all vectors stay."""
     script = _place(folder, user_data_dir).script
     if not script.is_file():
-        raise SteerError(f"There is nothing to remove: {script} does not exist.")
+        raise SteerError(f"there is nothing to remove: {script} does not exist")
     if not _is_ours(script):
-        raise SteerError(f"{script} is another extension of this name: it was left alone.")
+        raise SteerError(f"{script} is another extension of this name: it was left alone")
     try:
         script.unlink()
         left = [path for path in script.parent.iterdir() if path.name != "__pycache__"]
@@ -130,7 +130,7 @@ def uninstall(folder: Path, user_data_dir: Path | None) -> None:
                 if path.is_dir():
                     path.rmdir()
     except OSError as error:
-        raise SteerError(f"{script} cannot be removed: {error.strerror or error}.") from None
+        raise SteerError(f"{script} cannot be removed: {error.strerror or error}") from None
     console().print(f"Removed: {script}", markup=False)
 
 
@@ -176,7 +176,7 @@ def _place(folder: Path, user_data_dir: Path | None) -> Place:
     if user_data_dir is None:
         return place
     if not user_data_dir.is_dir():
-        raise SteerError(f"{user_data_dir} is no folder: give the one that the webui was started with as --user-data-dir.")
+        raise SteerError(f"{user_data_dir} is not a folder: give the one that the webui was started with as --user-data-dir")
     return Place(place.root, user_data_dir.absolute())
 
 

@@ -111,11 +111,11 @@ def train(
     if again is not None:
         given = [p for p in _OF_THE_FIT if ctx.get_parameter_source(p) is not ParameterSource.DEFAULT]
         if given:
-            raise click.UsageError(f"--again takes --{given[0].replace('_', '-')} from the vector: leave it out.")
+            raise click.UsageError(f"--again takes --{given[0].replace('_', '-')} from the vector: leave it out")
         _train_again(again, name, pairs, trait_name, engine, out, overwrite, as_json)
         return
     if name is None:
-        raise click.UsageError("Missing argument 'NAME'.")
+        raise click.UsageError("missing argument 'NAME'")
     source = load_source(name, pairs, trait_name)
     options = TrainOptions(
         method=method,
@@ -200,8 +200,8 @@ def source_of(vector: SteeringVector, pairs: str | None, trait_name: str | None)
     if isinstance(file, str) and Path(file).name == file and Path(file).is_file():
         return load_source(vector.name, file, None)
     if "trait" in source:
-        raise DataError(f"'{vector.name}' was fitted to the trait '{source['trait']}': name its file with --trait.")
-    raise DataError(f"'{vector.name}' was fitted to the pairs in '{file}', which is not here: name the file with --pairs.")
+        raise DataError(f"'{vector.name}' was fitted to the trait '{source['trait']}': name its file with --trait")
+    raise DataError(f"'{vector.name}' was fitted to the pairs in '{file}', which is not here: name the file with --pairs")
 
 
 #: Replies that are generated side by side while training.
@@ -246,14 +246,14 @@ def load_source(name: str, pairs: str | None, trait_name: str | None) -> Trait |
     from ..training.traits import bundled_traits, load_trait
 
     if pairs is not None and trait_name is not None:
-        raise click.UsageError("Give --pairs or --trait, not both.")
+        raise click.UsageError("give --pairs or --trait, not both")
     if pairs is not None:
         return load_pairs(pairs)
     if trait_name is not None:
         return load_trait(trait_name)
     if name not in bundled_traits():
         known = ", ".join(bundled_traits())
-        raise DataError(f"No trait {name!r} comes with the package ({known} do): give --pairs FILE or --trait FILE.")
+        raise DataError(f"no trait {name!r} comes with the package ({known} do): give --pairs FILE or --trait FILE")
     return load_trait(name)
 
 
@@ -263,7 +263,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = _LAYERS.fullmatch(part.strip())
         if match is None:
-            raise SpecError(f"--layers {text!r} is no list of layers: write A-B or A,B, such as 10-15 or 8,12-14")
+            raise SpecError(f"--layers {text!r} is not a list of layers: write A-B or A,B, such as 10-15 or 8,12-14")
         lo = int(match[1])
         hi = lo if match[2] is None else int(match[2])
         if hi < lo:

@@ -35,7 +35,7 @@ def decode_read(data: bytes, n_prompts: int, *, site: str, average: bool) -> lis
         return [_one(tensors, i, layers, int(facts["n_prompt"][i]), site, average) for i in range(n_prompts)]
     except (SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise EngineError(f"The server's hidden states cannot be read ({what}): is it of the same version?") from None
+        raise EngineError(f"the server's hidden states cannot be read ({what}); it may be a different version") from None
 
 
 def _metadata(data: bytes) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Connection:
             self._session.mount(scheme, adapter)
         if api_key is not None:
             if not api_key.isascii() or not api_key.isprintable():
-                raise EngineError("The API key holds characters that no key has: copy it again.")
+                raise EngineError("the API key holds characters that no key has: copy it again")
             self._session.headers["Authorization"] = f"Bearer {api_key}"
 
     def get(self, path: str) -> Any:
@@ -130,7 +130,7 @@ class Connection:
                 parts.append(part)
                 size += len(part)
                 if size > MAX_ANSWER:
-                    raise EngineError(f"The answer of {self.url} is longer than {MAX_ANSWER} bytes: ask for less at once.")
+                    raise EngineError(f"the answer of {self.url} is longer than {MAX_ANSWER} bytes: ask for less at once")
         except (requests.RequestException, HTTPError) as error:
             raise self.broken(error) from None
         finally:
@@ -141,15 +141,15 @@ class Connection:
         try:
             return json.loads(self._content(response))
         except ValueError:
-            raise EngineError(f"{self.url} does not answer in JSON, so it is no llama-server: correct the address.") from None
+            raise EngineError(f"{self.url} does not answer in JSON, so it is not a llama-server: correct the address") from None
 
     def _refused(self, response: requests.Response, path: str) -> Exception:
         status = response.status_code
         message = _message(self._content(response)) or response.reason or f"status {status}"
         if status in (401, 403):
-            return EngineError(f"{self.url} wants an API key ({message}): give it as api_key, or in STEER_API_KEY.")
+            return EngineError(f"{self.url} wants an API key ({message}): give it as api_key, or in STEER_API_KEY")
         if status == 503:
-            return ServerBusy(f"{self.url} cannot answer yet ({message}): try again in a moment.")
+            return ServerBusy(f"{self.url} cannot answer yet ({message}): try again in a moment")
         if 400 <= status < 500:
             return ServerRefusal(message, status)
         return EngineError(f"{self.url}{path} failed with status {status}: {message}")
@@ -157,13 +157,13 @@ class Connection:
     def broken(self, error: Exception) -> EngineError:
         """What a failed transfer means for the user."""
         if is_unreachable(error):
-            return EngineError(f"No server answers at {self.url}: start one with `steer serve`, or correct the address.")
+            return EngineError(f"no server answers at {self.url}: start one with `steer serve`, or correct the address")
         if isinstance(error, requests.exceptions.Timeout) or "timed out" in str(error):
-            return EngineError(f"{self.url} has been silent for {self.timeout:g} s: see what it does, or allow a longer timeout.")
+            return EngineError(f"{self.url} has been silent for {self.timeout:g} s: see what it does, or allow a longer timeout")
         if isinstance(error, requests.exceptions.SSLError):
-            return EngineError(f"{self.url} cannot be trusted ({_one_line(str(error))}): correct the address or its certificate.")
+            return EngineError(f"{self.url} cannot be trusted ({_one_line(str(error))}): correct the address or its certificate")
         return EngineError(
-            f"The connection to {self.url} was lost in the middle of an answer: see whether the server still runs, and ask again."
+            f"the connection to {self.url} was lost in the middle of an answer: see whether the server still runs, and ask again"
         )
 
 
@@ -194,7 +194,7 @@ class EventStream:
         except ValueError:
             event = None
         if not isinstance(event, dict):
-            raise EngineError(f"{self._connection.url} sent an event that is no JSON object: is it a llama-server?")
+            raise EngineError(f"{self._connection.url} sent an event that is not a JSON object: see whether it is a llama-server")
         return event
 
     def _error(self, error: Any) -> Exception:
@@ -239,7 +239,7 @@ def normal_url(url: str) -> str:
     except ValueError:
         ok = False
     if not ok or parts.query or parts.fragment or any(c.isspace() for c in text):
-        raise EngineError(f"{url!r:.100} is no address of a server: write it like http://127.0.0.1:8080.")
+        raise EngineError(f"{url!r:.100} is not an address of a server: write it like http://127.0.0.1:8080")
     return text.rstrip("/")
 
 

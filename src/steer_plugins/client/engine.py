@@ -92,7 +92,7 @@ class ServerEngine(TokenEngine):
     @property
     def _http(self) -> Connection:
         if self._connection is None:
-            raise EngineError("The engine is closed: make a new one.")
+            raise EngineError("the engine is closed: make a new one")
         return self._connection
 
     @property
@@ -131,7 +131,7 @@ class ServerEngine(TokenEngine):
         else:
             tokens = self._checked(prompt)  # type: ignore[arg-type]
         if not tokens:
-            raise DataError("The prompt is empty.")
+            raise DataError("the prompt is empty")
         return tokens
 
     def detokenize(self, tokens: Sequence[int]) -> str:
@@ -154,12 +154,12 @@ class ServerEngine(TokenEngine):
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         for t in tokens:
             if not 0 <= int(t) < self.info.n_vocab:
-                raise DataError(f"Token id {t} is outside the vocabulary of {self.info.n_vocab}.")
+                raise DataError(f"token id {t} is outside the vocabulary of {self.info.n_vocab}")
         return [int(t) for t in tokens]
 
     def _chat_template(self) -> ChatTemplate:
         if not self.info.has_chat_template:
-            raise DataError(f"{self.info.name} carries no chat template: give a raw text prompt.")
+            raise DataError(f"{self.info.name} carries no chat template: give a raw text prompt")
         if self._template is None:
             props = self._http.get("/props")
             self._bos = str(props.get("bos_token") or "")
@@ -188,8 +188,8 @@ class ServerEngine(TokenEngine):
     def _fitting(self, tokens: list[int]) -> list[int]:
         if len(tokens) >= self.info.n_ctx:  # llama-server wants one place free, even where nothing is generated
             raise DataError(
-                f"A text of {len(tokens)} tokens does not fit the context of {self.info.n_ctx}: "
-                "shorten it or start the server with a larger -c."
+                f"a text of {len(tokens)} tokens does not fit the context of {self.info.n_ctx}: "
+                "shorten it or start the server with a larger -c"
             )
         return tokens
 
@@ -293,7 +293,7 @@ class ServerEngine(TokenEngine):
             if progress is not None:
                 progress(last, len(pairs))
         if [len(r) for r in results] != [len(tokens) - n for tokens, n in pairs]:
-            raise EngineError("The server answered with log probabilities of other tokens: is it of the same version?")
+            raise EngineError("the server answered with log probabilities of other tokens; it may be a different version")
         return results
 
     # ---- generating ----
@@ -311,7 +311,7 @@ class ServerEngine(TokenEngine):
         """
         running = self._running[-1:]
         if not running:
-            raise EngineError("No reply is being generated, so there is nothing to steer.")
+            raise EngineError("no reply is being generated, so there is nothing to steer")
         running[0].steer(steering)
 
     def generate_many(self, requests: Sequence[GenerateRequest], *, progress: Progress | None = None) -> list[Generation]:
@@ -357,9 +357,9 @@ class ServerStream(GenerationStream):
 
     def __init__(self, engine: ServerEngine, request: GenerateRequest, prompt: list[int]) -> None:
         if request.max_tokens < 1:
-            raise SpecError(f"max_tokens is {request.max_tokens}: ask for at least 1.")
+            raise SpecError(f"max_tokens is {request.max_tokens}: ask for at least 1")
         if not request.temperature >= 0.0:
-            raise SpecError(f"temperature {request.temperature} is out of range: 0 is greedy, 1 is the model's own spread.")
+            raise SpecError(f"temperature {request.temperature} is out of range: 0 is greedy, 1 is the model's own spread")
         self._engine = engine
         self._steering = as_steering(request.steering)
         self._probe = tuple(request.probe)
@@ -454,7 +454,7 @@ class ServerStream(GenerationStream):
                 if tail := self._finish(final, held):
                     yield tail
             elif not self._cancelled:
-                raise EngineError(f"{engine.url} ended a reply without saying so: see whether the server still runs.")
+                raise EngineError(f"{engine.url} ended a reply without saying so: see whether the server still runs")
         finally:
             engine._running.remove(self)
             self._events = None
@@ -485,7 +485,7 @@ class ServerStream(GenerationStream):
         reply, reason = self.result, str(final.get("stop_type"))
         missing = int(final.get("tokens_predicted", len(reply.tokens))) - len(reply.tokens)
         if missing > 0:
-            raise EngineError(f"{self._engine.url} kept {missing} tokens of a reply to itself: is it of the same version?")
+            raise EngineError(f"{self._engine.url} did not send {missing} tokens of a reply; it may be a different version")
         if reason == "eos" and reply.tokens:
             reply.tokens.pop()
             held = held[:-1]
@@ -509,14 +509,14 @@ def _hello(connection: Connection) -> dict[str, Any]:
         except ServerRefusal as refusal:
             if refusal.status != 404:
                 raise
-            raise EngineError(f"The server at {connection.url} cannot steer: start one that can with `steer serve`.") from None
+            raise EngineError(f"the server at {connection.url} cannot steer: start one that can with `steer serve`") from None
     protocol = facts.get("protocol") if isinstance(facts, dict) else None
     if protocol is None or not isinstance(facts.get("model"), dict):
-        raise EngineError(f"The server at {connection.url} cannot steer: start one that can with `steer serve`.")
+        raise EngineError(f"the server at {connection.url} cannot steer: start one that can with `steer serve`")
     if protocol != PROTOCOL:
         older = isinstance(protocol, int) and protocol < PROTOCOL
         way_out = "restart it with `steer serve`" if older else "upgrade steer-plugins"
-        raise EngineError(f"{connection.url} speaks protocol version {protocol!r:.20}, and this package {PROTOCOL}: {way_out}.")
+        raise EngineError(f"{connection.url} speaks protocol version {protocol!r:.20}, and this package {PROTOCOL}: {way_out}")
     return dict(facts)
 
 
@@ -543,7 +543,7 @@ def _model_info(facts: dict[str, Any]) -> ModelInfo:
             name=identity.name or stem,
         )
     except (KeyError, TypeError, ValueError, VectorError) as error:
-        raise EngineError(f"The server does not say what its model is ({error}): is it of the same version?") from None
+        raise EngineError(f"the server does not say what its model is ({error}); it may be a different version") from None
 
 
 def _prompt(tokens: list[int], n_prompt: int) -> Any:

@@ -91,11 +91,11 @@ class ServerProcess:
                 the program cannot be started.
         """
         if self.running:
-            raise EngineError(f"The server at {self.url} runs already: stop it first.")
+            raise EngineError(f"the server at {self.url} runs already: stop it first")
         if self.port is None:
             self.port = free_port(self.host)
         elif port_taken(self.host, self.port):
-            raise EngineError(f"Port {self.port} of {self.host} is in use: stop what runs there, or choose another with --port.")
+            raise EngineError(f"port {self.port} of {self.host} is in use: stop what runs there, or choose another with --port")
         command = [str(self.binary), "--host", self.host, "--port", str(self.port)]
         if model is not None:
             command += ["--model", os.fspath(model)]
@@ -150,8 +150,8 @@ class ServerProcess:
                 passed = time.monotonic() - started
                 if passed > timeout:
                     raise EngineError(
-                        f"llama-server has not loaded its model in {timeout:g} s: allow a longer timeout. "
-                        f"It said last: {self._last_words()}"
+                        f"llama-server has not loaded its model in {timeout:g} s: allow a longer timeout "
+                        f"(it said last: {self._last_words()})"
                     )
                 if on_wait is not None:
                     on_wait(passed)
@@ -247,7 +247,7 @@ class ServerProcess:
 
     def _check_alive(self) -> None:
         if self._child is None:
-            raise EngineError("The server was not started, or has been stopped.")
+            raise EngineError("the server was not started, or has been stopped")
         code = self._child.poll()
         if code is None:
             return
@@ -258,7 +258,7 @@ class ServerProcess:
     def epitaph(self, code: int) -> str:
         """One sentence for a server that ended by itself: how, and what it said last."""
         if any(_PORT_TAKEN.search(line) for line in self._lines):
-            return f"Port {self.port} of {self.host} is in use: stop what runs there, or choose another with --port."
+            return f"port {self.port} of {self.host} is in use: stop what runs there, or choose another with --port"
         how = f"was killed by signal {code - 128}" if 128 < code < 160 else f"ended with exit code {code}"
         return f"llama-server {how}; it said last: {self._last_words()}"
 
@@ -300,7 +300,7 @@ def port_taken(host: str, port: int) -> bool:
             if getattr(error, "errno", None) in _IN_USE:
                 return True
             reason = getattr(error, "strerror", None) or str(error)
-            raise EngineError(f"A server cannot listen on {host} port {port} ({reason}): choose others.") from None
+            raise EngineError(f"a server cannot listen on {host} port {port} ({reason}): choose others") from None
     return False
 
 

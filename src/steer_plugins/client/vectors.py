@@ -64,7 +64,7 @@ class ServerVectors:
             if term.gate is not None:
                 check_fits(term.gate.vector, self._info)
             if term.effective_scope == "thinking" and not self._tags:
-                raise SpecError(f"Scope 'thinking' of '{term.vector.name}' needs a model with <think> tags: use response or all.")
+                raise SpecError(f"scope 'thinking' of '{term.vector.name}' needs a model with <think> tags: use response or all")
 
     def terms(self, steering: Steering) -> list[dict[str, Any]]:
         """The JSON terms of a steering, its vectors uploaded where they are missing.

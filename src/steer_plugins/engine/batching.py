@@ -302,7 +302,7 @@ def _activations(
     try:
         index = [row_of[slot, p] for p in text.wanted[len(early) :]]
     except KeyError as missing:
-        raise EngineError(f"Position {missing.args[0][1]} was not read; please report this.") from None
+        raise EngineError(f"position {missing.args[0][1]} was not read; please report this") from None
     found = {il: np.concatenate([trunk[il][early], rows[index]]) if early else rows[index] for il, rows in kept.items()}
     return _made(text, found, site)
 
@@ -352,16 +352,16 @@ def wanted_positions(positions: str | Sequence[int], n_prompt: int, n_total: int
             return list(range(n_total)), False
         if positions == "mean":
             if n_total < 2:
-                raise DataError("A mean needs at least two tokens, as position 0 is left out.")
+                raise DataError("a mean needs at least two tokens, as position 0 is left out")
             return list(range(1, n_total)), True
         if positions in ("response", "response_mean"):
             if n_total <= n_prompt:
-                raise DataError("There is no response to read: the text ends with the prompt.")
+                raise DataError("there is no response to read: the text ends with the prompt")
             return list(range(n_prompt, n_total)), positions == "response_mean"
-        raise DataError(f"Unknown positions '{positions}': use last, all, mean, response, response_mean or indices.")
+        raise DataError(f"unknown positions '{positions}': use last, all, mean, response, response_mean or indices")
     wanted = sorted({int(p) + n_total if int(p) < 0 else int(p) for p in positions})
     if not wanted or wanted[0] < 0 or wanted[-1] >= n_total:
-        raise DataError(f"Positions {list(positions)} do not all lie in a text of {n_total} tokens.")
+        raise DataError(f"positions {list(positions)} do not all lie in a text of {n_total} tokens")
     return wanted, False
 
 

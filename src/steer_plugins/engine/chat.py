@@ -31,7 +31,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ModelError(f"The model's chat template is not valid Jinja ({error}): give a raw prompt instead.") from None
+            raise ModelError(f"the model's chat template is not valid Jinja ({error}): give a raw prompt instead") from None
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, thinking: bool | None = None) -> str:
         """Text of a conversation. ``thinking`` sets the template's switches of that name; None leaves its default.
@@ -43,7 +43,7 @@ class ChatTemplate:
         try:
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens, **extra)
         except self._error as error:
-            raise DataError(f"The model's chat template refuses these messages: {error}.") from None
+            raise DataError(f"the model's chat template refuses these messages: {error}") from None
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:
@@ -53,10 +53,10 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         DataError: not a list of objects with string ``role`` and ``content``.
     """
     if not isinstance(messages, list) or not messages:
-        raise DataError("A chat prompt is a list of messages, each with 'role' and 'content'.")
+        raise DataError("a chat prompt is a list of messages, each with 'role' and 'content'")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise DataError(f"Message {i + 1} of the chat needs 'role' and 'content' as text.")
+            raise DataError(f"message {i + 1} of the chat needs 'role' and 'content' as text")
     return messages
 
 

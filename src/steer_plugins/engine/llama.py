@@ -112,7 +112,7 @@ class SteeredLlama(_Llama):
         """As ``Llama.generate``, steered."""
         wish = self._wish if steering is None else as_steering(steering)
         if wish and self.draft_model is not None:
-            raise EngineError("A draft model cannot be used with steering: load the model without draft_model.")
+            raise EngineError("a draft model cannot be used with steering: load the model without draft_model")
         past = [] if reset else [int(t) for t in self._input_ids]
         prompt = past + [int(t) for t in tokens]
         self._live.clear()

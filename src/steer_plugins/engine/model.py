@@ -74,7 +74,7 @@ class LoadedModel:
         self.pointer = llama_cpp.llama_model_load_from_file(str(first_shard(self.path)).encode(), params)
         if not self.pointer:
             reason = log.errors[-1] if log.errors else "no reason given"
-            raise ModelError(f"llama.cpp cannot load {self.path}: {_last_clause(reason)}.")
+            raise ModelError(f"llama.cpp cannot load {self.path}: {_last_clause(reason)}")
         try:
             self.library = native.load(llama_cpp.llama_cpp._lib)
             self.steer = native.model_info(self.library, self.pointer)
@@ -118,14 +118,14 @@ class LoadedModel:
             tokens = self._tokenize(prompt, add_special=True)
         elif prompt and isinstance(prompt[0], dict):
             if self.template is None:
-                raise DataError(f"{self.path.name} carries no chat template: give a raw text prompt.")
+                raise DataError(f"{self.path.name} carries no chat template: give a raw text prompt")
             messages = check_messages(prompt)
             text = self.template.render(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
             tokens = self._tokenize(text, add_special=not (self.bos and text.startswith(self.bos)))
         else:
             tokens = self._checked(prompt)  # type: ignore[arg-type]
         if not tokens:
-            raise DataError("The prompt is empty.")
+            raise DataError("the prompt is empty")
         return tokens
 
     def continuation(self, text: str | Sequence[int]) -> list[int]:
@@ -139,7 +139,7 @@ class LoadedModel:
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         for t in tokens:
             if not 0 <= int(t) < self.n_vocab:
-                raise DataError(f"Token id {t} is outside the vocabulary of {self.n_vocab}.")
+                raise DataError(f"token id {t} is outside the vocabulary of {self.n_vocab}")
         return [int(t) for t in tokens]
 
     def piece(self, token: int, *, special: bool = False) -> bytes:

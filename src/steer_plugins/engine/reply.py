@@ -18,7 +18,7 @@ class Reply:
 
     def __init__(self, session: Session, sequence: int, request: GenerateRequest, prompt: list[int], n_ctx: int) -> None:
         if request.max_tokens < 1:
-            raise SpecError(f"max_tokens is {request.max_tokens}: ask for at least 1.")
+            raise SpecError(f"max_tokens is {request.max_tokens}: ask for at least 1")
         self.session = session
         self.sequence = sequence
         self.request = request

@@ -13,7 +13,7 @@ class Sampler:
 
     def __init__(self, llama_cpp: Any, request: GenerateRequest, n_vocab: int) -> None:
         if not request.temperature >= 0.0:
-            raise SpecError(f"temperature {request.temperature} is out of range: 0 is greedy, 1 is the model's own spread.")
+            raise SpecError(f"temperature {request.temperature} is out of range: 0 is greedy, 1 is the model's own spread")
         c = llama_cpp
         self._c = c
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())

@@ -77,7 +77,7 @@ class Session(SteeredContext):
         self.pointer = c.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             reason = log.errors[-1] if log.errors else "no reason given"
-            raise EngineError(f"A context of {params.n_ctx} tokens could not be made ({reason}): use a smaller --n-ctx.")
+            raise EngineError(f"a context of {params.n_ctx} tokens could not be made ({reason}): use a smaller --n-ctx")
         self.memory = c.llama_get_memory(self.pointer)
         super().__init__(model, native.SteerContext(model.library, self.pointer, model.steer.n_embd))
         self._batch = c.llama_batch_init(limits.n_batch, 0, limits.n_seq)
@@ -106,7 +106,7 @@ class Session(SteeredContext):
         if code != 0:
             self.steer.raise_callback_error()
             if code == 1:
-                raise EngineError("The context is full: use a larger --n-ctx or a shorter prompt.")
+                raise EngineError("the context is full: use a larger --n-ctx or a shorter prompt")
             raise EngineError(f"llama.cpp failed to compute a batch (code {code}): {self.steer.error()}")
         for e in entries:
             for sequence in (e.sequence, *e.also):

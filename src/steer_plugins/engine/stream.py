@@ -81,7 +81,7 @@ class _Probe:
 
     def __init__(self, engine: LocalEngine, vectors: Sequence[SteeringVector]) -> None:
         if engine._read_callback is not None:
-            raise EngineError("Hidden states are read by a callback already: take it away with on_read(None) before probing.")
+            raise EngineError("hidden states are read by a callback already: take it away with on_read(None) before probing")
         self._places: dict[tuple[int, str], list[tuple[str, npt.NDArray[np.float64]]]] = {}
         for vector in vectors:
             check_fits(vector, engine._model)

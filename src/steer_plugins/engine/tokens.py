@@ -50,18 +50,18 @@ class TokenEngine(Engine):
 
     def _check_site(self, site: str) -> None:
         if site not in self.info.sites:
-            raise SpecError(f"Site '{site}' is not available in {self.info.architecture}: use {', '.join(self.info.sites)}.")
+            raise SpecError(f"site '{site}' is not available in {self.info.architecture}: use {', '.join(self.info.sites)}")
 
     def _named_layers(self, layers: Sequence[int] | None, site: str, stream: str) -> list[int] | None:
         """The layers to read in order, None for all that can be; checks the site and the stream too. Raises SpecError."""
         chosen = None if layers is None else sorted({int(il) for il in layers})
         bad = [il for il in chosen or () if not 0 <= il < self.info.n_layer]
         if bad or chosen == []:
-            what = f"Layer {bad[0]} does not exist" if bad else "No layer was named"
-            raise SpecError(f"{what}: this model has layers 0 to {self.info.n_layer - 1}.")
+            what = f"layer {bad[0]} does not exist" if bad else "no layer was named"
+            raise SpecError(f"{what}: this model has layers 0 to {self.info.n_layer - 1}")
         self._check_site(site)
         if stream not in ("mean", "all"):
-            raise SpecError(f"Unknown stream '{stream}': read the mean, or all.")
+            raise SpecError(f"unknown stream '{stream}': read the mean, or all")
         return chosen
 
     @abstractmethod

@@ -180,7 +180,7 @@ def read_trie(
             try:
                 index = [row_of[path[p - kept].sequences[0], p] for p in wanted[len(early) :]]  # noqa: B023
             except KeyError as missing:
-                raise EngineError(f"Position {missing.args[0][1]} was not read; please report this.") from None
+                raise EngineError(f"position {missing.args[0][1]} was not read; please report this") from None
             if not early:
                 return {il: one[index] for il, one in rows.items()}  # noqa: B023
             return {il: np.concatenate([trunk[il][early], one[index]]) for il, one in rows.items()}  # noqa: B023

@@ -166,7 +166,7 @@ def inspect_prompt(
 
     sequence, before = measure(Steering())
     if len(sequence) < 2:
-        raise DataError("The text is a single token, and the first one says nothing: write a longer prompt.")
+        raise DataError("the text is a single token, and the first one says nothing: write a longer prompt")
     return Inspection(
         vector=vector.name,
         poles=poles or _poles(vector.name),

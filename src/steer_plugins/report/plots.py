@@ -67,7 +67,7 @@ def _new_figure() -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise SteerError("Pictures need matplotlib: install it with: pip install 'steer-plugins[pictures]'") from None
+        raise SteerError("pictures need matplotlib: install it with: pip install 'steer-plugins[pictures]'") from None
     figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)  # no window, no display
     return figure

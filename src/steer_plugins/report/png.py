@@ -55,7 +55,7 @@ def check_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise SteerError(
-            "Pictures as PNG need matplotlib: install it with: pip install 'steer-plugins[pictures]', or write .html"
+            "pictures as PNG need matplotlib: install it with: pip install 'steer-plugins[pictures]', or write .html"
         ) from None
 
 

@@ -28,7 +28,7 @@ def default_model_path() -> Path:
     if named:
         path = Path(named).expanduser()
         if not path.is_file():
-            raise ModelError(f"STEER_MODEL={named} is no file; point it at a GGUF or unset it")
+            raise ModelError(f"STEER_MODEL={named} is not a file; point it at a GGUF or unset it")
         return path
     found = _in_wheel() or _in_cache()
     if found is None:

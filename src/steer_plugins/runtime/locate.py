@@ -92,7 +92,7 @@ def read_runtime(folder: Path) -> Runtime:
     try:
         meta = json.loads((folder / RUNTIME_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RuntimeMissing(f"{folder} is no finished runtime (no {RUNTIME_FILE}); run `steer build`") from None
+        raise RuntimeMissing(f"{folder} is not a finished runtime (no {RUNTIME_FILE}); run `steer build`") from None
     except (OSError, ValueError):
         meta = None
     if not isinstance(meta, dict) or meta.get("format") != 1:

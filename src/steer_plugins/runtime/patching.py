@@ -199,7 +199,7 @@ def load_patch_set(name: str, folder: Path | None = None) -> PatchSet:
     """
     folder = folder or patch_dir()
     if name != "default" and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise BuildError(f"{name!r} is no name of a patch version")
+        raise BuildError(f"{name!r} is not the name of a patch version")
     layers = [folder] if name == "default" else [folder, folder / "versions" / name]
     found: dict[str, Path] = {}
     for layer in layers:

@@ -114,7 +114,7 @@ def _as_file(text: str) -> tuple[str | None, float]:
     if any(re.search(r"[/\\]", part) for part in named) or head.endswith((".safetensors", ".gguf")):
         if re.search(r"\s[+-]\s|[?%@{\[]", text) and not Path(text).is_file() and not Path(head).is_file():
             how = "in an expression write its path in quotes, as in '\"./calm.gguf\":0.5 + mood'"
-            raise SpecError(f"{text!r:.90} is no file: {how}")
+            raise SpecError(f"{text!r:.90} is not a file: {how}")
         return parse_term(text)
     return None, 1.0
 
@@ -160,7 +160,7 @@ def from_json(data: Any) -> list[TermSpec]:
 def _term_from_json(number: int, item: Any) -> TermSpec:
     where = f"term {number}"
     if not isinstance(item, dict):
-        raise SpecError(f"{where} is no JSON object")
+        raise SpecError(f"{where} is not a JSON object")
     for key in item:
         if key not in ("vector", "strength", "layers", "op", "scope", "stream", "schedule", "gate"):
             raise SpecError(f"{where} has the unknown key {str(key)!r:.60}")
@@ -168,7 +168,7 @@ def _term_from_json(number: int, item: Any) -> TermSpec:
     if not isinstance(vector, str) or not vector:
         raise SpecError(f"{where} names no vector")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
-        raise SpecError(f"{where}: the strength of {vector!r} is no finite number")
+        raise SpecError(f"{where}: the strength of {vector!r} is not a finite number")
     layers = item.get("layers")
     if layers is not None:
         layers = _checked_window(where, layers)

@@ -42,9 +42,9 @@ class Term:
             raise SpecError(f"a term needs a SteeringVector, not {self.vector!r:.60}")
         name = self.vector.name
         if isinstance(self.strength, bool) or not _is_number(self.strength):
-            raise SpecError(f"the strength of {name!r} is {self.strength!r:.60}, which is no number")
+            raise SpecError(f"the strength of {name!r} is {self.strength!r:.60}, which is not a number")
         if not math.isfinite(self.strength):
-            raise SpecError(f"the strength of {name!r} is {self.strength}, which is no finite number")
+            raise SpecError(f"the strength of {name!r} is {self.strength}, which is not a finite number")
         object.__setattr__(self, "strength", float(self.strength))
         if self.op is not None and self.op not in OPS:
             raise SpecError(f"unknown op {self.op!r:.60} for {name!r}: use {', '.join(OPS)}")
@@ -133,7 +133,7 @@ class Steering:
             return cls((steering,))
         if isinstance(steering, Sequence) and not isinstance(steering, str | bytes):
             return cls(term for item in steering for term in cls.of(item).terms)
-        raise SpecError(f"{steering!r:.60} is no steering: give a SteeringVector, a Term, or a list of them")
+        raise SpecError(f"{steering!r:.60} is not a steering: give a SteeringVector, a Term, or a list of them")
 
     @property
     def gates(self) -> list[Gate]:
@@ -203,10 +203,10 @@ def parse_term(text: str) -> tuple[str, float]:
     if not head:
         raise SpecError(f"{text!r} names no vector before the colon: write NAME:STRENGTH, such as mood:0.8")
     if not _NUMBER.fullmatch(tail):
-        raise SpecError(f"{tail!r} is no number ({_at(len(head) + 1, text)}): write NAME:STRENGTH, such as mood:0.8")
+        raise SpecError(f"{tail!r} is not a number ({_at(len(head) + 1, text)}): write NAME:STRENGTH, such as mood:0.8")
     strength = float(tail)
     if not math.isfinite(strength):
-        raise SpecError(f"{tail!r} is no finite number ({_at(len(head) + 1, text)})")
+        raise SpecError(f"{tail!r} is not a finite number ({_at(len(head) + 1, text)})")
     return head, strength
 
 

@@ -274,11 +274,11 @@ MAX_LAYERS = 64
 def blueprint(architecture: str, *, n_layer: int | None, n_ctx: int) -> Blueprint:
     """The blueprint of an architecture; ``n_layer`` None takes its default depth. Raises ``ModelError``."""
     if architecture not in _RECIPES:
-        raise ModelError(f"There is no tiny model of architecture {architecture!r}; choose one of {', '.join(_RECIPES)}.")
+        raise ModelError(f"there is no tiny model of architecture {architecture!r}; choose one of {', '.join(_RECIPES)}")
     recipe = _RECIPES[architecture]
     n_layer = recipe.n_layer if n_layer is None else n_layer
     if not recipe.min_layers <= n_layer <= MAX_LAYERS:
-        raise ModelError(f"A tiny {architecture} cannot have {n_layer} layers; choose {recipe.min_layers} to {MAX_LAYERS}.")
+        raise ModelError(f"a tiny {architecture} cannot have {n_layer} layers; choose {recipe.min_layers} to {MAX_LAYERS}")
     if n_ctx < 1:
-        raise ModelError(f"A tiny model cannot have a context of {n_ctx} tokens; choose at least 1.")
+        raise ModelError(f"a tiny model cannot have a context of {n_ctx} tokens; choose at least 1")
     return recipe.build(architecture, n_layer, n_ctx)

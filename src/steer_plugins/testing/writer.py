@@ -52,12 +52,12 @@ def write(
     cannot be written.
     """
     if weights not in WEIGHTS:
-        raise ModelError(f"Unknown weight type {weights!r} for a tiny model; choose one of {', '.join(WEIGHTS)}.")
+        raise ModelError(f"unknown weight type {weights!r} for a tiny model; choose one of {', '.join(WEIGHTS)}")
     plan = blueprint(arch, n_layer=n_layer, n_ctx=n_ctx)
     if chat_template is not None:
         plan = replace(plan, chat_template=chat_template)
     if not 1 <= split <= len(plan.tensors):
-        raise ModelError(f"{len(plan.tensors)} tensors cannot be split into {split} files; choose a number in between.")
+        raise ModelError(f"{len(plan.tensors)} tensors cannot be split into {split} files; choose a number in between")
 
     target = Path(path)
     name = target.name if split == 1 else target.name.removesuffix(".gguf") + ".gguf"
@@ -70,7 +70,7 @@ def write(
             for file, final in reversed(list(zip(made, finished, strict=True))):
                 os.replace(file, final)
     except OSError as error:
-        raise ModelError(f"Cannot write the tiny model {str(target)!r}: {error.strerror or error}.") from error
+        raise ModelError(f"cannot write the tiny model {str(target)!r}: {error.strerror or error}") from error
     return finished
 
 

@@ -69,13 +69,13 @@ def load_labelled(path: str | Path) -> LabelledData:
     source, file = str(path), Path(path)
     try:
         if not file.is_file():
-            raise DataError(f"There is no file {source}: give a JSONL file of labelled prompts.")
+            raise DataError(f"there is no file {source}: give a JSONL file of labelled prompts")
         with file.open("rb") as opened:
             raw = opened.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise DataError(f"{source!r} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+        raise DataError(f"{source!r} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(raw) > MAX_FILE_BYTES:
-        raise DataError(f"{source} is larger than {MAX_FILE_BYTES // 1_000_000} MB: take a part of it.")
+        raise DataError(f"{source} is larger than {MAX_FILE_BYTES // 1_000_000} MB: take a part of it")
     prompts: list[Labelled] = []
     for number, line in enumerate(raw.split(b"\n"), start=1):
         try:
@@ -85,12 +85,12 @@ def load_labelled(path: str | Path) -> LabelledData:
         if text:
             prompts.append(_labelled(text, source, number))
         if len(prompts) > MAX_PROMPTS:
-            raise DataError(f"{source} holds more than {MAX_PROMPTS} prompts: take a part of them.")
+            raise DataError(f"{source} holds more than {MAX_PROMPTS} prompts: take a part of them")
     for label in (True, False):
         n = sum(p.label is label for p in prompts)
         if n < MIN_EACH:
             raise DataError(
-                f"{source} has {n} prompts labelled {str(label).lower()}: a gate needs at least {MIN_EACH} of either label."
+                f"{source} has {n} prompts labelled {str(label).lower()}: a gate needs at least {MIN_EACH} of either label"
             )
     return LabelledData(tuple(prompts), hashlib.sha256(raw).hexdigest(), file.name)
 
@@ -156,7 +156,7 @@ def fit_gate(
         prompt = chat(one.prompt) if wrap and isinstance(one.prompt, str) else one.prompt
         tokens = engine.tokenize(prompt, thinking=thinking)
         if len(tokens) < MIN_PROMPT:
-            raise DataError(f"Prompt {i} of {data.file} has {len(tokens)} tokens: a gate needs at least {MIN_PROMPT}.")
+            raise DataError(f"prompt {i} of {data.file} has {len(tokens)} tokens: a gate needs at least {MIN_PROMPT}")
         texts.append(tokens[:-1])
     found = engine.read(texts, layers=chosen, positions=positions, progress=progress)
     states = {il: np.stack([_unit(a.values[il][0].astype(np.float64)) for a in found]) for il in chosen}
@@ -243,7 +243,7 @@ def _unseen_scores(states: Floats, labels: npt.NDArray[np.bool_], given: Floats 
 def _difference(states: Floats, labels: npt.NDArray[np.bool_]) -> Floats:
     difference: Floats = states[labels].mean(axis=0) - states[~labels].mean(axis=0)
     if not np.linalg.norm(difference) > 1e-9:
-        raise DataError("The prompts of both labels have the same states: a gate cannot tell them apart.")
+        raise DataError("the prompts of both labels have the same states: a gate cannot tell them apart")
     return difference
 
 

@@ -119,9 +119,9 @@ class Training:
         self.name = check_name(name)
         self.options = options
         if options.calibrate not in LEVELS:
-            raise SpecError(f"Unknown calibration '{options.calibrate}': use {', '.join(LEVELS)}.")
+            raise SpecError(f"unknown calibration '{options.calibrate}': use {', '.join(LEVELS)}")
         if options.scope is not None and options.scope not in SCOPES:
-            raise SpecError(f"Unknown scope '{options.scope}': use {', '.join(SCOPES)}.")
+            raise SpecError(f"unknown scope '{options.scope}': use {', '.join(SCOPES)}")
         self.level: Level | None = level_of(options.calibrate)
         self.method: Method = manager().find("methods", options.method)
         self.trait = source if isinstance(source, Trait) else None
@@ -138,7 +138,7 @@ class Training:
         wanted = None if options.layers is None else sorted(set(options.layers))
         if wanted is not None and not (wanted and 0 <= wanted[0] <= wanted[-1] < n_layer):
             named = layer_ranges(wanted) if wanted else "''"
-            raise SpecError(f"Layers {named} do not all lie in this model: it has 0 to {n_layer - 1}.")
+            raise SpecError(f"layers {named} do not all lie in this model: it has 0 to {n_layer - 1}")
         self.window = None if wanted is None else (wanted[0], wanted[-1])
         self.fit_options = FitOptions(
             layers=layers_to_read(n_layer) if wanted is None else tuple(wanted),
@@ -320,7 +320,7 @@ def check_source(vector: SteeringVector, source: Trait | ContrastData) -> None:
         what = f"the trait '{source.name}'" if isinstance(source, Trait) else f"{data.extra.get('file', 'the data')}"
         raise DataError(
             f"{what} is not what '{vector.name}' was fitted to (sha256 {data.sha256[:12]}, not {wanted[:12]}): "
-            "find the old version, or fit a new vector."
+            "find the old version, or fit a new vector"
         )
 
 
@@ -356,7 +356,7 @@ def _a(kind: type, value: Any) -> Any:
 
 def _with_baseline(data: ContrastData, wanted: bool | None) -> ContrastData:
     if wanted and not data.has_baseline:
-        raise DataError('The pairs have no baseline: give each line a third side, "baseline", or leave --baseline out.')
+        raise DataError('the pairs have no baseline: give each line a third side, "baseline", or leave --baseline out')
     if wanted is False and data.has_baseline:
         return replace(data, pairs=tuple(replace(pair, baseline=None) for pair in data.pairs))
     return data
@@ -365,5 +365,5 @@ def _with_baseline(data: ContrastData, wanted: bool | None) -> ContrastData:
 def _within(window: tuple[int, int], layers: list[int]) -> tuple[int, int]:
     """The window, if any layer in it has a direction."""
     if not any(window[0] <= il <= window[1] for il in layers):
-        raise DataError(f"Layers {window[0]}-{window[1]} got no direction: the examples read the same there.")
+        raise DataError(f"layers {window[0]}-{window[1]} got no direction: the examples read the same there")
     return window

@@ -32,7 +32,7 @@ class Archive:
         try:
             self._zip = zipfile.ZipFile(path)
         except _ZIP_ERRORS:
-            raise VectorError("it is no zip archive, or truncated") from None
+            raise VectorError("it is not a zip archive, or is truncated") from None
         try:
             infos = self._zip.infolist()
             self.sizes = {info.filename: info.file_size for info in infos}
@@ -92,12 +92,12 @@ class NpyArray:
         size = archive.sizes[member]
         start = archive.part(member, 0, min(size, 4096))
         if start[:6] != b"\x93NUMPY" or len(start) < 12 or start[6] not in (1, 2, 3):
-            raise VectorError(f"its {clip(member)} is no .npy array")
+            raise VectorError(f"its {clip(member)} is not a .npy array")
         width = 2 if start[6] == 1 else 4
         length = int.from_bytes(start[8 : 8 + width], "little")
         match = _NPY.fullmatch(start[8 + width : 8 + width + length])
         if not match:
-            raise VectorError(f"its {clip(member)} is no plain array of numbers")
+            raise VectorError(f"its {clip(member)} is not a plain array of numbers")
         self.dtype = np.dtype(match[1].decode())
         self.fortran = match[2] == b"True"
         self.shape = tuple(int(n) for n in match[3].replace(b" ", b"").split(b",") if n)

@@ -102,9 +102,9 @@ def number(value: object) -> float | None:
 def numbers(value: object, what: str) -> np.ndarray:
     """A JSON list of numbers as float64 [n]. Raises VectorError."""
     if not isinstance(value, list) or not value:
-        raise VectorError(f"{what} is no list of numbers")
+        raise VectorError(f"{what} is not a list of numbers")
     if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
-        raise VectorError(f"{what} holds something that is no number")
+        raise VectorError(f"{what} holds something that is not a number")
     try:
         return np.array(value, np.float64)
     except OverflowError:

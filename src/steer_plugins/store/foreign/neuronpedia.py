@@ -52,7 +52,7 @@ def place_of_hook(hook: object, layer: object = None) -> tuple[int, str]:
         raise VectorError(f"its hook is {clip(hook)}, and its layer {block}")
     if match[2] == "resid_pre":
         if block == 0:
-            raise VectorError("it acts on the input of block 0, the embedding, which is no layer's output")
+            raise VectorError("it acts on the input of block 0, the embedding, which is not a layer's output")
         block -= 1
     return block, _SITES[match[2]]
 

@@ -29,7 +29,7 @@ def read(path: Path, facts: Facts = NO_FACTS) -> SteeringVector:
     with reading(path), Archive(path) as archive:
         odd = [name for name in archive.sizes if not name.endswith(".npy")]
         if odd or not archive.sizes:
-            raise VectorError(f"it has {clip(odd[0])} in it, which is no array" if odd else "it holds no array")
+            raise VectorError(f"it has {clip(odd[0])} in it, which is not an array" if odd else "it holds no array")
         arrays = {name.removesuffix(".npy"): NpyArray(archive, name) for name in archive.sizes}
         said: dict[str, str] = {}
         for name in [name for name in arrays if _TEXT.fullmatch(name)]:

@@ -96,7 +96,7 @@ def _safetensors_row(path: Path, feature: int | None) -> tuple[np.ndarray, int]:
         total = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if length < 2 or length > min(MAX_HEADER_BYTES, total - 8):
-            raise VectorError("it is no safetensors file, or truncated")
+            raise VectorError("it is not a safetensors file, or is truncated")
         header = _json_object(file.read(length), "safetensors header")
         entry = header.get("W_dec")
         if not isinstance(entry, dict):

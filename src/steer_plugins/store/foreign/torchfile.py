@@ -283,7 +283,7 @@ def _program(archive: Archive) -> tuple[bytes, str]:
     """(what ``data.pkl`` holds, the folder of the archive's members)."""
     names = [name for name in archive.sizes if name == "data.pkl" or re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(names) != 1:
-        raise VectorError("it is no file of torch.save: an archive with one data.pkl")
+        raise VectorError("it is not a file of torch.save: an archive with one data.pkl")
     return archive.whole(names[0], _MAX_PICKLE), names[0].removesuffix("data.pkl")
 
 

@@ -90,7 +90,7 @@ class ContrastObjective(Objective):
             else:
                 self._add_texts(engine, pair)
         if not self._items:
-            raise DataError("None of the held-out pairs has answers that could be scored: give longer texts or answers.")
+            raise DataError("none of the held-out pairs has answers that could be scored: give longer texts or answers")
 
     def scores(self, engine: Engine, steering: Any, replies: Sequence[Generation], n: int) -> list[float]:
         """Contrasts of the first ``n`` held-out pairs; the replies are not looked at."""

@@ -313,8 +313,8 @@ class Sweep:
         if winner is not None:
             return self._result(*self._rising(winner))
         raise DataError(
-            f"No dose of '{self.fitted.name}' keeps the text fluent while it moves it: use clearer examples, other "
-            "--layers, or --calibrate none."
+            f"no dose of '{self.fitted.name}' keeps the text fluent while it moves it: use clearer examples, other "
+            "--layers, or --calibrate none"
         )
 
     def _confirm(self, trial: Trial) -> Trial | None:

@@ -156,8 +156,8 @@ _NEAR_ZERO = 1e-7
 """A difference shorter than this part of the median norm is rounding, not a direction."""
 
 _SAME = (
-    "The positive and the negative examples read the same at every layer: give examples that differ where they are read, or "
-    "read elsewhere with --positions."
+    "the positive and the negative examples read the same at every layer: give examples that differ where they are read, or "
+    "read elsewhere with --positions"
 )
 
 
@@ -176,7 +176,7 @@ def fit_layers(
         positive, negative = contrast.positive[layer].astype(np.float64), contrast.negative[layer].astype(np.float64)
         baseline = None if contrast.baseline is None else contrast.baseline[layer].astype(np.float64)
         if not all(np.isfinite(side).all() for side in (positive, negative, baseline) if side is not None):
-            raise DataError(f"The model's hidden states at layer {layer} are not finite: it cannot be fitted to.")
+            raise DataError(f"the model's hidden states at layer {layer} are not finite: it cannot be fitted to")
         apart = float(np.sqrt(((positive - negative) ** 2).sum(axis=1).mean()))
         if apart <= _NEAR_ZERO * contrast.norms[layer]:
             continue
@@ -223,7 +223,7 @@ def fit_directions(method: Method, contrast: Contrast, options: FitOptions) -> F
         strengths[layer] = step / contrast.norms[layer]
         shares[str(layer)] = round(along, 4)
     if not directions:
-        raise DataError("Nothing is left of the directions without the neutral one: fit without --remove-neutral.")
+        raise DataError("nothing is left of the directions without the neutral one: fit without --remove-neutral")
     accuracy = {layer: value for layer, value in result.accuracy.items() if layer in directions}
     return FitResult(directions, strengths, {**result.notes, "neutral_removed": shares}, accuracy)
 

@@ -46,11 +46,11 @@ def load_pairs(path: str | Path) -> ContrastData:
         if text:
             pairs.append(_pair(text, source, number))
         if len(pairs) > MAX_PAIRS:
-            raise DataError(f"{source} holds more than {MAX_PAIRS} pairs: take a part of them.")
+            raise DataError(f"{source} holds more than {MAX_PAIRS} pairs: take a part of them")
         if text and (pairs[-1].baseline is None) != (pairs[0].baseline is None):
             _refuse(source, number, 'differs from the lines before, some have a "baseline" and others none: make them alike')
     if not pairs:
-        raise DataError(f'{source} holds no pairs: write {{"positive": ..., "negative": ...}} on each line.')
+        raise DataError(f'{source} holds no pairs: write {{"positive": ..., "negative": ...}} on each line')
     return ContrastData("pairs", tuple(pairs), hashlib.sha256(raw).hexdigest(), {"file": Path(path).name})
 
 
@@ -80,7 +80,7 @@ def hold_out(data: ContrastData, seed: int = 0) -> tuple[ContrastData, tuple[Pai
     if n < HELDOUT_SHARE:
         raise DataError(
             f"{n} pair{'s are' if n > 1 else ' is'} too few to hold a fifth out for calibration: "
-            f"give at least {HELDOUT_SHARE}, or use --calibrate none."
+            f"give at least {HELDOUT_SHARE}, or use --calibrate none"
         )
     held = set(random.Random(seed).sample(range(n), n // HELDOUT_SHARE))
     train = tuple(pair for i, pair in enumerate(data.pairs) if i not in held)
@@ -100,14 +100,14 @@ def _read(path: Path, source: str) -> bytes:
     try:
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
-            raise DataError(f"The pairs file {source} {what}: give the path of a JSONL file.")
+            raise DataError(f"the pairs file {source} {what}: give the path of a JSONL file")
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"The pairs file {source!r} cannot be read ({reason}): check its path and permissions.") from None
+        raise DataError(f"the pairs file {source!r} cannot be read ({reason}): check its path and permissions") from None
     if len(raw) > MAX_FILE_BYTES:
-        raise DataError(f"The pairs file {source} is larger than {MAX_FILE_BYTES // 1_000_000} MB: take a part of it.")
+        raise DataError(f"the pairs file {source} is larger than {MAX_FILE_BYTES // 1_000_000} MB: take a part of it")
     return raw
 
 
@@ -119,7 +119,7 @@ def _pair(text: str, source: str, line: int) -> Pair:
     except json.JSONDecodeError as error:
         _refuse(source, line, f"is not JSON (column {error.colno}, {error.msg}): write one object on each line")
     except (RecursionError, ValueError):  # nested without end, or a number with thousands of digits
-        _refuse(source, line, "is no pair: it should hold a flat JSON object")
+        _refuse(source, line, "is not a pair: it should hold a flat JSON object")
     if not isinstance(data, dict):
         _refuse(source, line, f"holds {_kind(data)}: write an object with the keys positive and negative")
     for key in _SIDES:
@@ -175,7 +175,7 @@ def _text(value: Any, key: str, source: str, line: int) -> str:
 
 
 def _refuse(source: str, line: int, what: str) -> NoReturn:
-    raise DataError(f"{source}, line {line}: {what}.")
+    raise DataError(f"{source}, line {line}: {what}")
 
 
 class _TwiceError(Exception):

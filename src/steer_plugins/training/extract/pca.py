@@ -31,8 +31,8 @@ class PCADifference:
             scale = float(np.abs(rows).max(initial=0.0))
             return _oriented(first_component(rows - rows.mean(axis=0), scale), positive, negative)
 
-        why = "The pairs differ by one and the same amount at every layer, so their differences have no main direction"
-        return fit_layers(contrast, one, nothing=f"{why}: use --method pca_center or mean_difference.")
+        why = "the pairs differ by one and the same amount at every layer, so their differences have no main direction"
+        return fit_layers(contrast, one, nothing=f"{why}: use --method pca_center or mean_difference")
 
 
 class PCACentred:

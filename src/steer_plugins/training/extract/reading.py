@@ -80,18 +80,18 @@ def read_contrast(engine: Engine, data: ContrastData, options: FitOptions, *, pr
 
 def _check(data: ContrastData, options: FitOptions) -> None:
     if options.positions not in POSITIONS:
-        raise DataError(f"Unknown positions '{options.positions}': use {', '.join(POSITIONS)}.")
+        raise DataError(f"unknown positions '{options.positions}': use {', '.join(POSITIONS)}")
     for pair in data.pairs:
         if options.positions == "last" and pair.same_prompt:
             _refuse(pair, "has the same prompt on both sides, so its last token tells nothing: use --positions response")
         if options.positions == "answer" and any(side.response is None for side in pair.sides):
             _refuse(pair, "gives no answer to read inside: end both chats with an assistant's message")
         if options.positions == "thinking" and any(isinstance(side.prompt, str) for side in pair.sides):
-            _refuse(pair, "is of plain texts, in which nobody thinks: write chats, or use --positions response")
+            _refuse(pair, "contains plain text, which has no thinking section: write chats, or use --positions response")
 
 
 def _refuse(pair: Pair, what: str) -> NoReturn:
-    raise DataError(f"{f'Line {pair.line}' if pair.line else 'A pair'} {what}.")
+    raise DataError(f"{f'line {pair.line}' if pair.line else 'a pair'} {what}")
 
 
 def _generates(side: Side, options: FitOptions) -> bool:
@@ -128,8 +128,8 @@ def _items_of_pairs(engine: Engine, pairs: Sequence[Pair], options: FitOptions) 
             kept.append(whole)
     if not kept:
         if thoughts is not None:
-            raise DataError("The model thinks in no pair: use a model that thinks, or another --positions.")
-        raise DataError("The model answers no pair with any text: give the answers in the pairs, or use --positions last.")
+            raise DataError("the model thinks in no pair: use a model that thinks, or another --positions")
+        raise DataError("the model answers no pair with any text: give the answers in the pairs, or use --positions last")
     return kept
 
 
@@ -291,5 +291,5 @@ def _median(il: int, parts: Sequence[np.ndarray]) -> float:
     joined = np.concatenate(parts)
     norm = float(np.median(joined)) if joined.size else float("nan")
     if not np.isfinite(norm) or norm <= 0.0:
-        raise DataError(f"The hidden states at layer {il} have no usable length: the texts are too short to read.")
+        raise DataError(f"the hidden states at layer {il} have no usable length: the texts are too short to read")
     return norm

@@ -89,42 +89,40 @@ def load_trait(path_or_name: str | Path) -> Trait:
     try:
         if not path.is_file():
             if path.exists():
-                raise DataError(f"{_shown(source)} is not a file: give the path of a trait file (JSON).")
+                raise DataError(f"{_shown(source)} is not a file: give the path of a trait file (JSON)")
             names = _listed(bundled_traits())
-            raise DataError(f"There is no trait {_shown(source)}: name one of {names}, or give the path of a trait file.")
+            raise DataError(f"there is no trait {_shown(source)}: name one of {names}, or give the path of a trait file")
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise DataError(
-            f"The trait file {_shown(source)} cannot be read ({error.strerror}): check its path and its permissions."
+            f"the trait file {_shown(source)} cannot be read ({error.strerror}): check its path and its permissions"
         ) from None
     return Trait.from_dict(_parse(raw, source), source)
 
 
 def _parse(raw: bytes, source: str) -> object:
     if len(raw) > MAX_FILE_BYTES:
-        raise DataError(f"The trait file {source} is larger than {MAX_FILE_BYTES // 1_000_000} MB: shorten it.")
+        raise DataError(f"the trait file {source} is larger than {MAX_FILE_BYTES // 1_000_000} MB: shorten it")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"The trait file {source} is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
+        raise DataError(f"the trait file {source} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except DataError as error:
-        raise DataError(f"The trait file {source} {error}") from None
+        raise DataError(f"the trait file {source} {error}") from None
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"The trait file {source} is not JSON (line {error.lineno}, column {error.colno}): {error.msg}."
-        ) from None
+        raise DataError(f"the trait file {source} is not JSON (line {error.lineno}, column {error.colno}): {error.msg}") from None
     except (RecursionError, ValueError):  # nested without end, or a number with thousands of digits
-        raise DataError(f"The trait file {source} is not a trait: it should hold a flat JSON object.") from None
+        raise DataError(f"the trait file {source} is not a trait: it should hold a flat JSON object") from None
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:
-            raise DataError(f'has the key "{key}" twice: keep one of them.')
+            raise DataError(f'has the key "{key}" twice: keep one of them')
         found[key] = value
     return found
 
@@ -132,28 +130,28 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _check(data: object, source: str) -> Trait:
     """Every field of a trait, checked; the first thing that is wrong is raised as DataError."""
     if not isinstance(data, dict):
-        raise DataError(f"{source} holds {_kind(data)}: a trait is a JSON object with the keys {_listed(_REQUIRED)}.")
+        raise DataError(f"{source} holds {_kind(data)}: a trait is a JSON object with the keys {_listed(_REQUIRED)}")
     if data.get("format", TRAIT_FORMAT) != TRAIT_FORMAT:
-        raise DataError(f'{source} has the format {_shown(data["format"])}: this version reads "{TRAIT_FORMAT}".')
+        raise DataError(f'{source} has the format {_shown(data["format"])}: this version reads "{TRAIT_FORMAT}"')
     _check_keys(data, source, "", _REQUIRED, _OPTIONAL)
 
     name = _string(data["name"], source, "name")
     if not _NAME.fullmatch(name) or name.endswith("."):
         raise DataError(
             f"{source}: the name {_shown(name)} is not usable: take up to 64 letters, digits, '_', '-' and '.', "
-            "a letter or digit first."
+            "a letter or digit first"
         )
     metric = data.get("metric")
     poles = {pole: _string(word, source, f"poles.{pole}") for pole, word in _two_poles(data, source, "poles").items()}
     if poles["positive"] == poles["negative"]:
-        raise DataError(f"{source}: both poles are called {_shown(poles['positive'])}: give each a word of its own.")
+        raise DataError(f"{source}: both poles are called {_shown(poles['positive'])}: give each a word of its own")
     train = _strings(data["train_prompts"], source, "train_prompts")
     heldout = _strings(data["heldout_prompts"], source, "heldout_prompts")
     trained = {_folded(prompt) for prompt in train}
     for prompt in heldout:
         if _folded(prompt) in trained:
             raise DataError(
-                f"{source}: {_shown(prompt)} is both a training and a held-out prompt: take it out of one of the lists."
+                f"{source}: {_shown(prompt)} is both a training and a held-out prompt: take it out of one of the lists"
             )
     return Trait(
         name=name,
@@ -175,18 +173,18 @@ def _system(data: dict[str, object], source: str) -> dict[str, tuple[str, ...]]:
     if len(positive) != len(negative):
         raise DataError(
             f"{source}: system.positive holds {len(positive)} prompts and system.negative {len(negative)}: "
-            "they go in pairs, so give as many of each."
+            "they go in pairs, so give as many of each"
         )
     for prompt in positive:
         if _folded(prompt) in {_folded(other) for other in negative}:
-            raise DataError(f"{source}: both poles have the system prompt {_shown(prompt)}: they need to differ.")
+            raise DataError(f"{source}: both poles have the system prompt {_shown(prompt)}: they need to differ")
     return system
 
 
 def _two_poles(data: dict[str, object], source: str, field: str) -> dict[str, object]:
     value = data[field]
     if not isinstance(value, dict):
-        raise DataError(f'{source}: "{field}" is {_kind(value)}: it needs the keys {_listed(_POLES)}.')
+        raise DataError(f'{source}: "{field}" is {_kind(value)}: it needs the keys {_listed(_POLES)}')
     _check_keys(value, source, f"{field}.", _POLES, ())
     return value
 
@@ -194,23 +192,23 @@ def _two_poles(data: dict[str, object], source: str, field: str) -> dict[str, ob
 def _check_keys(data: dict[str, object], source: str, prefix: str, required: Iterable[str], optional: Iterable[str]) -> None:
     for key in required:
         if key not in data:
-            raise DataError(f'{source} lacks the key "{prefix}{key}": add it.')
+            raise DataError(f'{source} lacks the key "{prefix}{key}": add it')
     for key in data:
         if key not in (*required, *optional):
-            raise DataError(f"{source} has the unknown key {_shown(prefix + key)}: correct or remove it.")
+            raise DataError(f"{source} has the unknown key {_shown(prefix + key)}: correct or remove it")
 
 
 def _strings(value: object, source: str, field: str) -> tuple[str, ...]:
     """A list of at least one non-blank string, none of them twice."""
     if not isinstance(value, (list, tuple)):
-        raise DataError(f'{source}: "{field}" is {_kind(value)}: it should be a list of strings.')
+        raise DataError(f'{source}: "{field}" is {_kind(value)}: it should be a list of strings')
     if not value:
-        raise DataError(f'{source}: "{field}" is empty: it needs at least one prompt.')
+        raise DataError(f'{source}: "{field}" is empty: it needs at least one prompt')
     seen = set()
     for index, item in enumerate(value):
         text = _string(item, source, f"{field}[{index}]")
         if _folded(text) in seen:
-            raise DataError(f'{source}: "{field}" holds {_shown(text)} twice: keep one of them.')
+            raise DataError(f'{source}: "{field}" holds {_shown(text)} twice: keep one of them')
         seen.add(_folded(text))
     return tuple(value)
 
@@ -218,16 +216,16 @@ def _strings(value: object, source: str, field: str) -> tuple[str, ...]:
 def _string(value: object, source: str, field: str) -> str:
     text = _text(value, source, field)
     if not text.strip():
-        raise DataError(f'{source}: "{field}" is blank: write something there.')
+        raise DataError(f'{source}: "{field}" is blank: write something there')
     return text
 
 
 def _text(value: object, source: str, field: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f'{source}: "{field}" is {_kind(value)}: it should be a string.')
+        raise DataError(f'{source}: "{field}" is {_kind(value)}: it should be a string')
     # JSON can spell both, and neither survives the way to a model: the text is passed on as UTF-8 in a C string.
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f'{source}: "{field}" holds a NUL or half a surrogate pair: remove that character.')
+        raise DataError(f'{source}: "{field}" holds a NUL or half a surrogate pair: remove that character')
     return value
 
 
