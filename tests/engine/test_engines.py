@@ -482,7 +482,7 @@ def test_bad_requests(engines: Any) -> None:
         (lambda: engine.generate_many([GenerateRequest(PROMPT, max_tokens=-1)]), SpecError, "max_tokens"),
         (lambda: engine.generate(PROMPT, temperature=-1.0), SpecError, "temperature -1.0 is out of range"),
         (lambda: engine.generate(PROMPT, temperature=float("nan")), SpecError, "temperature nan is out of range"),
-        (lambda: engine.generate(PROMPT, steering="loud"), SpecError, "'loud' is no steering"),
+        (lambda: engine.generate(PROMPT, steering="loud"), SpecError, "'loud' is not a steering"),
         (lambda: engine.generate(PROMPT, steering=Term(v, 1e300)), SteerError, "too large"),
         (lambda: engine.generate(PROMPT, steering=Term(v, 1.0, stream=1)), SteerError, "tream 1"),
         (lambda: deepseek.generate(PROMPT, steering=Term(writer, stream=1)), SteerError, "tream"),

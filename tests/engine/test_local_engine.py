@@ -388,7 +388,7 @@ def test_a_failing_callback_surfaces(engines: Any) -> None:
         install()
         with pytest.raises(Mine, match="from the callback"):
             engine.generate(PROMPT + " never", max_tokens=8)
-        with pytest.raises(EngineError, match="No reply is being generated"):
+        with pytest.raises(EngineError, match="no reply is being generated"):
             engine.steer_running(None)
         remove()
         assert engine.generate(PROMPT, max_tokens=8).tokens == want

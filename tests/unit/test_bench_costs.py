@@ -212,7 +212,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     check_folder(tmp_path / "new" / "deep", "speed")
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "deep"):
-        with pytest.raises(DataError, match="is no folder"):
+        with pytest.raises(DataError, match="is not a folder"):
             check_folder(folder, "speed")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text('{"manifest_version": 3}')
@@ -239,7 +239,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
         (["--reporter", "nix", "--out", "x"], "there is no reporter named 'nix': choose from "),
         (["--reporter", "html"], "name a folder with --out"),
         (["--overwrite"], "name its folder with --out"),
-        (["--out", "file"], "file is no folder"),
+        (["--out", "file"], "file is not a folder"),
         (["--out", "speedy"], "speedy holds a report"),
         (["--out", "x", "--model", "nix.gguf"], "there is no model file nix.gguf"),
     ],

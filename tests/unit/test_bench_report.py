@@ -145,7 +145,7 @@ def test_comparing() -> None:
         ({"manifest.json": "{}"}, "is not one that steer bench writes"),
         ({"manifest.json": '{"format": "steer-bench-control-v1", "summary": {}}'}, "results.jsonl cannot be read"),
         ({"manifest.json": '{"format": "steer-bench-control-v1", "summary": {}}', "results.jsonl": "x"}, "is not JSON lines"),
-        ({"manifest.json": '{"format": "steer-bench-control-v1", "summary": {}}', "results.jsonl": "3"}, "no JSON object"),
+        ({"manifest.json": '{"format": "steer-bench-control-v1", "summary": {}}', "results.jsonl": "3"}, "not a JSON object"),
     ],
 )
 def test_reading_what_is_no_report(tmp_path: Path, files: dict[str, str], sentence: str) -> None:

@@ -100,7 +100,7 @@ def test_help_imports_nothing_heavy():
 
 def test_wrong_usage(capsys):
     assert main(["shw"]) == 2
-    assert "No such command 'shw'" in capsys.readouterr().err
+    assert "no such command 'shw'" in capsys.readouterr().err
     assert main(["show", "--colour"]) == 2
     assert "--colour" in capsys.readouterr().err
 
@@ -275,7 +275,7 @@ def test_show_json(vector, tmp_path, capsys):
 
 def test_show_of_what_is_not_there(capsys):
     assert main(["show", "mood"]) == 1
-    assert capsys.readouterr().err == "steer: No vector 'mood' in the library: fit it with: steer train mood\n"
+    assert capsys.readouterr().err == "steer: no vector 'mood' in the library: fit it with: steer train mood\n"
     assert main(["show", "./mood.safetensors"]) == 1
     assert "no vector file" in capsys.readouterr().err
     assert main(["show", "mood", "--model", "none.gguf"]) == 1

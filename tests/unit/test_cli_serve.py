@@ -200,7 +200,7 @@ def test_servers_that_fail(binary: Path, tmp_path: Path) -> None:
     loading.clear()
     server.start(None, env={"FAKE_MODE": "never"})
     assert loading.wait(60)
-    with pytest.raises(EngineError, match=r"not loaded its model in 0.1 s: .* It said last: load_model"):
+    with pytest.raises(EngineError, match=r"not loaded its model in 0.1 s: .* .it said last: load_model"):
         server.wait_ready(0.1)
     server.stop()
     server.start(None)
@@ -442,7 +442,7 @@ def test_flags() -> None:
         (["--models-dir", "x"], None, ["--models-dir", "x"]),
     ):
         assert split_flags(given) == (None if name is None else Path(name), rest)
-    for given, sentence in (([here, "-m", here], "Name one model"), (["-m"], "needs a file")):
+    for given, sentence in (([here, "-m", here], "name one model"), (["-m"], "needs a file")):
         with pytest.raises(click.UsageError, match=sentence):
             split_flags(given)
     with pytest.raises(ModelError, match="no model file"):
@@ -514,4 +514,4 @@ def test_server_or_model(model: Path) -> None:
     assert "no model file" in run("generate", "-m", "none.gguf", "go", STEER_SERVER="http://127.0.0.1:1")[2]
     assert "no server answers at http://127.0.0.1:1" in run("generate", "go", STEER_SERVER="127.0.0.1:1")[2]
     for command in (["train", "mood"], ["read", "x", "-o", "nothing.safetensors"], ["demo"]):
-        assert "No server answers" in run(*command, "--server", "http://127.0.0.1:1")[2]
+        assert "no server answers" in run(*command, "--server", "http://127.0.0.1:1")[2]

@@ -215,7 +215,7 @@ BAD_INPUT = {
     ("read", "hi", "--out", "pairs.jsonl"): "exists",
     ("read", "hi", "--out", "a.safetensors", "--layers", "a"): "--layers 'a'",
     ("read", "hi", "--out", "a.safetensors", "--layers", "-1"): "--layers '-1'",
-    ("read", "hi", "--out", "a.safetensors", "--positions", "0-99999999"): "no range",
+    ("read", "hi", "--out", "a.safetensors", "--positions", "0-99999999"): "not a range",
     ("read", "hi", "--out", "a.safetensors", "--positions", "first"): "--positions 'first'",
 }
 

@@ -254,7 +254,7 @@ def test_answer_reads_the_last_token_of_the_given_answer():
     n = len(engine.tokenize(pairs[0].positive.prompt))
     assert found.positive[0][0].tolist() == [1, 1, (n + 3) / 1024, 0] and not engine.generated
     for pair in (Pair(Side(chat("hm", "joy")), Side(chat("hm", "woe")), line=3), Pair(Side("joy"), Side("woe"), line=3)):
-        with pytest.raises(DataError, match="Line 3 gives no answer"):
+        with pytest.raises(DataError, match="line 3 gives no answer"):
             read_contrast(engine, data(pair), options(positions="answer"))
 
 
@@ -280,7 +280,7 @@ def test_a_template_may_open_the_thought():
     n = len(engine.tokenize(pair.positive.prompt))
     assert read_contrast(engine, data(pair), options(positions="thinking")).positive[0][0, 2] == (n + 1) / 1024
     closed = Pair(Side(chat("<think></think>"), "joy"), Side(chat("<think></think>"), "woe"), line=2)
-    with pytest.raises(DataError, match="Line 2 holds an answer without <think>"):
+    with pytest.raises(DataError, match="line 2 holds an answer without <think>"):
         read_contrast(engine, data(closed), options(positions="thinking"))
 
 
@@ -293,7 +293,7 @@ def test_thoughts_are_generated_where_they_are_missing():
     assert all(request.thinking for request in engine.generated)
     with pytest.raises(DataError, match="the model thinks in no pair"):
         read_contrast(engine, data(pairs[1]), options(positions="thinking"))
-    with pytest.raises(DataError, match="plain texts, in which nobody thinks"):
+    with pytest.raises(DataError, match="contains plain text, which has no thinking section"):
         read_contrast(engine, numbered(2), options(positions="thinking"))
 
 
@@ -331,7 +331,7 @@ def test_equal_prompts_cannot_be_read_at_the_last_token():
     pair = Pair(Side(chat("hm"), "joy"), Side(chat("hm"), "woe"), line=7)
     assert data(pair).default_positions() == "response"
     for call in (read_contrast, plan_reading):
-        with pytest.raises(DataError, match="Line 7 .* --positions response"):
+        with pytest.raises(DataError, match="line 7 .* --positions response"):
             call(FakeEngine(), data(pair), options())
 
 

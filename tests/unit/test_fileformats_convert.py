@@ -175,7 +175,7 @@ def test_off_by_one_writers(convert: Run, folder: Path) -> None:
         (["mood.safetensors", "v.pt", "--to", "torch"], "the format torch can only be read"),
         (["mood.safetensors", "v.pt", "--to", "onnx"], "there is no format named 'onnx'"),
         (["mood.safetensors", "v.npz", "--from", "onnx"], "there is no format named 'onnx'"),
-        (["mood.safetensors", "v.npz", "--from", "npz"], "no zip archive"),
+        (["mood.safetensors", "v.npz", "--from", "npz"], "not a zip archive"),
         (["mood.safetensors", "mood.safetensors"], "exists: choose another file, or replace it with --force"),
         (["nothing.gguf", "v.npz"], "no vector file nothing.gguf"),
         (["nothing.gguf", "v.npz", "--from", "glp"], "no vector file nothing.gguf"),

@@ -162,7 +162,7 @@ def test_a_vocabulary_of_129000_tokens_takes_a_second_at_most(path):
         ({"values": {"llama.nextn_predict_layers": 3}}, ["claims 0 layers"]),
         ({"values": {"llama.embedding_length": 0}}, ["of 0 numbers"]),
         ({"values": {"llama.hyper_connection.count": 0}}, ["0 streams"]),
-        ({"architecture": "controlvector", "values": {"controlvector.block_count": None}}, ["no language model"]),
+        ({"architecture": "controlvector", "values": {"controlvector.block_count": None}}, ["not a language model"]),
         ({"tokens": None}, ["no token list"]),
     ],
 )

@@ -46,7 +46,7 @@ def test_nothing_is_created_before_the_first_put(library):
 
 
 def test_the_sentence():
-    sentence = """No vector 'mood' for this model (llama 4x8 "Tiny Llama"): fit it with: steer train mood"""
+    sentence = """no vector 'mood' for this model (llama 4x8 "Tiny Llama"): fit it with: steer train mood"""
     assert missing_sentence("mood", MODEL) == sentence
     assert missing_sentence("mood", None) == "no vector 'mood' in the library: fit it with: steer train mood"
 

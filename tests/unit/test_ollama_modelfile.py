@@ -67,7 +67,7 @@ def test_whole_language() -> None:
         ("FROM x\nSTEER mood", 2, "unknown instruction 'STEER'"),
         ("FROM\n", 1, "FROM has no value"),
         ('FROM x\nSYSTEM """never\nclosed\n', 2, "never closed"),
-        ("FROM x\nREQUIRES soon", 2, "no version"),
+        ("FROM x\nREQUIRES soon", 2, "not a version"),
         ('FROM x\nTEMPLATE """a\nb {{ nope }}"""\nPARAMETER steering a', 3, "function nope"),
         ("SYSTEM hi", 0, "no FROM"),
     ],

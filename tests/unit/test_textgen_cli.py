@@ -89,7 +89,7 @@ def test_a_folder_above_a_portable_program_will_do(tmp_path: Path) -> None:
 
 def test_user_data_may_be_named(tmp_path: Path) -> None:
     root, data = webui(tmp_path / "webui"), tmp_path / "data"
-    assert "is no folder" in str(run("install", "--dir", root, "--user-data-dir", data).exception)
+    assert "is not a folder" in str(run("install", "--dir", root, "--user-data-dir", data).exception)
     data.mkdir()
     assert run("install", "--dir", root, "--user-data-dir", data).exit_code == 0
     assert (data / "extensions" / "steering" / "script.py").is_file()

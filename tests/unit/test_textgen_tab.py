@@ -120,7 +120,7 @@ def test_advanced(server: FakeServer) -> None:
     page.do(tab.term, "input", 0)
     assert [page.value(c) for c in (tab.window, tab.op, tab.scope)] == ["1", "clamp", "response"]
     for values, named in (
-        ((None, "", "", ""), "Choose a term"),
+        ((None, "", "", ""), "choose a term"),
         ((0, "x", "add", ""), "expected layers"),
         ((0, "", "add", "often"), "scope"),
     ):
@@ -213,7 +213,7 @@ def test_no_model_and_no_server_are_said(stand_in: StandIn, monkeypatch: pytest.
     extension.setup()
     page = opened()
     tab = page.tab
-    assert "No model is loaded" in page.value(tab.status) and "<code>steer build --on &lt;x&gt;</code>" in page.value(tab.status)
+    assert "no model is loaded" in page.value(tab.status) and "<code>steer build --on &lt;x&gt;</code>" in page.value(tab.status)
     assert page.value(tab.traits, "visible") is False and not page.value(tab.fit, "visible")
     for component, values in (
         (tab.run, ("hello", 32)),
@@ -221,7 +221,7 @@ def test_no_model_and_no_server_are_said(stand_in: StandIn, monkeypatch: pytest.
         (tab.train, ("a", "x", "none", 8, "b", "c", False)),
     ):
         page.do(component, "click", *values)
-    assert "Nothing is steered" in page.value(tab.compare_note)
+    assert "nothing is steered" in page.value(tab.compare_note)
     assert "No model" in page.value(tab.picture) and "No model" in page.value(tab.note)
 
 

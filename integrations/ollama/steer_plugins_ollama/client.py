@@ -102,7 +102,9 @@ class Api:
         return name
 
     def _broken(self, error: Exception) -> EngineError:
-        return EngineError(f"{self.url} does not answer any more ({type(error).__name__}): see whether the program there still runs")
+        return EngineError(
+            f"{self.url} does not answer any more ({type(error).__name__}): see whether the program there still runs"
+        )
 
 
 def create(name: str, path: Path, url: str, *, quantize: str | None = None, carry: bool = False) -> Iterator[str]:

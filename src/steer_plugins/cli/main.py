@@ -97,8 +97,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} -h' for help.\n", err=True)
-        # click writes "No such option '--x'. (Did you mean '--y'?)"
-        sentence = error.format_message().rstrip(".").replace(". (Did", " (did")
+        sentence = error.format_message().rstrip(".").replace(". (Did you", " (did you").replace(". Did you", ": did you")
         return _fail(sentence[:1].lower() + sentence[1:], error.exit_code)
     except SteerError as error:
         return _fail(str(error), error.exit_code, debug=error)

@@ -75,7 +75,7 @@ class LocalEngine(TokenEngine):
     ) -> None:
         for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads), ("n_batch", n_batch), ("n_parallel", n_parallel)):
             if value is not None and value < 1:
-                raise EngineError(f"{name} is {value}: it must be at least 1.")
+                raise EngineError(f"{name} is {value}: it must be at least 1")
         llama_cpp = activate(ensure_runtime())
         shared_log(llama_cpp).verbose = verbose
         if model is None:
@@ -113,7 +113,7 @@ class LocalEngine(TokenEngine):
     @property
     def _model(self) -> LoadedModel:
         if self._open is None:
-            raise EngineError("The engine is closed: make a new one.")
+            raise EngineError("the engine is closed: make a new one")
         return self._open
 
     # ---- contexts ----
@@ -156,7 +156,7 @@ class LocalEngine(TokenEngine):
     def _fitting(self, tokens: list[int], room: int = 0) -> list[int]:
         if len(tokens) + room > self._n_ctx:
             raise DataError(
-                f"A text of {len(tokens)} tokens does not fit the context of {self._n_ctx}: shorten it or use a larger --n-ctx."
+                f"a text of {len(tokens)} tokens does not fit the context of {self._n_ctx}: shorten it or use a larger --n-ctx"
             )
         return tokens
 
@@ -291,7 +291,7 @@ class LocalEngine(TokenEngine):
 
     def stream(self, request: GenerateRequest) -> LocalStream:
         if self._running is not None:
-            raise EngineError("A reply is still being generated: finish or cancel it, or use generate_many.")
+            raise EngineError("a reply is still being generated: finish or cancel it, or use generate_many")
         tokens = self._fitting(self.tokenize(request.prompt, thinking=request.thinking), room=1)
         (decided,) = self._decided(as_steering(request.steering), [tokens])
         return LocalStream(self, self._session("one"), replace(request, steering=decided), tokens)
@@ -303,7 +303,7 @@ class LocalEngine(TokenEngine):
             EngineError: nothing is being generated.
         """
         if self._running is None:
-            raise EngineError("No reply is being generated, so there is nothing to steer.")
+            raise EngineError("no reply is being generated, so there is nothing to steer")
         self._running.steer(steering)
 
     def generate_many(self, requests: Sequence[GenerateRequest], *, progress: Progress | None = None) -> list[Generation]:
@@ -397,8 +397,8 @@ class LocalEngine(TokenEngine):
         chosen = list(range(top)) if layers is None else sorted({int(il) for il in layers})
         bad = [il for il in chosen if not 0 <= il < top]
         if bad or not chosen:
-            what = f"Layer {bad[0]} cannot be watched" if bad else "No layer was named"
-            raise SpecError(f"{what}: this model allows 0 to {top - 1}.")
+            what = f"layer {bad[0]} cannot be watched" if bad else "no layer was named"
+            raise SpecError(f"{what}: this model allows 0 to {top - 1}")
         session.steer.set_captures(chosen, [native.SITES[site]] * len(chosen), keep=False)
         session.steer.on_read(callback)
         self._read_callback = (callback, chosen, site)

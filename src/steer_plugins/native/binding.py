@@ -143,12 +143,12 @@ def load(library: ctypes.CDLL) -> ctypes.CDLL:
             function.argtypes = arguments
     except AttributeError:
         raise RuntimeMissing(
-            "The llama.cpp that this process loaded has no steering: import steer_plugins before llama_cpp, "
-            "or point LLAMA_CPP_LIB_PATH at a runtime made by `steer build`."
+            "the llama.cpp that this process loaded has no steering: import steer_plugins before llama_cpp, "
+            "or point LLAMA_CPP_LIB_PATH at a runtime made by `steer build`"
         ) from None
     version = library.llama_steer_version().decode()
     if version != f"llama-steer {API_VERSION}":
-        raise RuntimeMissing(f"The runtime speaks '{version}', this package needs version {API_VERSION}: run `steer build`.")
+        raise RuntimeMissing(f"the runtime speaks '{version}', this package needs version {API_VERSION}: run `steer build`")
     return library
 
 
@@ -296,7 +296,7 @@ class SteerContext:
         data = np.ascontiguousarray(directions, dtype=np.float32)
         n = len(layers)
         if data.shape != (n, self._n_embd) or len(sites) != n or len(scales) != n:
-            raise EngineError(f"Directions of shape {data.shape} do not fit {n} layers of a model with n_embd {self._n_embd}.")
+            raise EngineError(f"directions of shape {data.shape} do not fit {n} layers of a model with n_embd {self._n_embd}")
         self._check(
             self.library.llama_steer_vector_set(
                 self._context,
@@ -396,7 +396,7 @@ class SteerContext:
     ) -> None:
         """Replace the captures; ``layers`` empty takes them away. ``n_rows``: most tokens wanted of one ubatch (0: n_ubatch)."""
         if len(layers) != len(sites):
-            raise EngineError(f"{len(layers)} layers and {len(sites)} sites were given for captures: name a site for each layer.")
+            raise EngineError(f"{len(layers)} layers and {len(sites)} sites were given for captures: name a site for each layer")
         self._check(
             self.library.llama_steer_capture_set(self._context, len(layers), _ints(layers), _ints(sites), stream, n_rows, keep)
         )

@@ -59,7 +59,7 @@ class GGUFHeader:
         value = self.values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
             what = f"no {key}" if value is None else f"{key} = {value!r:.40}"
-            raise ModelError(f"{self.path} cannot be steered: it has {what}, so it is no language model or is damaged")
+            raise ModelError(f"{self.path} cannot be steered: it has {what}, so it is not a language model or is damaged")
         return value
 
 

@@ -26,7 +26,7 @@ def identity_of_gguf(path: str | os.PathLike[str]) -> ModelIdentity:
     first = headers[0]
     architecture = first.values.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
-        raise ModelError(f"{first.path} names no general.architecture, so it is no model or is damaged")
+        raise ModelError(f"{first.path} names no general.architecture, so it is not a model or is damaged")
     n_layer = first.integer(f"{architecture}.block_count") - first.integer(f"{architecture}.nextn_predict_layers", 0)
     n_embd = first.integer(f"{architecture}.embedding_length")
     n_streams = first.integer(f"{architecture}.hyper_connection.count", 1)
@@ -34,7 +34,7 @@ def identity_of_gguf(path: str | os.PathLike[str]) -> ModelIdentity:
         shape = f"{n_layer} layers of {n_embd} numbers in {n_streams} streams"
         raise ModelError(f"{first.path} claims {shape}, so it is damaged")
     if first.tokens_sha256 is None:
-        raise ModelError(f"{first.path} has no token list (tokenizer.ggml.tokens), so it is no language model")
+        raise ModelError(f"{first.path} has no token list (tokenizer.ggml.tokens), so it is not a language model")
     norms = {name: data for header in headers for name, data in header.norms.items()}
     digest = hashlib.sha256()
     for name in sorted(norms):

@@ -29,7 +29,7 @@ def missing_sentence(name: str, identity: ModelIdentity | None) -> str:
     """What every surface says when a vector is missing: which one, for which model, and how to fit it or to pull it."""
     model = f"for this model ({identity.label})" if identity else "in the library"
     way_out = f"pull it with: steer hub pull {name}" if is_hub_name(name) else f"fit it with: steer train {name}"
-    return f"No vector {name!r} {model}: {way_out}"
+    return f"no vector {name!r} {model}: {way_out}"
 
 
 def default_root() -> Path:

@@ -57,7 +57,7 @@ def read_directions(path: Path) -> DirectionFile:
             if not match:
                 raise VectorError(f"it has a tensor {clip(name)}: directions are named direction.N, with N from 1")
             if tensor.ggml_type != GGML_F32 or len(tensor.dims) != 1 or tensor.dims[0] < 1:
-                raise VectorError(f"tensor {name} is no float32 array of n_embd numbers")
+                raise VectorError(f"tensor {name} is not a float32 array of n_embd numbers")
             spans.append((tensor.offset, tensor.offset + 4 * tensor.dims[0]))
             file.seek(tensor.offset)
             found[int(match[1])] = np.frombuffer(file.read(4 * tensor.dims[0]), "<f4").astype(np.float32)
