@@ -39,6 +39,35 @@ def test_speed(tiny: Callable[..., Path], arch: str, capsys: pytest.CaptureFixtu
     assert len(made.rows) == len(speed.ARMS) * 4 * 2
 
 
+def test_speed_on_a_busy_machine(tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Each arm has its turn alone and beside the neighbours, who are there then and only then."""
+    from steer_plugins.bench import busy
+
+    there: list[int] = []
+    turn = speed._turn
+
+    def watched(*args: Any) -> None:
+        there.append(len(neighbours[-1]._processes))
+        assert all(p.poll() is None for p in neighbours[-1]._processes)
+        turn(*args)
+
+    neighbours: list[Any] = []
+    enter = busy.Neighbours.__enter__
+    monkeypatch.setattr(busy.Neighbours, "__enter__", lambda self: neighbours.append(self) or enter(self))
+    monkeypatch.setattr(speed, "_turn", watched)
+    arguments = ["bench", "speed", "--model", str(tiny("llama")), "--rounds", "2", "--busy", "2", "--out", "r"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert there[0] == 0 and sorted(there) == [0, 0, 0, 2, 2] and not any(n._processes for n in neighbours)
+    for rows in (found["rows"], found["busy_rows"]):
+        assert [row["name"] for row in rows] == [*speed.ARMS, "long-waits"]
+        assert all(row["prefill_tps"] > 0 and row["decode_ratio"] > 0 and row["decode_cpu_ratio"] for row in rows)
+    assert found["busy"] == 2 and found["rows"] != found["busy_rows"]
+    made = read_report(Path("r"))
+    assert made.manifest["plan"]["busy"] == 2 and len(made.rows) == (len(speed.ARMS) + 1) * 8 * 2
+    assert {"decode", "decode, busy", "decode, busy, processor"} < made.summary["measures"].keys()
+
+
 def test_stopped_by_hand_it_writes_nothing(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     add = Costs.add
 

@@ -362,7 +362,7 @@ def test_orders_to_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert repeng.train([("a", "b"), ("c", "d")])[0] >= 0
         with pytest.raises(DataError, match="RuntimeError: cache is full"):
             plain.decode([6, 7, 8], 5)
-        child = repeng._child
+        child = repeng._process
     assert child.poll() is not None
 
 

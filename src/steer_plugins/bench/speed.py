@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from ..engine.base import Progress
 from ..engine.model import LoadedModel
 from ..engine.session import Entry, Limits, Session
 from ..errors import EngineError
+from .busy import Neighbours
 from .costs import Costs, Measure, name_by_processor
 
 PREFILL_TOKENS = 128
@@ -33,10 +34,21 @@ MEASURES = (
     Measure("prefill", "tok/s", "plain", f"A prompt of {PREFILL_TOKENS} tokens, computed at once."),
     Measure("decode", "tok/s", "plain", f"{BLOCK * BLOCKS} tokens after it, one by one. Only the model's own time is counted."),
 )
-BY_PROCESSOR = tuple(
-    Measure(name_by_processor(m.name), m.unit, m.base, "The same by processor time, which a busy machine disturbs less.")
-    for m in MEASURES
-)
+QUIET, BUSY = "", ", busy"
+"""The machine as it is, and with spinning neighbours: what stands after a measure's name."""
+
+
+def measures_of(*, busy: int, by_processor: bool) -> tuple[Measure, ...]:
+    """What is measured in a run with ``busy`` spinning neighbours."""
+    found: tuple[Measure, ...] = MEASURES
+    if busy:
+        found += tuple(Measure(m.name + BUSY, m.unit, m.base, f"{m.about} Beside {busy} spinning programs.") for m in MEASURES)
+    if by_processor:
+        about = "The same by processor time, which a busy machine disturbs less."
+        found += tuple(Measure(name_by_processor(m.name), m.unit, m.base, about) for m in found)
+    return found
+
+
 FINE_CLOCK = time.get_clock_info("process_time").resolution < 1e-4
 """Processor time is counted in steps of a sixtieth of a second on some systems: longer than a token takes."""
 ARMS = {
@@ -122,12 +134,25 @@ class _LocalArm:
         return seconds
 
 
+_N_CTX = PREFILL_TOKENS + BLOCKS * BLOCK + 8
+
+
+def _limits(n_threads: int) -> Limits:
+    return Limits(n_ctx=_N_CTX, n_batch=PREFILL_TOKENS, n_threads=n_threads, n_threads_batch=n_threads)
+
+
+def plain_arm(model: LoadedModel, n_threads: int) -> Arm:
+    """The arm ``plain``, for a process of its own."""
+    return _LocalArm("plain", Session(model, _limits(n_threads)))
+
+
 def bench_speed(
     model: LoadedModel,
     *,
     n_threads: int = 1,
     rounds: int = 24,
     seed: int = 0,
+    busy: int = 0,
     others: Sequence[Arm] = (),
     by_processor: bool = True,
     progress: Progress | None = None,
@@ -136,6 +161,7 @@ def bench_speed(
 
     Args:
         rounds: how often each arm gets a prefill and ``BLOCK`` × ``BLOCKS`` tokens, after one turn that is not counted.
+        busy: with that many spinning neighbours each round is run once more, with them.
         others: further arms that take their turns with these, such as those of :class:`~.repeng.Repeng`.
         by_processor: also take processor time, which says nothing where layers are on a GPU.
         progress: called with (rounds done, all rounds).
@@ -145,10 +171,9 @@ def bench_speed(
     """
     rng = np.random.default_rng(seed)
     info = model.steer
-    n_ctx = PREFILL_TOKENS + BLOCKS * BLOCK + 8
-    limits = Limits(n_ctx=n_ctx, n_batch=PREFILL_TOKENS, n_threads=n_threads, n_threads_batch=n_threads)
+    limits = _limits(n_threads)
     low, high = min(300, model.n_vocab // 4), min(20000, model.n_vocab // 2)
-    tokens = [int(t) for t in rng.integers(low, high, n_ctx)]
+    tokens = [int(t) for t in rng.integers(low, high, _N_CTX)]
 
     def directions(seed: int) -> np.ndarray:
         v = np.random.default_rng(seed).standard_normal((info.n_layer, info.n_embd))
@@ -190,9 +215,10 @@ def bench_speed(
                 setup(arm.session, n, op)
         arms: list[Arm] = [*local, *others]
         plan = {"threads": n_threads, "rounds": rounds, "seed": seed, "prefill": PREFILL_TOKENS, "decode": BLOCKS * BLOCK}
-        measures = MEASURES + BY_PROCESSOR if by_processor and FINE_CLOCK else MEASURES
+        plan |= {"busy": busy} if busy else {}
+        measures = measures_of(busy=busy, by_processor=by_processor and FINE_CLOCK)
         costs = Costs(measures, {arm.name: arm.about for arm in arms}, plan)
-        _run(arms, tokens, rounds, rng, costs, progress)
+        _run(arms, tokens, rounds, rng, costs, busy, progress)
         return costs
     finally:
         for arm in local:
@@ -200,47 +226,58 @@ def bench_speed(
 
 
 def _run(
-    arms: Sequence[Arm], tokens: list[int], rounds: int, rng: np.random.Generator, costs: Costs, progress: Progress | None
+    arms: Sequence[Arm],
+    tokens: list[int],
+    rounds: int,
+    rng: np.random.Generator,
+    costs: Costs,
+    busy: int,
+    progress: Progress | None,
 ) -> None:
-    for round_ in range(-1, rounds):  # round -1 warms up and is not counted
-        for i in rng.permutation(len(arms)):
-            taken = arms[i].prefill(tokens[:PREFILL_TOKENS])
-            if round_ >= 0:
-                _add(costs, round_, "prefill", arms[i].name, PREFILL_TOKENS, [taken])
-        spent: dict[str, list[Seconds]] = {arm.name: [] for arm in arms}
-        for block in range(BLOCKS):
-            for i in rng.permutation(len(arms)):
-                first = PREFILL_TOKENS + block * BLOCK
-                each = arms[i].decode(tokens[first : first + BLOCK], first)
-                # the first token after a prefill builds the graph; it is a cost of the prompt, not of decoding
-                spent[arms[i].name] += each if block else each[1:]
-        if round_ >= 0:
-            for arm in arms:
-                _add(costs, round_, "decode", arm.name, len(spent[arm.name]), spent[arm.name])
+    turns = [(-1, QUIET)]  # round -1 warms up and is not counted
+    for round_ in range(rounds):
+        turns += [(round_, QUIET), (round_, BUSY)][:: int(rng.choice([1, -1]))] if busy else [(round_, QUIET)]
+    for n, (round_, state) in enumerate(turns, start=1):
+        with Neighbours(busy if state == BUSY else 0):
+            _turn(arms, tokens, rng, costs, round_, state)
         if progress is not None:
-            progress(round_ + 2, rounds + 1)
+            progress(n, len(turns))
+
+
+def _turn(arms: Sequence[Arm], tokens: list[int], rng: np.random.Generator, costs: Costs, round_: int, state: str) -> None:
+    """Once each arm."""
+    for i in rng.permutation(len(arms)):
+        taken = arms[i].prefill(tokens[:PREFILL_TOKENS])
+        if round_ >= 0:
+            _add(costs, round_, "prefill" + state, arms[i].name, PREFILL_TOKENS, [taken])
+    spent: dict[str, list[Seconds]] = {arm.name: [] for arm in arms}
+    for block in range(BLOCKS):
+        for i in rng.permutation(len(arms)):
+            first = PREFILL_TOKENS + block * BLOCK
+            each = arms[i].decode(tokens[first : first + BLOCK], first)
+            # the first token after a prefill builds the graph; it is a cost of the prompt, not of decoding
+            spent[arms[i].name] += each if block else each[1:]
+    if round_ >= 0:
+        for arm in arms:
+            _add(costs, round_, "decode" + state, arm.name, len(spent[arm.name]), spent[arm.name])
 
 
 def _add(costs: Costs, round_: int, measure: str, arm: str, tokens: int, spent: Sequence[Seconds]) -> None:
     clock, cpu = (sum(part) for part in zip(*spent, strict=True))
     costs.add(round_, measure, arm, tokens / clock)
-    if len(costs.measures) > len(MEASURES):
+    if any(m.name == name_by_processor(measure) for m in costs.measures):
         costs.add(round_, name_by_processor(measure), arm, tokens / cpu)
 
 
-def rows_of(costs: Costs) -> list[Row]:
-    """A row for each arm that computes tokens."""
+def rows_of(costs: Costs, state: str = QUIET) -> list[Row]:
+    """A row for each arm that computes tokens; of the turns with neighbours for ``BUSY``."""
     measures = costs.summary(costs.plan["seed"])["measures"]
+    names = [m.name + state for m in MEASURES]
     rows = []
-    for name, decode in measures["decode"]["arms"].items():
-        prefill = measures["prefill"]["arms"][name]
+    for name, decode in measures[names[1]]["arms"].items():
+        prefill = measures[names[0]]["arms"][name]
         (p, p_low, p_high, _), (d, d_low, d_high, _) = prefill["ratio"], decode["ratio"]
-        by_processor = (measures.get(name_by_processor(m.name), {"arms": {}})["arms"].get(name) for m in MEASURES)
+        by_processor = (measures.get(name_by_processor(m), {"arms": {}})["arms"].get(name) for m in names)
         cpu = [None if found is None else found["ratio"][0] for found in by_processor]
         rows.append(Row(name, prefill["value"], decode["value"], p, d, (p_low, p_high), (d_low, d_high), *cpu))
     return rows
-
-
-def as_json(rows: Sequence[Row], **facts: Any) -> dict[str, Any]:
-    """One JSON object: ``rows`` and the facts of the run."""
-    return {**facts, "rows": [asdict(row) for row in rows]}

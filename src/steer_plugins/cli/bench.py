@@ -49,6 +49,13 @@ def bench() -> None:
 )
 @click.option("--pairs", type=click.IntRange(min=2), default=100, show_default=True, help="Fitted against repeng, at most.")
 @click.option("--fit-rounds", type=click.IntRange(min=0), default=3, show_default=True, help="Fits of each side, 0: none.")
+@click.option(
+    "--busy",
+    type=click.IntRange(min=0, max=1024),
+    default=0,
+    metavar="N",
+    help="Run each round once more beside N spinning programs, with an arm that waits as OpenMP does by itself.",
+)
 @seed_option
 @report_options
 @json_option
@@ -60,6 +67,7 @@ def speed(
     repeng_python: str | None,
     pairs: int,
     fit_rounds: int,
+    busy: int,
     seed: int,
     out: Out,
     as_json: bool,
@@ -75,11 +83,12 @@ def speed(
     Examples:
       steer bench speed --threads 1 --rounds 40
       steer bench speed --repeng-python other-venv/bin/python --out report
+      steer bench speed --threads 2 --busy 2 --rounds 4     a busy machine, minutes a round
     """
+    from ..bench.busy import LongWaits
     from ..bench.fitting import bench_fitting
     from ..bench.report import make_cost_report
-    from ..bench.speed import as_json as to_json
-    from ..bench.speed import bench_speed, rows_of
+    from ..bench.speed import BUSY, bench_speed, rows_of
     from ..engine.model import LoadedModel
     from ..runtime import activate, ensure_runtime
 
@@ -92,13 +101,17 @@ def speed(
         repeng, why_not = _repeng(repeng_python, path, threads)
         if repeng is not None:
             stack.callback(repeng.close)
+        others = [] if repeng is None else repeng.arms()
+        if busy and n_gpu_layers == 0:
+            others.append(stack.enter_context(LongWaits(path, threads)).arm())
         bar = stack.enter_context(_bar())
         costs = bench_speed(
             loaded,
             n_threads=threads,
             rounds=rounds,
             seed=seed,
-            others=[] if repeng is None else repeng.arms(),
+            busy=busy,
+            others=others,
             by_processor=n_gpu_layers == 0,
             progress=_shown(bar, "rounds"),
         )
@@ -124,41 +137,47 @@ def speed(
                     costs.notes.append(f"Fitting could not be compared: {error}")
     costs.notes += [why_not] if why_not else []
     report = make_cost_report("speed", costs, path, loaded.identity, ["steer", *sys.argv[1:]])
-    rows = rows_of(costs)
+    tables = {_title(path, threads, rounds): rows_of(costs)}
+    if busy:
+        tables[f"beside {busy} spinning program{'s' if busy > 1 else ''}"] = rows_of(costs, BUSY)
 
     def show(files: list[Path]) -> None:
         if as_json:
             fits = {name: m for name, m in report.summary["measures"].items() if name.startswith("train")}
-            print_json({**to_json(rows, **_facts(path, costs.plan)), "fits": fits, "notes": costs.notes, "files": files})
+            found, *beside = ([asdict(row) for row in each] for each in tables.values())
+            more = {"busy": busy, "busy_rows": beside[0]} if beside else {}
+            facts = _facts(path, costs.plan)
+            print_json({**facts, "rows": found, **more, "fits": fits, "notes": costs.notes, "files": files})
             return
-        print_table(
-            [
-                "arm",
-                "prefill tok/s",
-                "decode tok/s",
-                "prefill ratio",
-                "95 %",
-                "by processor",
-                "decode ratio",
-                "95 %",
-                "by processor",
-            ],
-            [
-                (
-                    r.name,
-                    f"{r.prefill_tps:.1f}",
-                    f"{r.decode_tps:.1f}",
-                    f"{r.prefill_ratio:.3f}",
-                    "{:.3f} to {:.3f}".format(*r.prefill_ratio_ci),
-                    _by_processor(r.prefill_cpu_ratio),
-                    f"{r.decode_ratio:.3f}",
-                    "{:.3f} to {:.3f}".format(*r.decode_ratio_ci),
-                    _by_processor(r.decode_cpu_ratio),
-                )
-                for r in rows
-            ],
-            title=_title(path, threads, rounds),
-        )
+        for title, rows in tables.items():
+            print_table(
+                [
+                    "arm",
+                    "prefill tok/s",
+                    "decode tok/s",
+                    "prefill ratio",
+                    "95 %",
+                    "by processor",
+                    "decode ratio",
+                    "95 %",
+                    "by processor",
+                ],
+                [
+                    (
+                        r.name,
+                        f"{r.prefill_tps:.1f}",
+                        f"{r.decode_tps:.1f}",
+                        f"{r.prefill_ratio:.3f}",
+                        "{:.3f} to {:.3f}".format(*r.prefill_ratio_ci),
+                        _by_processor(r.prefill_cpu_ratio),
+                        f"{r.decode_ratio:.3f}",
+                        "{:.3f} to {:.3f}".format(*r.decode_ratio_ci),
+                        _by_processor(r.decode_cpu_ratio),
+                    )
+                    for r in rows
+                ],
+                title=title,
+            )
         _print_fits(report.summary["measures"])
         for note in costs.notes:
             click.echo(note)

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 SPINS = 1000
+LONG_WAITS = {"GOMP_SPINCOUNT": "300000"}
+"""What GNU's runtime does by itself, to compare with."""
 _OWN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
