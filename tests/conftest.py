@@ -16,6 +16,7 @@ MARKS = {
     "behaviour": ["native", "behaviour"],
     "engine": ["native"],
     "integration": ["native", "server"],
+    "native": ["native"],
     "server": ["server"],
     "unit": [],
 }

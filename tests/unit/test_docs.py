@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -28,6 +28,19 @@ def test_cli_reference_is_up_to_date() -> None:
     # click makes a command's help option once: the page must not depend on whether a command was called before
     CliRunner().invoke(cli, ["serve", "--help"])
     assert words(page) == words(render()), "run: python -m steer_plugins.cli.reference docs/cli.md"
+
+
+def test_python_reference_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("python_api", ROOT / "scripts" / "python_api.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    assert page.split() == module.render().split(), "run: ./scripts/docs"
+    named = re.findall(r"^### `(\w+)`", page, re.M)
+    assert sorted(named) == steer_plugins.__all__
+    for heading, text in re.findall(r"^#{3,4} (`.*?`)\n\n(.*?)(?=\n\n#|\Z)", page, re.M | re.S):
+        assert re.sub(r"```.*?```", "", text, flags=re.S).strip(), f"{heading} has no description"
 
 
 def test_public_names_are_sorted_and_have_docstrings() -> None:
