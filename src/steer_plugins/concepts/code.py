@@ -24,7 +24,9 @@ CONFIG = "cfg.json"
 ARCHITECTURES = ("standard", "topk", "jumprelu", "batchtopk")
 """Of SAELens folders whose encoder can be computed here; ``batchtopk`` is stored as ``jumprelu`` since SAELens 6."""
 
-_MAX_CODE_BYTES = 8 << 30
+MAX_CODE_BYTES = 8 << 30
+"""Larger weights are refused unread."""
+
 _CHUNK = 1024
 
 
@@ -144,8 +146,8 @@ class SparseCode:
         weights, config_file = folder / WEIGHTS, folder / CONFIG
         if not weights.is_file() or not config_file.is_file():
             raise VectorError(f"{folder} is not an autoencoder's folder: it needs {WEIGHTS} and {CONFIG}")
-        if weights.stat().st_size > _MAX_CODE_BYTES:
-            raise VectorError(f"{weights} is larger than {_MAX_CODE_BYTES >> 30} GiB: use an autoencoder with fewer features")
+        if weights.stat().st_size > MAX_CODE_BYTES:
+            raise VectorError(f"{weights} is larger than {MAX_CODE_BYTES >> 30} GiB: use an autoencoder with fewer features")
         try:
             config = load_json(config_file)
             architecture = config.get("architecture", "standard")

@@ -70,15 +70,15 @@ class _Tensor:
 class _Numbers:
     """Gives tensors their numbers. Every storage is read once, and all tensors together are bounded."""
 
-    def __init__(self, archive: Archive, prefix: str) -> None:
-        """Raises VectorError for an unknown byte order."""
-        self.archive, self.prefix = archive, prefix
+    def __init__(self, archive: Archive, prefix: str, most: int = MAX_BYTES) -> None:
+        """``most``: bytes of all storages. Raises VectorError for an unknown byte order."""
+        self.archive, self.prefix, self.most = archive, prefix, most
         order = archive.whole(f"{prefix}byteorder", 16) if f"{prefix}byteorder" in archive.sizes else b"little"
         if order not in (b"little", b"big"):
             raise VectorError(f"its byte order is {clip(order)}")
         self.big_endian = order == b"big"
         self.flat: dict[str, np.ndarray] = {}
-        self.left = MAX_BYTES // 8
+        self.left = most // 8
 
     def of(self, tensor: _Tensor) -> np.ndarray:
         """The numbers in the tensor's shape, a copy. Raises VectorError."""
@@ -98,7 +98,7 @@ class _Numbers:
         """The numbers of a storage, in this machine's byte order."""
         if storage.key not in self.flat:
             stored = np.dtype("<u2") if storage.dtype is _BFLOAT16 else storage.dtype
-            data = self.archive.whole(f"{self.prefix}data/{storage.key}")
+            data = self.archive.whole(f"{self.prefix}data/{storage.key}", self.most)
             if len(data) != storage.n_items * stored.itemsize:
                 raise VectorError(
                     f"its storage {clip(storage.key)} has {len(data)} bytes, not those of {storage.n_items} numbers"
@@ -277,6 +277,18 @@ def read(path: Path, facts: Facts = NO_FACTS) -> SteeringVector:
             scope=stated("scope", None, facts.scope, "all"),
             notes={"entries": described or None, "key": facts.key},
         )
+
+
+def read_tensors(path: Path, most: int) -> dict[str, np.ndarray]:
+    """All tensors of a file that torch.save wrote, by name, as they are stored; at most ``most`` bytes. Raises VectorError."""
+    with reading(path):
+        if head(path, 2)[:1] == b"\x80":
+            raise VectorError("it is a plain pickle, which is never loaded: save it again with torch 1.6 or later")
+        with Archive(path, most) as archive:
+            program, prefix = _program(archive)
+            numbers = _Numbers(archive, prefix, most)
+            tensors, _ = _tensors(_Machine().run(program))
+            return {str(key): numbers.of(tensor) for key, tensor in tensors.items()}
 
 
 def _program(archive: Archive) -> tuple[bytes, str]:
