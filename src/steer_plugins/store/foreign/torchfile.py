@@ -70,7 +70,7 @@ class _Tensor:
 class _Numbers:
     """Gives tensors their numbers. Every storage is read once, and all tensors together are bounded."""
 
-    def __init__(self, archive: Archive, prefix: str, most: int = MAX_BYTES) -> None:
+    def __init__(self, archive: Archive, prefix: str, most: int) -> None:
         """``most``: bytes of all storages. Raises VectorError for an unknown byte order."""
         self.archive, self.prefix, self.most = archive, prefix, most
         order = archive.whole(f"{prefix}byteorder", 16) if f"{prefix}byteorder" in archive.sizes else b"little"
@@ -246,7 +246,7 @@ def read(path: Path, facts: Facts = NO_FACTS) -> SteeringVector:
             raise VectorError("it is a plain pickle, which is never loaded: save it again with torch 1.6 or later")
         with Archive(path) as archive:
             program, prefix = _program(archive)
-            numbers = _Numbers(archive, prefix)
+            numbers = _Numbers(archive, prefix, MAX_BYTES)
             content = _Machine().run(program)
             tensors, described = _tensors(content)
             site = stated("site", None, facts.site, "resid_post")
