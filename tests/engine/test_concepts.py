@@ -12,12 +12,13 @@ import pytest
 
 from steer_plugins import Library, LocalEngine
 from steer_plugins.concepts import FeatureIndex, SparseCode
+from steer_plugins.concepts.audit import audit
 from steer_plugins.concepts.corpus import collect
 from steer_plugins.concepts.difference import check_pair, difference
 from steer_plugins.concepts.discover import discover
 from steer_plugins.concepts.features import contrast, effects, next_logprobs
 from steer_plugins.concepts.fit import FitOptions
-from steer_plugins.concepts.making import MakeOptions, find_sae, make_sae, sae_folder, sae_names
+from steer_plugins.concepts.making import MakeOptions, find_sae, keep_published, make_sae, sae_folder, sae_names
 from steer_plugins.concepts.quality import ce_recovered, states_replaced
 from steer_plugins.errors import ModelError, SpecError, VectorError
 from steer_plugins.training.extract import load_pairs
@@ -239,3 +240,37 @@ def test_a_difference_of_models(llama_cpp: Any, engine: LocalEngine, tiny: Calla
         difference(engine, engine, "same", texts, layers=[1])
     with LocalEngine(tiny("qwen2"), n_threads=1) as foreign, pytest.raises(ModelError, match="architecture"):
         check_pair(engine.info.identity, foreign.info.identity)
+
+
+def test_an_audit_of_a_model_against_itself_and_against_its_quantisation(
+    engine: LocalEngine, made: tuple[FeatureIndex, Path], tiny: Callable[..., Path]
+) -> None:
+    code = SparseCode.load(made[1])
+    rng = np.random.default_rng(2)
+    windows = [[1, *rng.integers(10, 200, 40).tolist()] for _ in range(16)]
+    same = audit(engine, code, windows, original=engine)
+    assert same["median_correlation"] == pytest.approx(1.0) and same["damaged"] == 0.0
+    assert same["explained_variance"] == same["original_explained_variance"]
+    rows = np.concatenate([one.values[1][1:] for one in engine.read(windows, layers=[1], positions="all")])
+    norms = np.linalg.norm(rows, axis=1)
+    rows = rows[norms <= 3 * np.median(norms)]
+    z = code.encode(rows)
+    assert same["tokens"] == len(rows) and same["l0"] == pytest.approx((z > 0).sum(axis=1).mean(), rel=1e-3)
+    with LocalEngine(tiny("llama", weights="q8_0"), n_threads=1) as quantised:
+        other = audit(quantised, code, windows, original=engine)
+    assert other["median_correlation"] < 1.0
+    assert other["worst"][0]["correlation"] <= other["median_correlation"]
+    with pytest.raises(VectorError, match="width"):
+        from dataclasses import replace
+
+        audit(engine, replace(code, layer=99), windows)
+
+
+def test_a_published_code_is_kept_for_a_model(engine: LocalEngine, made: tuple[FeatureIndex, Path], tmp_path: Path) -> None:
+    library = Library(tmp_path)
+    code = SparseCode.load(made[1])
+    folder = keep_published(code, "bought", engine.info.identity, library)
+    assert np.array_equal(SparseCode.load(folder).w_dec, code.w_dec)
+    assert len(FeatureIndex.load(folder).features) == code.n_features
+    with pytest.raises(VectorError, match="already has"):
+        keep_published(code, "bought", engine.info.identity, library)

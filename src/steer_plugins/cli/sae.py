@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,6 +240,90 @@ def name_(name: str, feature: int, title: str, model: str | None) -> None:
     index = index.named(feature, title)
     index.save(folder)
     click.echo(f"#{feature} of {name} is now {index.get(feature).name!r}")
+
+
+@sae.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("name")
+@click.option("--layer", type=click.IntRange(min=0), metavar="N", help="The block, where the file does not say it.")
+@click.option(
+    "--site", type=click.Choice(["resid_post", "attn_out", "ffn_out"]), help="Where in the block, where the file does not say it."
+)
+@click.option("--k", type=click.IntRange(min=1), metavar="N", help="Active features of a token, where the file does not say it.")
+@click.option("--replace", "replace_it", is_flag=True, help="Replace an autoencoder of that name.")
+@model_option
+@json_option
+def import_(
+    file: Path, name: str, layer: int | None, site: str | None, k: int | None, replace_it: bool, model: str | None, as_json: bool
+) -> None:
+    """Keep a published autoencoder, FILE or its folder, in the library as NAME for a model.
+
+    Weights are read and rewritten as a SAELens folder; nothing in them is executed. docs/concepts.md lists the layouts.
+
+    \b
+    Example:
+      steer sae import ./layers.15.mlp smell-mlp --site ffn_out
+    """
+    from ..concepts.making import keep_published
+    from ..concepts.published import read_published
+    from ..store.identity import identity_of_gguf
+    from ..store.library import Library
+
+    identity = identity_of_gguf(model_path(model))
+    code = read_published(file, layer=layer, site=site, k=k)
+    folder = keep_published(code, name, identity, Library(), replace_it=replace_it)
+    if as_json:
+        print_json(
+            {"name": name, "folder": folder, "layer": code.layer, "site": code.site, "features": code.n_features, "k": code.k}
+        )
+        return
+    click.echo(f"wrote {code.n_features} features at layer {code.layer} to {folder}; check it with: steer sae audit {name}")
+
+
+@sae.command()
+@click.argument("name")
+@click.option(
+    "--original", type=click.Path(path_type=Path), metavar="FILE", help="The same model in f16 or f32, to compare with."
+)
+@click.option(
+    "--text", "texts", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help=".txt or .jsonl; may be repeated."
+)
+@click.option("--tokens", type=click.IntRange(min=2000), default=10_000, show_default=True, metavar="N", help="Tokens to read.")
+@engine_options
+@json_option
+def audit(name: str, original: Path | None, texts: tuple[Path, ...], tokens: int, engine: EngineOptions, as_json: bool) -> None:
+    """Measure how well the autoencoder NAME (or a published file) fits a model, and what quantisation left of its features.
+
+    With --original each feature's activations on the same tokens are correlated between the two files.
+
+    \b
+    Examples:
+      steer sae audit talk
+      steer sae audit talk --model model.Q4_K_M.gguf --original model.f16.gguf
+    """
+    from ..concepts import SparseCode
+    from ..concepts.audit import audit as measure
+    from ..concepts.making import MakeOptions, find_sae, text_windows
+    from ..concepts.published import read_published
+    from ..engine.local import LocalEngine
+    from ..store.library import Library
+
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(engine.open(n_parallel=16))
+        other = None if original is None else stack.enter_context(LocalEngine(original, n_parallel=16))
+        path = Path(name).expanduser()
+        code = read_published(path) if path.exists() else SparseCode.load(find_sae(Library(), name, opened.info.identity))
+        report = stack.enter_context(_Stages())
+        windows = text_windows(opened, MakeOptions(tokens=tokens, texts=texts), report)
+        result = measure(opened, code, windows, original=other, report=report)
+    if as_json:
+        print_json(result)
+        return
+    worst = result.pop("worst", None)
+    print_table(["figure", "value"], [[key.replace("_", " "), value] for key, value in result.items()])
+    if worst:
+        rows = [[one["feature"], one["correlation"], 100 * one["rate"], 100 * one["original_rate"]] for one in worst]
+        print_table(["feature", "correlation", "rate %", "rate % of the original"], rows, title="least like the original")
 
 
 def _short(feature: Any) -> str:

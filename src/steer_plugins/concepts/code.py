@@ -28,6 +28,7 @@ MAX_CODE_BYTES = 8 << 30
 """Larger weights are refused unread."""
 
 _CHUNK = 1024
+_HOOKS = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "ffn_out": "hook_mlp_out"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class SparseCode:
             "apply_b_dec_to_input": False,
             "normalize_activations": "none",
             "reshape_activations": "none",
-            "metadata": {"hook_name": f"blocks.{self.layer}.hook_resid_post", **self.notes},
+            "metadata": {"hook_name": f"blocks.{self.layer}.{_HOOKS[self.site]}", **self.notes},
         }
         if self.k is not None:
             config["k"] = self.k

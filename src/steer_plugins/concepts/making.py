@@ -21,7 +21,7 @@ from ..training.traits import bundled_traits, load_trait
 from .code import SparseCode
 from .corpus import WINDOW, Corpus, collect, read_text_files, windows_of
 from .fit import Fit, FitOptions
-from .index import FeatureIndex, describe_features
+from .index import Feature, FeatureIndex, describe_features
 from .quality import Reconstruct, ce_recovered, explained_variance, firing_rates, sparse_pca
 
 _CHECKPOINT = "fit.safetensors"
@@ -108,7 +108,7 @@ def make_sae(
     if not 0 <= layer <= last:
         raise SpecError(f"layer {layer} cannot be read at every token: use 0 to {last}")
     partial = target.with_name(target.name + ".partial")
-    windows = _windows(engine, options, tell)
+    windows = text_windows(engine, options, tell)
     corpus = collect(engine, windows, layer, partial, progress=lambda done, total: tell("reading", done, total))
     train, held = corpus.split()
     fit_options = replace(options.fit, steps=max(50, round(options.epochs * len(train) / options.fit.batch)))
@@ -125,8 +125,8 @@ def make_sae(
     return index
 
 
-def _windows(engine: Engine, options: MakeOptions, tell: Report) -> list[list[int]]:
-    """Windows of tokens: of the files, or of replies and help topics. The same for the same options."""
+def text_windows(engine: Engine, options: MakeOptions, tell: Report) -> list[list[int]]:
+    """Windows of tokens: of the files, or of the model's own replies and Python's help topics. The same for the same options."""
     bos = engine.tokenize("a")[:1] if _has_bos(engine) else []
     if options.texts:
         tokens = (_plain(engine, text) for text in read_text_files(options.texts))
@@ -267,3 +267,16 @@ class _Pieces(dict[int, bytes]):
 
     def __init__(self, engine: Engine, tokens: Sequence[int]) -> None:
         super().__init__(zip(tokens, engine.pieces(tokens), strict=True))
+
+
+def keep_published(code: SparseCode, name: str, identity: ModelIdentity, library: Library, *, replace_it: bool = False) -> Path:
+    """Keep an autoencoder from elsewhere for a model, with an index that knows no contexts yet. Raises VectorError."""
+    if code.n_embd != identity.n_embd or code.layer >= identity.n_layer:
+        raise VectorError(f"the autoencoder is of width {code.n_embd} at layer {code.layer}, which does not fit {identity.label}")
+    target = sae_folder(library, name, identity)
+    if target.exists() and not replace_it:
+        raise VectorError(f"the library already has the autoencoder {name!r} for {identity.label}: replace it with --replace")
+    features = tuple(Feature(i) for i in range(code.n_features))
+    index = FeatureIndex(identity, code.layer, 0.0, features, {"family": code.notes.get("family", "saelens")})
+    _keep(code, index, target.with_name(target.name + ".partial"), target)
+    return target
