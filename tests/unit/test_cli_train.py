@@ -326,7 +326,7 @@ def test_read_writes_states_tokens_and_identity(engine, tmp_path, capsys):
         facts = json.loads(file.metadata()["steer"])
     assert facts["format"] == cli_read.FORMAT and facts["identity"] == IDENTITY.to_dict()
     assert facts["n_prompt"] == len(tokens) and facts["site"] == "resid_post"
-    code, out, _ = run(capsys, "read", "joy", "--out", "a.safetensors", "--force", "--json")
+    code, out, _ = run(capsys, "read", "joy", "--out", "a.safetensors", "--overwrite", "--json")
     assert json.loads(out)["layers"] == list(range(N_LAYER))
 
 

@@ -176,7 +176,7 @@ def test_off_by_one_writers(convert: Run, folder: Path) -> None:
         (["mood.safetensors", "v.pt", "--to", "onnx"], "there is no format named 'onnx'"),
         (["mood.safetensors", "v.npz", "--from", "onnx"], "there is no format named 'onnx'"),
         (["mood.safetensors", "v.npz", "--from", "npz"], "not a zip archive"),
-        (["mood.safetensors", "mood.safetensors"], "exists: choose another file, or replace it with --force"),
+        (["mood.safetensors", "mood.safetensors"], "exists: choose another file, or replace it with --overwrite"),
         (["nothing.gguf", "v.npz"], "no vector file nothing.gguf"),
         (["nothing.gguf", "v.npz", "--from", "glp"], "no vector file nothing.gguf"),
         ([".", "v.npz"], "it is a folder"),
@@ -203,9 +203,9 @@ def test_at(convert: Run, at: str) -> None:
         assert "--at" in convert("v.npz", "out.safetensors", "--at", at, code=1)
 
 
-def test_force_replaces(convert: Run) -> None:
+def test_overwrite_replaces(convert: Run) -> None:
     Path("m.npz").write_text("old")
-    convert("mood.safetensors", "m.npz", "--lossy", "--force")
+    convert("mood.safetensors", "m.npz", "--lossy", "--overwrite")
     assert read_any("m.npz").layers == [0, 3, 4]
 
 

@@ -43,8 +43,10 @@ def _need_extra() -> None:
 
 @ollama.command(options_metavar="[OPTIONS] [-- LLAMA-SERVER FLAGS]")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="")
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen; 0.0.0.0: everywhere.")
-@click.option("--port", type=click.IntRange(0, 65535), default=11435, show_default=True, metavar="N", help="0: a free one.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen; 0.0.0.0 for everywhere."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=11435, show_default=True, metavar="N", help="0 picks a free one.")
 @click.option("--folder", type=click.Path(path_type=Path), metavar="DIR", help="Serve its GGUFs and Modelfiles without Ollama.")
 @click.option("--daemon", metavar="URL", help="Where Ollama is (default: OLLAMA_HOST, else 127.0.0.1:11434).")
 @click.option("--all", "serve_all", is_flag=True, help="Run unsteered models here too.")
@@ -54,7 +56,7 @@ def serve(
 ) -> None:
     """Run the sidecar until Ctrl-C. Point Ollama's clients at it: OLLAMA_HOST=127.0.0.1:11435.
 
-    Without --folder it works beside the Ollama of this machine, on Ollama's own model files; where there is none, it serves
+    Without --folder it works alongside the Ollama of this machine, on Ollama's own model files; where there is none, it serves
     the default folder and the demo model. What follows -- goes to every llama-server it starts.
 
     \b
@@ -157,7 +159,7 @@ def serve_options(words: tuple[str, ...]) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON, and do nothing.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- SERVE OPTIONS]")
 def install(yes: bool, dry_run: bool, remove: bool, as_json: bool, options: tuple[str, ...]) -> None:
-    """Start the sidecar with this user's session: a systemd user unit, or a launchd agent on macOS.
+    """Start the sidecar with your session: a systemd user unit, or a launchd agent on macOS.
 
     Prints what it will do, and asks first. What follows -- are options of `steer ollama serve`.
 

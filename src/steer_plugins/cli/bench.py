@@ -27,7 +27,7 @@ threads_option = click.option(
     "-t", "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads on the CPU."
 )
 gpu_option = click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, metavar="N", help="Layers on the GPU, -1: all."
+    "-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, metavar="N", help="Layers on the GPU; -1: all."
 )
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 
@@ -41,7 +41,7 @@ def bench() -> None:
 @model_option
 @threads_option
 @gpu_option
-@click.option("--rounds", type=click.IntRange(min=1, max=1000), default=24, show_default=True, help="Turns of each arm.")
+@click.option("--rounds", type=click.IntRange(min=1, max=1000), default=24, show_default=True, help="Rounds of each arm.")
 @click.option(
     "--repeng-python",
     metavar="PYTHON",
@@ -74,8 +74,8 @@ def speed(
 ) -> None:
     """Time plain decoding against llama.cpp's own control vector, steering with 1 and 4 vectors, and reading all layers.
 
-    The arms take turns in one run; ratios are to `plain` within a round, with a 95 % interval. `plain-again` is the same
-    as `plain` and shows the noise. One thread and a small model are the worst case: the edit costs the same for every
+    The arms take turns in one run; ratios are to `plain` within a round, with a 95 % interval. `plain-again` is the same as
+    `plain` and shows the noise. One thread and a small model are the worst case: the edit costs the same for every
     model, while the layers around it grow. Where there is a repeng, it decodes in turn with them, on the float32 weights of
     the same file, and fits the same pairs.
 
@@ -217,7 +217,7 @@ def _print_fits(measures: dict[str, Any]) -> None:
 @model_option
 @threads_option
 @gpu_option
-@click.option("--rounds", type=click.IntRange(min=1, max=1000), default=12, show_default=True, help="Turns of each arm.")
+@click.option("--rounds", type=click.IntRange(min=1, max=1000), default=12, show_default=True, help="Rounds of each arm.")
 @click.option(
     "--stock-server",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -237,7 +237,7 @@ def server(
     out: Out,
     as_json: bool,
 ) -> None:
-    """Time steered against unsteered requests of one llama-server, in turn in one run.
+    """Time steered against unsteered requests to one llama-server, taking turns in one run.
 
     `batch8`: eight requests at once with eight different vectors on all layers. `single`: one request. `ttft`: the time to its
     first token. `read`: reading 64 prompts at every layer against a prefill of the same prompts. `stock-cvec-...`: the same of a

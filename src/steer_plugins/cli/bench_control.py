@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     help="code, docs, style, advice, faults, or a plugin's (default: all).",
 )
 @engine_options
-@click.option("--quick", is_flag=True, help="A few prompts of each family: for a look, the numbers mean little.")
+@click.option("--quick", is_flag=True, help="Only a few prompts of each family: for a first look; the numbers mean little.")
 @click.option("--prompts", type=click.IntRange(min=2), metavar="N", help="Prompts of each family, half of them to be scored.")
-@click.option("--sampled/--no-sampled", default=True, show_default=True, help="Seeded sampling beside greedy replies.")
-@click.option("--run-code", is_flag=True, help="Run the code the model writes, in a child process. This is no sandbox.")
+@click.option("--sampled/--no-sampled", default=True, show_default=True, help="Sample replies (seeded) besides greedy ones.")
+@click.option("--run-code", is_flag=True, help="Run the code the model writes, in a child process. This is not a sandbox.")
 @click.option(
     "--fit", is_flag=True, help="First fit the traits that the library lacks, all bundled ones unless --trait names some."
 )
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Traits side by side, each with an engine of its own on its part of the threads. Changes no result.",
+    help="Traits run in parallel, each with its own engine and share of the threads; results do not change.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @report_options
@@ -65,10 +65,10 @@ def control(
     out: Out,
     as_json: bool,
 ) -> None:
-    """Measure prompting against steering on the same prompts, with scores that need no judge model.
+    """Compare prompting with steering on the same prompts, scored without a judge model.
 
-    The arms: plain, a system prompt, a strongly worded one, steering, steering with the prompt; and two that should do
-    nothing, a random vector and one fitted to shuffled labels. The vectors come from the library (`steer train NAME`).
+    The arms: plain, a system prompt, a strongly worded one, steering, steering with the prompt; and two
+    controls, a random vector and one fitted to shuffled labels. The vectors come from the library (`steer train NAME`).
 
     \b
     Examples:
@@ -153,10 +153,10 @@ def _cases(engines: Sequence[Engine], names: tuple[str, ...], sign: int, plan: P
 @click.command()
 @click.argument("first", metavar="A", type=click.Path(path_type=Path))
 @click.argument("second", metavar="B", type=click.Path(path_type=Path))
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstrap.")
 @json_option
 def compare(first: Path, second: Path, seed: int, as_json: bool) -> None:
-    """Compare two reports of one kind, B less A.
+    """Compare two reports of the same kind: B minus A.
 
     Of `steer bench control`: scores of each arm on the prompts that both have. Of `steer bench speed` and `steer bench server`:
     medians of each arm, and its ratio to the unsteered one.

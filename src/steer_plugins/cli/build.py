@@ -19,7 +19,7 @@ from ..runtime import BuildOptions, Reporter, build_runtime, check_patch, prune_
     metavar="DIR",
     help="A llama.cpp tree or an unpacked llama-cpp-python source archive, instead of fetching one; not modified.",
 )
-@click.option("--cmake-arg", "cmake_args", multiple=True, metavar="-DX=Y", help="For cmake; may be given again.")
+@click.option("--cmake-arg", "cmake_args", multiple=True, metavar="-DX=Y", help="Passed to cmake; may be repeated.")
 @click.option("--own-ggml", is_flag=True, help="Build ggml too, even where llama-cpp-python brings one.")
 @click.option(
     "--on",
@@ -31,13 +31,13 @@ from ..runtime import BuildOptions, Reporter, build_runtime, check_patch, prune_
     "--into",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Put the runtime there instead of into the cache (use it with STEER_RUNTIME=DIR).",
+    help="Put the runtime there instead of in the cache (use it with STEER_RUNTIME=DIR).",
 )
-@click.option("--server/--no-server", default=True, help="With or without llama-server (minutes less without).")
+@click.option("--server/--no-server", default=True, help="Build llama-server too, or not (minutes faster).")
 @click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Files compiled at once.")
 @click.option("--keep", is_flag=True, help="Keep the work tree, for quick rebuilds (also: STEER_KEEP_BUILD=1).")
-@click.option("--force", is_flag=True, help="Build even when a finished runtime is there.")
-@click.option("--check", "only_check", is_flag=True, help="Only find out whether the patch fits and compiles.")
+@click.option("--force", is_flag=True, help="Build even if there is a finished runtime.")
+@click.option("--check", "only_check", is_flag=True, help="Only check whether the patch applies and compiles.")
 @click.option("--wheel", "as_wheel", is_flag=True, help="Pack the runtime into a wheel, steer-plugins-runtime, for pip.")
 @click.option(
     "--out",
@@ -77,9 +77,9 @@ def build(
     """Compile llama.cpp with the steering patch into a per-user cache.
 
     The sources are those of the installed llama-cpp-python, fetched by pip. Where that package was installed with its
-    own library, its ggml (CUDA, Metal, ...) is built upon. CMAKE_ARGS from the environment is heeded.
+    own library, the build uses its ggml (CUDA, Metal, ...). CMAKE_ARGS from the environment is passed on.
 
-    With --on, the ggml of another program is built upon; it must be the very version that the sources have. With
+    With --on, the ggml of another program is built upon; its version must be exactly that the sources have. With
     --wheel, ggml is built too, without instructions that only this processor may have (-DGGML_NATIVE=ON allows them).
     """
     if (out is not None or packed is not None) and not as_wheel:

@@ -40,14 +40,14 @@ def register_commands(cli: click.Group) -> None:
 
 
 @click.command(epilog='\b\nExample:\n  steer chat --steer "mood:0.5"')
-@click.option("-s", "--steer", "steer", multiple=True, metavar="TERMS", help="Steering at the start, as for generate.")
+@click.option("-s", "--steer", "steer", multiple=True, metavar="TERMS", help="Initial steering, as for generate.")
 @together_options
 @engine_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=400, show_default=True, metavar="N")
-@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0: the likeliest token.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For temperatures above 0.")
+@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 for the likeliest token.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for temperatures above 0.")
 @click.option("--system", metavar="TEXT", help="A system prompt.")
-@click.option("--force", is_flag=True, help="Take a vector of another fine-tune of this model.")
+@click.option("--force", is_flag=True, help="Accept a vector of another fine-tune of this model.")
 def chat(
     steer: tuple[str, ...],
     together: Together,
@@ -60,7 +60,7 @@ def chat(
 ) -> None:
     """Talk to the model; /steer and the arrow keys move its steering, also in the middle of a reply.
 
-    Below a reply: its tokens per second, the steering that ended it, and the projection of its last token on each vector
+    Below each reply: its tokens per second, the steering at its end, and the projection of its last token on each vector
     (one more is what strength 1 adds).
     """
     from ..steering.grammar import parse_options

@@ -65,7 +65,7 @@ def engine_options(command: F) -> F:
 
     @model_option
     @click.option("-c", "--n-ctx", type=click.IntRange(min=1), metavar="N", help="Context length in tokens.")
-    @click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), metavar="N", help="Layers on the GPU, -1: all.")
+    @click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), metavar="N", help="Layers on the GPU; -1: all.")
     @click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU.")
     @click.option(
         "--server",
@@ -132,15 +132,13 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float | N
 def together_options(command: F) -> F:
     """Adds ``--orthogonalise`` and ``--max-dose``; the command gets them as ``together: Together``."""
 
-    @click.option(
-        "--orthogonalise", is_flag=True, help="Free each vector of --steer from what it has in common with those before."
-    )
+    @click.option("--orthogonalise", is_flag=True, help="Orthogonalise each --steer vector against the earlier ones.")
     @click.option(
         "--max-dose",
         type=click.FloatRange(min=0.0, min_open=True),
         metavar="X",
         callback=_finite,
-        help="The most that all vectors add together; 1: the full effect of one.",
+        help="Upper limit for what all vectors add together; 1 is the full effect of one.",
     )
     @functools.wraps(command)
     def wrapped(*args: Any, orthogonalise: bool, max_dose: float | None, **rest: Any) -> Any:

@@ -41,19 +41,20 @@ def register_commands(cli: click.Group) -> None:
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--from", "from_name", metavar="NAME", help="The format of IN (default: found from its content).")
 @click.option("--to", "to_name", metavar="NAME", help="The format of OUT (default: by its suffix).")
-@click.option("--lossy", is_flag=True, help="Write OUT although it cannot say everything that IN says.")
-@click.option("--force", is_flag=True, help="Replace OUT; with --model, also take a vector of another fine-tune.")
+@click.option("--lossy", is_flag=True, help="Write OUT even though it cannot hold everything in IN.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@click.option("--force", is_flag=True, help="With --model, accept a vector of another fine-tune.")
 @click.option(
     "-m", "--model", metavar="FILE", help="The model the vector is for, a GGUF file: checked and, where possible, kept."
 )
 @click.option("--name", metavar="NAME", help="A new name for the vector.")
 @click.option("--layers", metavar="LIST", help="Keep only these layers, such as 10-14,20.")
-@click.option("--site", metavar="SITE", help="Keep only this site; of a file that names none, the site it is for.")
+@click.option("--site", metavar="SITE", help="Keep only this site; for a file that names none, its site.")
 @click.option("--at", metavar="WHAT", help="Layers of the rows of a bare array: blocks, embedding (row 0 is it), or 12 or 10-13.")
-@click.option("--key", metavar="NAME", help="The array to take, of a file with several.")
-@click.option("--feature", type=click.IntRange(min=0), metavar="N", help="The feature to take, of a sparse autoencoder.")
-@click.option("--op", metavar="OP", help="add, project, clamp or renorm, of a file that does not say (default: add).")
-@click.option("--scope", metavar="SCOPE", help="Which tokens, of a file that does not say.")
+@click.option("--key", metavar="NAME", help="Which array to take from a file with several.")
+@click.option("--feature", type=click.IntRange(min=0), metavar="N", help="Which feature of a sparse autoencoder to take.")
+@click.option("--op", metavar="OP", help="add, project, clamp or renorm, for a file that does not say (default: add).")
+@click.option("--scope", metavar="SCOPE", help="Which tokens to steer, for a file that does not say.")
 @click.option(
     "--gguf-layers",
     type=click.Choice(["block", "plus-one", "probe"]),
@@ -66,6 +67,7 @@ def convert(
     from_name: str | None,
     to_name: str | None,
     lossy: bool,
+    overwrite: bool,
     force: bool,
     model: str | None,
     name: str | None,
@@ -76,7 +78,7 @@ def convert(
 ) -> None:
     """Convert the vector in IN to another format, in OUT.
 
-    What OUT's format cannot say (the op, the site, layer 0, the scope, the calibration) is named, and nothing is
+    What OUT's format cannot hold (the op, the site, layer 0, the scope, the calibration) is listed, and nothing is
     written unless --lossy is given. Formats: steer-vector (.safetensors), gguf-control-vector and glp (.gguf), ds4 (.f32),
     svec (.svec), npz (.npz), neuronpedia (.json); only read: torch (.pt, .pth), saelens, gemma-scope. See docs/formats.md.
 
@@ -99,8 +101,8 @@ def convert(
     source = next((source / file for file in _FOLDER_FILES if (source / file).is_file()), source)
     reads: Format = format_of(source) if from_name is None else manager().find("formats", from_name)
     writes = _target_format(target, to_name)
-    if target.exists() and not force:
-        raise VectorError(f"{target} exists: choose another file, or replace it with --force")
+    if target.exists() and not overwrite:
+        raise VectorError(f"{target} exists: choose another file, or replace it with --overwrite")
     identity = None if model is None else identity_of_gguf(model)
     asked: list[str] = []
     facts = _facts(reads, site, {**options, "identity": identity})

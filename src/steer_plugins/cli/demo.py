@@ -50,7 +50,7 @@ def register_commands(cli: click.Group) -> None:
 @engine_options
 @json_option
 def demo(engine: EngineOptions, as_json: bool) -> None:
-    """Let a small model answer two questions in several moods and lengths.
+    """Have a small model answer two questions in several moods and lengths.
 
     Takes the demo model and the vectors mood and succinctness from the library; the first time they are fitted, which
     takes some minutes.

@@ -25,9 +25,9 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--as", "name", default="finetune", show_default=True, metavar="NAME", help="What to call the vector.")
 @click.option("--layers", metavar="A-B,C", help="The blocks to take (default: the middle half).")
 @click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU.")
-@click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, metavar="N", help="Layers on the GPU, -1: all.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write here, not to the library.")
-@click.option("--replace", "replace_it", is_flag=True, help="Replace a vector of that name.")
+@click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, metavar="N", help="Layers on the GPU; -1: all.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
+@click.option("--overwrite", is_flag=True, help="Replace a vector of that name.")
 @json_option
 def diff(
     base: Path,
@@ -37,7 +37,7 @@ def diff(
     threads: int | None,
     n_gpu_layers: int,
     out: Path | None,
-    replace_it: bool,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Read neutral texts with BASE and with TUNED, two GGUF files of one model, and keep the mean difference as a vector.
@@ -57,8 +57,8 @@ def diff(
     from .train import parse_layers
 
     chosen = None if layers is None else parse_layers(layers)
-    if out is not None and out.exists() and not replace_it:
-        raise VectorError(f"{out} exists: choose another file, or replace it with --replace")
+    if out is not None and out.exists() and not overwrite:
+        raise VectorError(f"{out} exists: choose another file, or replace it with --overwrite")
     for path in (base, tuned):
         if not path.expanduser().is_file():
             raise ModelError(f"there is no model file {path}")
@@ -67,8 +67,8 @@ def diff(
     library = Library()
     with LocalEngine(base.expanduser(), **more) as one, LocalEngine(tuned.expanduser(), **more) as two:
         identity = one.info.identity
-        if out is None and library.path(name, identity).exists() and not replace_it:
-            raise VectorError(f"the library already has {name!r} for {identity.label}: replace it with --replace")
+        if out is None and library.path(name, identity).exists() and not overwrite:
+            raise VectorError(f"the library already has {name!r} for {identity.label}: replace it with --overwrite")
         chat = one.info.has_chat_template
         texts = [[{"role": "user", "content": p}] if chat else p for p in prompts]
         with _Stages() as report:
@@ -77,7 +77,7 @@ def diff(
         write_vector(vector, out)
         path = out
     else:
-        path = library.put(vector, identity, overwrite=replace_it)
+        path = library.put(vector, identity, overwrite=overwrite)
     if as_json:
         print_json(
             {"name": name, "file": path, "layers": vector.layers, "scales": {str(k[0]): v for k, v in vector.scales.items()}}

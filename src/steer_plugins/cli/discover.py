@@ -35,9 +35,9 @@ def register_commands(cli: click.Group) -> None:
     "--keep", type=click.IntRange(min=0), multiple=True, metavar="I", help="Keep direction I as NAME (or NAME-I of several)."
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random directions to compare with."
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random directions to compare with."
 )
-@click.option("--replace", "replace_it", is_flag=True, help="Replace a vector of that name.")
+@click.option("--overwrite", is_flag=True, help="Replace a vector of that name.")
 @engine_options
 @json_option
 def discover(
@@ -48,7 +48,7 @@ def discover(
     count: int,
     keep: tuple[int, ...],
     seed: int,
-    replace_it: bool,
+    overwrite: bool,
     engine: EngineOptions,
     as_json: bool,
 ) -> None:
@@ -78,8 +78,8 @@ def discover(
         for i, one in names.items():
             if i >= count:
                 raise click.UsageError(f"--keep {i}: there are directions 0 to {count - 1}.")
-            if library.path(one, identity).exists() and not replace_it:
-                raise VectorError(f"the library already has {one!r} for {identity.label}: replace it with --replace")
+            if library.path(one, identity).exists() and not overwrite:
+                raise VectorError(f"the library already has {one!r} for {identity.label}: replace it with --overwrite")
         code = index = None
         if sae_name is not None:
             folder = find_sae(library, sae_name, identity)
@@ -89,7 +89,7 @@ def discover(
         kept: dict[int, Path] = {}
         for i, one in names.items():
             vector = found[i].vector(one, identity, {"how": method, "number": i})
-            kept[i] = library.put(vector, identity, overwrite=replace_it)
+            kept[i] = library.put(vector, identity, overwrite=overwrite)
     if as_json:
         print_json({"directions": [_plain(i, one, kept.get(i)) for i, one in enumerate(found)]})
         return

@@ -19,9 +19,9 @@ _STYLES = {"ok": "green", "note": "yellow", "missing": "red"}
 @click.option("--model", "-m", type=click.Path(path_type=Path), metavar="GGUF", help="The model to look at.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(model: Path | None, as_json: bool) -> None:
-    """Show what steering finds here, and what to do about what is missing.
+    """Show what is installed and found, and what to do about what is missing.
 
-    Exits with 0 when steering works, else with 1.
+    The exit code is 0 if steering works, else 1.
     """
     report = diagnose(model)
     if as_json:

@@ -29,18 +29,18 @@ def register_commands(cli: click.Group) -> None:
     "steer",
     multiple=True,
     metavar="TERMS",
-    help='Vectors of the library or files, and how strongly: mood:0.8, "mood:0.6 + !hedging@10-20?response", FILE:-0.5. '
-    "May be given several times.",
+    help='Vectors (library names or files) with strengths: mood:0.8, "mood:0.6 + !hedging@10-20?response", FILE:-0.5. '
+    "May be repeated.",
 )
 @together_options
 @engine_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
-@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0: the likeliest token.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For temperatures above 0.")
+@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 for the likeliest token.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for temperatures above 0.")
 @click.option("--system", metavar="TEXT", help="A system prompt.")
-@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the model's chat template.")
+@click.option("--raw", is_flag=True, help="Continue PROMPT without the chat template.")
 @click.option("--thinking/--no-thinking", default=None, help="The chat template's switch for thinking.")
-@click.option("--force", is_flag=True, help="Take a vector of another fine-tune of this model.")
+@click.option("--force", is_flag=True, help="Accept a vector of another fine-tune of this model.")
 @json_option
 def generate(
     prompt: str,

@@ -28,7 +28,7 @@ def register_commands(cli: click.Group) -> None:
 
 @click.command()
 @click.argument("prompt")
-@click.option("--vector", required=True, metavar="NAME", help="The direction to look along: a name in the library, or a file.")
+@click.option("--vector", required=True, metavar="NAME", help="The vector to look along: a library name or a file.")
 @engine_options
 @click.option("-s", "--steer", multiple=True, metavar="TERMS", help="Steer, and show before and after; may be repeated.")
 @together_options
@@ -38,14 +38,14 @@ def register_commands(cli: click.Group) -> None:
     "--max-tokens",
     type=click.IntRange(min=0),
     metavar="N",
-    help=f"Read on through a reply of so many tokens (default: {REPLY_TOKENS} with --steer, else 0).",
+    help=f"Also read through a reply of N tokens (default: {REPLY_TOKENS} with --steer, else 0).",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write a picture: FILE.html or FILE.png.")
 @click.option("--overwrite", is_flag=True, help="Replace a file of that name.")
 @click.option("--system", metavar="TEXT", help="A system prompt.")
-@click.option("--raw", is_flag=True, help="Take PROMPT as it is, without the model's chat template.")
+@click.option("--raw", is_flag=True, help="Use PROMPT without the chat template.")
 @click.option("--thinking/--no-thinking", default=None, help="The chat template's switch for thinking.")
-@click.option("--force", is_flag=True, help="Take a vector of another fine-tune of this model.")
+@click.option("--force", is_flag=True, help="Accept a vector of another fine-tune of this model.")
 @json_option
 def inspect(
     prompt: str,

@@ -21,7 +21,7 @@ def register_commands(cli: click.Group) -> None:
 @click.argument("vector")
 @click.option("-m", "--model", metavar="FILE", default=None, help="Look the name up for this model.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="The PNG to write (default: VECTOR.png here).")
-@click.option("--overwrite", "--force", is_flag=True, help="Replace a file of that name.")
+@click.option("--overwrite", is_flag=True, help="Replace a file of that name.")
 @json_option
 def plot(vector: str, model: str | None, out: Path | None, overwrite: bool, as_json: bool) -> None:
     """Draw VECTOR, a name in the library or a file: norms, separation and cosines by layer, and the dose curve.

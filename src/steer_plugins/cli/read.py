@@ -33,19 +33,26 @@ def register_commands(cli: click.Group) -> None:
 @click.argument("prompt")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The file to write.")
 @engine_options
-@click.option("--layers", metavar="LIST", help="Such as 0,4,10-15 (default: all).")
+@click.option("--layers", metavar="LIST", help="For example 0,4,10-15 (default: all).")
 @click.option("--site", default="resid_post", show_default=True, metavar="SITE", help="resid_post, attn_out or ffn_out.")
 @click.option(
     "--positions", default="all", show_default=True, metavar="LIST", help="last, all, mean, response, or such as 0,5-9,-1."
 )
-@click.option("--stream", type=click.Choice(["mean", "all"]), default="mean", show_default=True, help="For models with several.")
-@click.option("-n", "--max-tokens", type=click.IntRange(min=0), default=0, show_default=True, help="Read a reply, too.")
+@click.option(
+    "--stream",
+    type=click.Choice(["mean", "all"]),
+    default="mean",
+    show_default=True,
+    help="For several residual streams.",
+)
+@click.option("-n", "--max-tokens", type=click.IntRange(min=0), default=0, show_default=True, help="Also read a reply this long.")
 @click.option("-s", "--steer", multiple=True, metavar="TERMS", help="Steer while reading; may be repeated.")
 @together_options
 @click.option("--system", metavar="TEXT", help="A system prompt.")
-@click.option("--raw", is_flag=True, help="Take PROMPT as it is, without the model's chat template.")
+@click.option("--raw", is_flag=True, help="Use PROMPT without the chat template.")
 @click.option("--thinking/--no-thinking", default=None, help="The chat template's switch for thinking.")
-@click.option("--force", is_flag=True, help="Replace the file, and take a vector of another fine-tune of this model.")
+@click.option("--overwrite", is_flag=True, help="Replace a file of that name.")
+@click.option("--force", is_flag=True, help="Accept a vector of another fine-tune of this model.")
 @json_option
 def read(
     prompt: str,
@@ -61,6 +68,7 @@ def read(
     system: str | None,
     raw: bool,
     thinking: bool | None,
+    overwrite: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -78,8 +86,8 @@ def read(
     wanted = None if layers is None else parse_layer_list(layers)
     if out.is_dir() or not out.parent.is_dir():
         raise VectorError(f"{out} cannot be written: {'it is a folder' if out.is_dir() else 'its folder is missing'}")
-    if out.exists() and not force:
-        raise VectorError(f"{out} exists: choose another file, or replace it with --force")
+    if out.exists() and not overwrite:
+        raise VectorError(f"{out} exists: choose another file, or replace it with --overwrite")
     text = read_prompt(prompt)
     with engine.open() as opened:
         found = opened.read(

@@ -59,9 +59,9 @@ def sae() -> None:
     "--epochs", type=click.FloatRange(min=0.1), default=6.0, show_default=True, metavar="X", help="Passes over the tokens."
 )
 @click.option("--twins/--no-twins", default=True, help="Also fit a PCA and a random decoder to compare with.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first features and the order.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of features and order.")
 @click.option("--resume/--restart", default=True, help="Go on with an interrupted run of this name, or begin anew.")
-@click.option("--replace", "replace_it", is_flag=True, help="Replace an autoencoder of that name.")
+@click.option("--overwrite", is_flag=True, help="Replace an autoencoder of that name.")
 @engine_options
 @json_option
 def train(
@@ -76,7 +76,7 @@ def train(
     twins: bool,
     seed: int,
     resume: bool,
-    replace_it: bool,
+    overwrite: bool,
     engine: EngineOptions,
     as_json: bool,
 ) -> None:
@@ -109,7 +109,7 @@ def train(
         if not resume:
             shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
         with _Stages() as report:
-            index = make_sae(opened, name, options, library, replace_it=replace_it, report=report)
+            index = make_sae(opened, name, options, library, overwrite=overwrite, report=report)
     if as_json:
         print_json({"name": name, "folder": str(folder), "layer": index.layer, "median_norm": index.median_norm, **index.about})
         return

@@ -40,13 +40,15 @@ def register_commands(cli: click.Group) -> None:
     options_metavar="[MODEL] [OPTIONS] [LLAMA-SERVER FLAGS]...",
 )
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="")
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen; 0.0.0.0: everywhere.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N", help="0: a free one.")
-@click.option("--steering", metavar="TERMS", help='For requests that bring none: "mood:0.6 + !hedging@10-20?response".')
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen; 0.0.0.0 for everywhere."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N", help="0 picks a free one.")
+@click.option("--steering", metavar="TERMS", help='For requests without their own: "mood:0.6 + !hedging@10-20?response".')
 @together_options
 @click.option("--library/--no-library", default=True, show_default=True, help="Load this model's vectors from the library.")
 @click.option("--vector", "vectors", multiple=True, metavar="NAME=FILE", help="Load a vector under a name; may be repeated.")
-@click.option("--force", is_flag=True, help="Take vectors of another fine-tune of this model.")
+@click.option("--force", is_flag=True, help="Accept vectors of another fine-tune of this model.")
 @click.option("--show-log", is_flag=True, help="Print llama-server's log on standard error.")
 @json_option
 def serve(

@@ -78,7 +78,7 @@ dir_option = click.option(
     "--dir", "folder", required=True, type=click.Path(path_type=Path), metavar="PATH", help="The webui's folder."
 )
 data_option = click.option(
-    "--user-data-dir", type=click.Path(path_type=Path), metavar="PATH", help="Where the webui was told to keep its user data."
+    "--user-data-dir", type=click.Path(path_type=Path), metavar="PATH", help="The --user-data-dir that the webui is started with."
 )
 
 
@@ -114,7 +114,7 @@ def install(folder: Path, user_data_dir: Path | None) -> None:
 @dir_option
 @data_option
 def uninstall(folder: Path, user_data_dir: Path | None) -> None:
-    """Take the script out again. Settings and presets in user_data/steering and all vectors stay."""
+    """Remove the script. Settings and presets in user_data/steering and all vectors stay."""
     script = _place(folder, user_data_dir).script
     if not script.is_file():
         raise SteerError(f"there is nothing to remove: {script} does not exist")

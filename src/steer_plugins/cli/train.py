@@ -40,16 +40,16 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--pairs", type=click.Path(), metavar="FILE", help="Contrast pairs, a JSONL file.")
 @click.option("--trait", "trait_name", metavar="FILE|NAME", help="A trait file, or a trait that comes with the package.")
 @engine_options
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write here, not to the library.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
 @click.option("--method", default="mean_difference", show_default=True, metavar="NAME", help="The extraction method.")
 @click.option(
     "--positions",
     type=click.Choice(["last", "response", "answer", "thinking"]),
-    help="Read at the last prompt token, averaged over the response, at the end of the given answer, or averaged over what "
-    "is thought (default: last or response, as the examples allow).",
+    help="What to read: the last prompt token, the mean over the response, the end of the given answer, or the mean over the "
+    "thinking tokens (default: last or response, as the examples allow).",
 )
 @click.option("--layers", metavar="A-B,C", help="Fit and steer these layers (default: calibration finds a window).")
-@click.option("--remove-neutral", is_flag=True, help="Take out of each direction what lies along the neutral text.")
+@click.option("--remove-neutral", is_flag=True, help="Remove each direction's component along the neutral text.")
 @click.option(
     "--baseline/--no-baseline",
     default=None,
@@ -60,13 +60,13 @@ def register_commands(cli: click.Group) -> None:
     type=click.Choice(["none", "quick", "full"]),
     default="quick",
     show_default=True,
-    help="How thoroughly to find what strength 1.0 means.",
+    help="How thoroughly to calibrate strength 1.0.",
 )
 @click.option("--scope", type=click.Choice(["all", "prompt", "response"]), help="Which tokens to steer (default: as calibrated).")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which pairs are held out.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides which pairs are held out.")
 @click.option("--thinking/--no-thinking", default=False, help="The chat template's switch for thinking.")
-@click.option("--again", metavar="VECTOR", help="Repeat the fit of VECTOR, a name or a file, and compare.")
-@click.option("--overwrite", "--force", is_flag=True, help="Replace a vector of that name.")
+@click.option("--again", metavar="VECTOR", help="Repeat the fit of VECTOR (a name or a file) and compare.")
+@click.option("--overwrite", is_flag=True, help="Replace a vector of that name.")
 @json_option
 @click.pass_context
 def train(
@@ -91,12 +91,12 @@ def train(
 ) -> None:
     """Fit the steering vector NAME to a model, and keep it in the library.
 
-    What it learns from is a trait or a file of pairs, on each line {"positive": ..., "negative": ...} with two texts or
+    It learns from a trait or from a file of pairs with, on each line, {"positive": ..., "negative": ...} with two texts or
     two chats; a third text or chat, "baseline", may stand between them. A trait that comes with the package (mood,
     succinctness and others) needs no option.
 
-    With --again the fit of a vector is repeated from what it says of itself: same model, data, method and seed give the same
-    directions. The result is written only where NAME or --out says so.
+    With --again a vector is fitted again from the record it carries: the same model, data, method and seed give the same
+    directions. The result is only written if NAME or --out is given.
 
     \b
     Examples:

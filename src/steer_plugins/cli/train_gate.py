@@ -25,22 +25,22 @@ def register_commands(cli: click.Group) -> None:
 @click.argument("name")
 @click.option("--prompts", type=click.Path(), metavar="FILE", required=True, help="Labelled prompts, a JSONL file.")
 @engine_options
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write here, not to the library.")
-@click.option("--condition", metavar="VECTOR", help="Look along this vector (default: fit one to the prompts).")
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
+@click.option("--condition", metavar="VECTOR", help="Use the direction of this vector (default: fit one to the prompts).")
 @click.option("--layers", metavar="A-B,C", help="Layers to search (default: all).")
 @click.option(
     "--positions",
     type=click.Choice(["mean", "last"]),
     default="mean",
     show_default=True,
-    help="Look at the mean over the prompt, or at its last token but one.",
+    help="Use the mean over the prompt, or its last token but one.",
 )
 @click.option(
-    "--chat/--raw", "as_chat", default=None, help="Make texts a user's message (default: where the model has a template)."
+    "--chat/--raw", "as_chat", default=None, help="Turn texts into user messages (default: if the model has a template)."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which prompts are held out.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides which prompts are held out.")
 @click.option("--thinking/--no-thinking", default=False, help="The chat template's switch for thinking.")
-@click.option("--overwrite", "--force", is_flag=True, help="Replace a vector or gate of that name.")
+@click.option("--overwrite", is_flag=True, help="Replace a vector or gate of that name.")
 @json_option
 def train_gate(
     name: str,
@@ -58,7 +58,7 @@ def train_gate(
 ) -> None:
     """Fit the gate NAME, which opens on some prompts and stays closed on others, and keep it in the library.
 
-    On each line of FILE stands {"prompt": a text or a chat, "label": true or false}, at least five of either label; true opens
+    Each line of FILE is {"prompt": a text or a chat, "label": true or false}, with at least five of either label; true opens
     the gate. A quarter is held out; layer, threshold and direction of comparison are found by a grid search on the others. A term
     with the gate acts only on prompts that open it.
 

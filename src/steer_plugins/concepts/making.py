@@ -89,7 +89,7 @@ def find_sae(library: Library, name: str, identity: ModelIdentity | None) -> Pat
 
 
 def make_sae(
-    engine: Engine, name: str, options: MakeOptions, library: Library, *, replace_it: bool = False, report: Report | None = None
+    engine: Engine, name: str, options: MakeOptions, library: Library, *, overwrite: bool = False, report: Report | None = None
 ) -> FeatureIndex:
     """Train the autoencoder ``name`` for the engine's model and keep it in the library, going on where a run was interrupted.
 
@@ -99,9 +99,9 @@ def make_sae(
     tell = report or (lambda stage, done, total: None)
     info = engine.info
     target = sae_folder(library, name, info.identity)
-    if target.exists() and not replace_it:
+    if target.exists() and not overwrite:
         raise VectorError(
-            f"the library already has the autoencoder {name!r} for {info.identity.label}: replace it with --replace"
+            f"the library already has the autoencoder {name!r} for {info.identity.label}: replace it with --overwrite"
         )
     layer = info.n_layer // 2 if options.layer is None else options.layer
     last = info.n_layer - 2 if info.last_layer_outputs_only else info.n_layer - 1
