@@ -119,13 +119,13 @@ def test_an_entry_point_may_name_an_object_in_a_module(install):
 
     class Plugin:
         @hookimpl
-        def register_hosts(self, register):
+        def register_methods(self, register):
             register("toaster", self)
 
     plugin = Plugin()
     """
     install("toaster", code, target="plugin_toaster:plugin")
-    assert type(manager().find("hosts", "toaster")).__name__ == "Plugin"
+    assert type(manager().find("methods", "toaster")).__name__ == "Plugin"
 
 
 def test_the_set_can_be_pinned(install, monkeypatch):

@@ -255,7 +255,8 @@ def test_what_is_there_is_not_sent_again(server: FakeServer) -> None:
         with ServerEngine(server.url) as other:
             other.generate("x", max_tokens=1, steering=x)
             assert server.vectors[f"c-{x.content_hash[:24]}"] == x.content_hash
-    assert server.deleted() == [f"c-{u.content_hash[:24]}" for u in (x, w)], "what others put there stays"
+        assert not server.deleted(), "another engine may be about to name it"
+    assert sorted(server.deleted()) == sorted(f"c-{u.content_hash[:24]}" for u in (x, w)), "what others put there stays"
 
 
 def test_lost_vectors_are_sent_again(engine: ServerEngine, server: FakeServer) -> None:

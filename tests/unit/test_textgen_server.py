@@ -234,6 +234,50 @@ def test_steering_of_one_request_is_its_own(stand_in: StandIn, server: FakeServe
     assert "request_id" not in payload
 
 
+@pytest.mark.parametrize("state", [{}, {"steering": "mood:0.5"}], ids=["page", "api"])
+def test_a_reply_whose_vector_was_lost_is_asked_for_once_more(
+    stand_in: StandIn, server: FakeServer, state: dict[str, Any]
+) -> None:
+    put("mood")
+    setup_with(stand_in)
+    model, _ = stand_in.load("m")
+    stand_in.shared.model = model
+    settings.settings().set_terms(parse("mood:0.5"))
+
+    def post(payload: dict[str, Any]) -> None:
+        if not all(term["vector"] in server.vectors for term in payload["steering"]):
+            raise RuntimeError("400 Client Error: Bad Request")
+
+    list(model.generate_with_streaming("Hello", {"temperature": 1, **state}))
+    server.vectors.clear()  # somebody deleted it
+    stand_in.on_post = post
+    assert list(model.generate_with_streaming("Hello", {"temperature": 1, **state})) == ["one", "one two"]
+    assert len(stand_in.posted) == 3
+
+    def fail(payload: dict[str, Any]) -> None:
+        raise RuntimeError("400 Client Error: something else")
+
+    stand_in.on_post = fail
+    with pytest.raises(RuntimeError, match="something else"):
+        list(model.generate_with_streaming("Hello", {"temperature": 1, **state}))
+    assert len(stand_in.posted) == 4, "what is refused for another reason is not asked for again"
+    assert link.current()._running == {}
+
+
+def test_chat_and_calibration_share_one_cache_of_uploads(stand_in: StandIn, server: FakeServer) -> None:
+    """Compare, and then a calibration of many trials: the next reply names a vector that the server has."""
+    put("mood")
+    setup_with(stand_in)
+    model, _ = stand_in.load("m")
+    stand_in.shared.model = model
+    found, terms = link.current(), parse("mood:0.8")
+    found.fields(terms)
+    found.engine.request_fields(found.steering(terms))
+    for k in range(1, 140):
+        found.engine.request_fields(SteeringVector("trial", {(1, "resid_post"): [0.0, 0.0, 1.0, float(k)]}, identity=IDENTITY))
+    assert found.fields(terms)["steering"][0]["vector"] in server.vectors
+
+
 def test_thinking_scopes_bring_the_tags(stand_in: StandIn, server: FakeServer) -> None:
     put("mood")
     setup_with(stand_in)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from steer_plugins_textgen.settings import Settings, check_preset_name
-from steer_plugins_textgen.wishes import fitting, from_page, names_only, terms_of, wish_of
+from steer_plugins_textgen.wishes import fitting, from_page, terms_of, wish_of
 
 from steer_plugins.errors import SpecError
 from steer_plugins.steering.grammar import TermSpec, parse
@@ -111,13 +111,6 @@ def test_whose_steering_a_generation_gets(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert wish_of(empty, settings) == [] and wish_of(own, settings) == parse("succinctness:0.5")
     stand_in.shared.args.multi_user = True  # sliders of an earlier session, which nobody sees now
     assert wish_of(page, settings) is None and wish_of(own, settings) == parse("succinctness:0.5")
-
-
-@pytest.mark.parametrize("text", ['"./mood"', '"C:\\\\mood":0.5', '"//host/share/mood.gguf"', 'mood{"/etc/gate"}'])
-def test_requests_do_not_name_files(text: str) -> None:
-    with pytest.raises(SpecError, match="is a file"):
-        names_only(parse(text))
-    names_only(parse("mood.v2:0.5 + !hedging{medical}"))
 
 
 def test_terms_that_do_not_go_together() -> None:

@@ -222,7 +222,7 @@ def test_no_model_and_no_server_are_said(stand_in: StandIn, monkeypatch: pytest.
     ):
         page.do(component, "click", *values)
     assert "nothing is steered" in page.value(tab.compare_note)
-    assert "No model" in page.value(tab.picture) and "No model" in page.value(tab.note)
+    assert "no model" in page.value(tab.picture) and "no model" in page.value(tab.note)
 
 
 def test_no_sliders_where_strangers_share_the_page(stand_in: StandIn) -> None:

@@ -48,6 +48,9 @@ class StandIn:
         self._monkeypatch.setitem(sys.modules, name, module)
         return module
 
+    on_post: Any = None
+    """Called with what is posted for a reply; may raise."""
+
     def switch(self, on: bool) -> None:
         """Switch the extension on or off, as the Session tab does."""
         extension = SimpleNamespace(STEER_PLUGINS=True)
@@ -71,6 +74,8 @@ class StandIn:
 
             def generate_with_streaming(self, prompt: Any, state: dict[str, Any]) -> Any:
                 webui.posted.append(self.prepare_payload(state))
+                if webui.on_post is not None:
+                    webui.on_post(webui.posted[-1])
                 yield "one"
                 yield "one two"
 

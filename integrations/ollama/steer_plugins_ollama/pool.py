@@ -345,7 +345,7 @@ class Resolver:
 
     def lost(self, fields: dict[str, Any]) -> bool:
         """Whether the server lacks a vector of these fields; if so they are uploaded when next asked for."""
-        lost = self._engine.forget_lost(fields)
+        lost = self._engine.lost(fields)
         if lost:
             with self._lock:
                 self._cache.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from steer_plugins.errors import SpecError, SteerError
+from steer_plugins.steering.grammar import names_of, refuse_file
 from steer_plugins.store.library import Library
 
 from . import hooks, loader, webui, wishes
@@ -101,7 +102,8 @@ def checked(value: Any) -> list[dict[str, Any]] | None:
         raise SpecError("the steering extension is switched off: switch it on in the Session tab, or leave steering out")
     terms = wishes.terms_of(value, settings())
     if not (isinstance(value, dict) and "preset" in value):
-        wishes.names_only(terms)
+        for name in names_of(terms):
+            refuse_file(name)
     models = webui.module("models")
     if terms and hasattr(models, "load_model_if_idle_unloaded"):
         models.load_model_if_idle_unloaded()

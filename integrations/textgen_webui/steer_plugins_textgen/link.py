@@ -7,13 +7,10 @@ import time
 import uuid
 from typing import Any
 
-from steer_plugins.client.connection import Connection, ServerRefusal
 from steer_plugins.client.engine import ServerEngine
-from steer_plugins.client.vectors import ServerVectors
 from steer_plugins.errors import EngineError, SteerError
-from steer_plugins.steering.grammar import TermSpec, steering_of
+from steer_plugins.steering.grammar import TermSpec, is_file_name, names_of
 from steer_plugins.steering.terms import Steering
-from steer_plugins.steering.vector import SteeringVector
 from steer_plugins.store.library import Library
 
 from . import webui, wishes
@@ -33,13 +30,7 @@ class Link:
         self.library = library or Library()
         self.engine = ServerEngine(url, library=self.library)
         self.info = self.engine.info
-        self._connection = Connection(url)
-        facts = self.engine.status()
-        model = facts["model"]
-        opening, closing = model.get("think_open"), model.get("think_close")
-        self._tags = {"open": opening, "close": closing} if opening and closing else None
-        self._vectors = ServerVectors(self._connection, self.info, tags=self._tags is not None)
-        self.device = device_of(model)
+        self.device = self.engine.facts.device
         self._running: dict[str, list[TermSpec]] = {}
         self._wanted: tuple[int, list[TermSpec]] = (0, [])
         self._lock = threading.Lock()
@@ -47,22 +38,15 @@ class Link:
 
     def steering(self, terms: list[TermSpec]) -> Steering:
         """The terms with their vectors from the library. Raises SteerError that names what is missing or does not fit."""
-        steering = steering_of(terms, self._find)
-        self._vectors.check(steering)
+        files = any(map(is_file_name, names_of(terms)))
+        # without a file, none is looked for: a name that the library lacks could be a file in the webui's folder
+        steering = self.engine.steering(terms, names_only=not files)
+        self.engine.check(steering)
         return steering
-
-    def _find(self, name: str) -> SteeringVector:
-        # not library.resolve for names: it would look for files of the webui's folder as well
-        find = self.library.resolve if wishes.is_file(name) else self.library.get
-        return find(name, self.info.identity)
 
     def fields(self, terms: list[TermSpec]) -> dict[str, Any]:
         """What goes into a request's body. Vectors are uploaded when they are first used. Raises SteerError."""
-        sent = self._vectors.terms(self.steering(terms))
-        fields: dict[str, Any] = {"steering": sent}
-        if any(term["scope"] in ("thinking", "answer") for term in sent):
-            fields["steering_tags"] = self._tags
-        return fields
+        return self.engine.request_fields(self.steering(terms))
 
     def usable(self, terms: list[TermSpec]) -> tuple[list[TermSpec], list[str]]:
         """The terms that fit this model and each other, and a sentence for each of the others."""
@@ -103,8 +87,9 @@ class Link:
                     self._worker = None
                     return
             try:
-                fields = self.fields(self.usable(wanted)[0])
-                told.update({name: version for name in left if self._change(name, fields)})
+                steering = self.steering(self.usable(wanted)[0])
+                # a reply that has not begun is between the webui and the server, or waits for a slot
+                told.update({name: version for name in left if self.engine.change(name, steering) is not None})
             except SteerError as error:
                 webui.log(f"the running reply does not follow: {error}", error=True)
                 with self._lock:
@@ -112,26 +97,6 @@ class Link:
                 return
             if any(told.get(name) != version for name in left):
                 time.sleep(RETRY)
-
-    def _change(self, name: str, fields: dict[str, Any]) -> bool:
-        """False when the reply has not begun: it is between the webui and the server, or waits for a slot."""
-        try:
-            self._connection.post(f"/steering/requests/{name}", {"steering": fields["steering"]})
-        except ServerRefusal as refusal:
-            if refusal.status not in (404, 409):
-                raise
-            return False
-        return True
-
-
-def device_of(model: dict[str, Any]) -> str:
-    """Where the model runs, for people."""
-    if not int(model.get("n_gpu_layers") or 0):
-        return "CPU"
-    names = [
-        str(d.get("description") or d.get("name")) for d in model.get("devices", []) if d.get("type") not in ("cpu", "accel")
-    ]
-    return ", ".join(names) or "CPU"
 
 
 _links: dict[int, tuple[Any, Link | SteerError]] = {}

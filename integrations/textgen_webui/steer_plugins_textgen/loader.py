@@ -84,25 +84,36 @@ def _generate_with_streaming(original: Any) -> Any:
     @functools.wraps(original)
     def generate_with_streaming(self: Any, prompt: Any, state: dict[str, Any]) -> Any:
         text = ""
-        following = Following()
-        state["steering_following"] = following
-        try:
-            for text in original(self, prompt, state):
-                yield text
-        finally:
-            state.pop("steering_following", None)
-            if following.link is not None:
-                replies.remember(prompt, state, text, following.link.end(following.name))
+        for attempt in (1, 2):
+            state["steering_following"] = following = Following()
+            try:
+                for text in original(self, prompt, state):
+                    yield text
+                return
+            except Exception:
+                if text or attempt == 2 or not following.lost():
+                    raise
+            finally:
+                state.pop("steering_following", None)
+                if following.link is not None and following.name:
+                    replies.remember(prompt, state, text, following.link.end(following.name))
 
     return generate_with_streaming
 
 
 @dataclass
 class Following:
-    """A reply of the page under way, which is told of moved sliders. Asking for logits is none."""
+    """A reply under way. Those of the page have a name and are told of moved sliders. Asking for logits is none."""
 
     link: Link | None = None
     name: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def lost(self) -> bool:
+        """Whether the server has lost a vector that the reply needs: then it is asked for once more."""
+        with contextlib.suppress(SteerError):
+            return bool(self.fields.get("steering")) and self.link is not None and self.link.engine.lost(self.fields)
+        return False
 
 
 def _fields(server: Any, generation: dict[str, Any]) -> dict[str, Any]:
@@ -120,12 +131,14 @@ def _fields(server: Any, generation: dict[str, Any]) -> dict[str, Any]:
                 raise
             webui.log(f"the reply is not steered: {error}", error=True)
         return {}
-    if not page:
-        return link.fields(wish)
-    return _page_fields(link, wish, generation)
+    following = generation.get("steering_following")
+    fields = _page_fields(link, wish, following) if page else link.fields(wish)
+    if following is not None:
+        following.link, following.fields = link, fields
+    return fields
 
 
-def _page_fields(link: Link, wish: list[TermSpec], generation: dict[str, Any]) -> dict[str, Any]:
+def _page_fields(link: Link, wish: list[TermSpec], following: Following | None) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     good: list[TermSpec] = []
     if wish:
@@ -133,10 +146,8 @@ def _page_fields(link: Link, wish: list[TermSpec], generation: dict[str, Any]) -
         for sentence in wrong:
             webui.log(f"left out: {sentence}", error=True)
         fields = link.fields(good)
-    following = generation.get("steering_following")
     if following is not None:
-        following.link, following.name = link, link.begin(good)
-        fields["request_id"] = following.name
+        following.name = fields["request_id"] = link.begin(good)
     return fields
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from steer_plugins.errors import SpecError, SteerError
-from steer_plugins.steering.grammar import TermSpec, from_json, parse
+from steer_plugins.steering import grammar
+from steer_plugins.steering.grammar import TermSpec
 
 from . import webui
 from .settings import Settings
@@ -21,17 +21,14 @@ def terms_of(value: Any, settings: Settings) -> list[TermSpec]:
     Raises:
         SpecError: one sentence that names the fault.
     """
-    if isinstance(value, str):
-        return parse(value)
-    if isinstance(value, dict):
-        if "preset" in value:
-            if set(value) != {"preset"} or not isinstance(value["preset"], str):
-                raise SpecError('a preset is named as {"preset": "NAME"}, without other keys')
-            return settings.preset(value["preset"])
-        return from_json([value])
-    if isinstance(value, list):
-        return from_json(value)
-    raise SpecError(f"steering is {value!r:.60}: give a text, a list of terms, or a preset")
+    if isinstance(value, dict) and "preset" in value:
+        if set(value) != {"preset"} or not isinstance(value["preset"], str):
+            raise SpecError('a preset is named as {"preset": "NAME"}, without other keys')
+        return settings.preset(value["preset"])
+    terms = grammar.terms_of(value)
+    if terms is None:
+        raise SpecError(f"steering is {value!r:.60}: give a text, a list of terms, or a preset")
+    return terms
 
 
 def wish_of(state: dict[str, Any], settings: Settings) -> list[TermSpec] | None:
@@ -47,18 +44,6 @@ def wish_of(state: dict[str, Any], settings: Settings) -> list[TermSpec] | None:
             return terms_of(said, settings)
         return settings.active if settings.api_too else None
     return None if webui.multi_user() else settings.active
-
-
-def names_only(terms: list[TermSpec]) -> None:
-    """Raise SpecError for a term that names a file: whoever can send a request must not open files here."""
-    for name in (name for term in terms for name in (term.vector, term.gate) if name is not None):
-        if is_file(name):
-            raise SpecError(f"{name!r:.80} is a file: requests name vectors of the library")
-
-
-def is_file(name: str) -> bool:
-    """Whether what a term names is a file: it has a separator. Everything else is a name of the library."""
-    return re.search(r"[/\\]", name) is not None
 
 
 def fitting(terms: list[TermSpec], check: Callable[[list[TermSpec]], Any]) -> tuple[list[TermSpec], list[str]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..plugins import hookimpl
-from .common import EngineOptions, Together, engine_options, together_options
+from .common import Combining, EngineOptions, combining_options, engine_options
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -41,7 +41,7 @@ def register_commands(cli: click.Group) -> None:
 
 @click.command(epilog='\b\nExample:\n  steer chat --steer "mood:0.5"')
 @click.option("-s", "--steer", "steer", multiple=True, metavar="TERMS", help="Initial steering, as for generate.")
-@together_options
+@combining_options
 @engine_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=400, show_default=True, metavar="N")
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 for the likeliest token.")
@@ -50,7 +50,7 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--force", is_flag=True, help="Accept a vector of another fine-tune of this model.")
 def chat(
     steer: tuple[str, ...],
-    together: Together,
+    combining: Combining,
     engine: EngineOptions,
     max_tokens: int,
     temperature: float,
@@ -68,7 +68,7 @@ def chat(
     terms = parse_options(steer)
     with engine.open() as opened:
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        talk = Conversation(opened, force=force, together=together, system=system, **options)
+        talk = Conversation(opened, force=force, combining=combining, system=system, **options)
         talk.sliders = talk.sliders_of(terms)
         talk.run()
 
@@ -136,33 +136,25 @@ class Conversation:
     """The loop of ``steer chat``."""
 
     def __init__(
-        self, engine: Engine, *, force: bool, system: str | None, together: Together | None = None, **options: Any
+        self, engine: Engine, *, force: bool, system: str | None, combining: Combining | None = None, **options: Any
     ) -> None:
         self.engine = engine
         self._force = force
-        self._together = together or Together()
+        self._combining = combining or Combining()
         self._options = options
         self._system = system
-        self.sliders = Sliders([], self.steering_of([]))
+        self.sliders = Sliders([], engine.steering([]))
         self.messages: list[dict[str, str]] = []
         self._plain = ""  # what was said, for a model without a chat template
-
-    def steering_of(self, terms: Sequence[TermSpec]) -> Steering:
-        """The steering that terms mean for this model. Raises SteerError."""
-        from ..steering.grammar import steering_of
-        from ..store.library import Library
-
-        library, identity = Library(), self.engine.info.identity
-        return steering_of(terms, lambda spec: library.resolve(spec, identity, force=self._force))
 
     def sliders_of(self, terms: Sequence[TermSpec]) -> Sliders:
         """Sliders for terms, whose vectors are made fit to act together. Raises SteerError."""
         from ..steering.terms import Steering
 
-        wanted = self.steering_of(terms)
+        wanted = self.engine.steering(terms, force=self._force)
         # a term at 0 may be moved later, so it counts here like the others
-        fit = Together(self._together.orthogonal).apply(Steering([replace(t, strength=t.strength or 1.0) for t in wanted]))
-        return Sliders(terms, fit, self._together.max_dose)
+        fit = Combining(self._combining.orthogonal).apply(Steering([replace(t, strength=t.strength or 1.0) for t in wanted]))
+        return Sliders(terms, fit, self._combining.max_dose)
 
     def run(self) -> None:
         """Read lines and answer them until the end of the input."""

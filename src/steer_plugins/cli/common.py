@@ -91,8 +91,8 @@ def engine_options(command: F) -> F:
 
 
 @dataclass(frozen=True)
-class Together:
-    """What the user said about several vectors that act together."""
+class Combining:
+    """What the user said about several vectors that act together: ``--orthogonalise`` and ``--max-dose``."""
 
     orthogonal: bool = False
     max_dose: float | None = None
@@ -129,8 +129,8 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float | N
     return value
 
 
-def together_options(command: F) -> F:
-    """Adds ``--orthogonalise`` and ``--max-dose``; the command gets them as ``together: Together``."""
+def combining_options(command: F) -> F:
+    """Adds ``--orthogonalise`` and ``--max-dose``; the command gets them as ``combining: Combining``."""
 
     @click.option("--orthogonalise", is_flag=True, help="Orthogonalise each --steer vector against the earlier ones.")
     @click.option(
@@ -142,7 +142,7 @@ def together_options(command: F) -> F:
     )
     @functools.wraps(command)
     def wrapped(*args: Any, orthogonalise: bool, max_dose: float | None, **rest: Any) -> Any:
-        return command(*args, together=Together(orthogonalise, max_dose), **rest)
+        return command(*args, combining=Combining(orthogonalise, max_dose), **rest)
 
     return wrapped  # type: ignore[return-value]
 

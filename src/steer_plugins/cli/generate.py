@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..plugins import hookimpl
-from .common import EngineOptions, Together, engine_options, json_option, print_json, together_options
+from .common import Combining, EngineOptions, combining_options, engine_options, json_option, print_json
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
-    from ..steering.terms import Steering
 
 
 @hookimpl
@@ -32,7 +31,7 @@ def register_commands(cli: click.Group) -> None:
     help='Vectors (library names or files) with strengths: mood:0.8, "mood:0.6 + !hedging@10-20?response", FILE:-0.5. '
     "May be repeated.",
 )
-@together_options
+@combining_options
 @engine_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 for the likeliest token.")
@@ -45,7 +44,7 @@ def register_commands(cli: click.Group) -> None:
 def generate(
     prompt: str,
     steer: tuple[str, ...],
-    together: Together,
+    combining: Combining,
     engine: EngineOptions,
     max_tokens: int,
     temperature: float,
@@ -63,11 +62,13 @@ def generate(
       steer generate --steer mood:0.8 "Describe a walk in the forest"
       steer generate -s mood:-1 -s succinctness:0.5 --temperature 0.7 "How was your day?"
     """
-    check_spelling(steer)
+    from ..steering.grammar import parse_options
+
+    terms = parse_options(steer)  # before a model is loaded for it
     text = read_prompt(prompt)
     with engine.open() as opened:
         messages = make_prompt(opened, text, system=system, raw=raw)
-        steering = find_steering(opened, steer, force=force, together=together)
+        steering = combining.apply(opened.steering(terms, force=force))
         options: dict[str, Any] = {
             "max_tokens": max_tokens,
             "temperature": temperature,
@@ -96,13 +97,6 @@ def generate(
             click.echo()
 
 
-def check_spelling(steer: tuple[str, ...]) -> None:
-    """Raise SpecError for a ``--steer`` that cannot be read, before a model is loaded for it."""
-    from ..steering.grammar import parse_options
-
-    parse_options(steer)
-
-
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or standard input for ``-``."""
     return sys.stdin.read() if prompt == "-" else prompt
@@ -121,19 +115,3 @@ def make_prompt(engine: Engine, text: str, *, system: str | None, raw: bool) -> 
             raise DataError(f"{why} for a system prompt: put it into the prompt")
         return text
     return chat(text, system)
-
-
-def find_steering(
-    engine: Engine,
-    steer: tuple[str, ...],
-    *,
-    force: bool = False,
-    together: Together = Together(),  # noqa: B008
-) -> Steering:
-    """The steering of ``--steer`` options: names from the library for the engine's model, or files."""
-    from ..steering.grammar import parse_options, steering_of
-    from ..store.library import Library
-
-    library, identity = Library(), engine.info.identity
-    wanted = steering_of(parse_options(steer), lambda spec: library.resolve(spec, identity, force=force))
-    return together.apply(wanted)

@@ -9,8 +9,8 @@ import click
 
 from ..errors import DataError
 from ..plugins import hookimpl
-from .common import EngineOptions, Together, console, engine_options, json_option, print_json, together_options
-from .generate import check_spelling, find_steering, make_prompt, read_prompt
+from .common import Combining, EngineOptions, combining_options, console, engine_options, json_option, print_json
+from .generate import make_prompt, read_prompt
 from .read import parse_layer_list
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--vector", required=True, metavar="NAME", help="The vector to look along: a library name or a file.")
 @engine_options
 @click.option("-s", "--steer", multiple=True, metavar="TERMS", help="Steer, and show before and after; may be repeated.")
-@together_options
+@combining_options
 @click.option("--layers", metavar="LIST", help="Such as 10-15 (default: all that the vector has).")
 @click.option(
     "-n",
@@ -52,7 +52,7 @@ def inspect(
     vector: str,
     engine: EngineOptions,
     steer: tuple[str, ...],
-    together: Together,
+    combining: Combining,
     layers: str | None,
     max_tokens: int | None,
     out: Path | None,
@@ -74,9 +74,10 @@ def inspect(
       steer inspect --vector mood --steer mood:-1 "Describe a walk in the forest" --out walk.html
     """
     from ..report import inspect_prompt
+    from ..steering.grammar import parse_options
     from ..store.library import Library
 
-    check_spelling(steer)
+    terms = parse_options(steer)  # before a model is loaded for it
     wanted = None if layers is None else parse_layer_list(layers)
     if out is not None:
         _check_out(out, overwrite)
@@ -86,7 +87,7 @@ def inspect(
             opened,
             make_prompt(opened, text, system=system, raw=raw),
             Library().resolve(vector, opened.info.identity, force=force),
-            steering=find_steering(opened, steer, force=force, together=together),
+            steering=combining.apply(opened.steering(terms, force=force)),
             layers=wanted,
             max_tokens=(REPLY_TOKENS if steer else 0) if max_tokens is None else max_tokens,
             thinking=thinking,

@@ -11,8 +11,8 @@ import click
 
 from ..errors import SpecError, VectorError
 from ..plugins import hookimpl
-from .common import EngineOptions, Together, engine_options, json_option, print_json, together_options
-from .generate import check_spelling, find_steering, make_prompt, read_prompt
+from .common import Combining, EngineOptions, combining_options, engine_options, json_option, print_json
+from .generate import make_prompt, read_prompt
 
 if TYPE_CHECKING:
     from ..engine.base import Activations, Engine
@@ -47,7 +47,7 @@ def register_commands(cli: click.Group) -> None:
 )
 @click.option("-n", "--max-tokens", type=click.IntRange(min=0), default=0, show_default=True, help="Also read a reply this long.")
 @click.option("-s", "--steer", multiple=True, metavar="TERMS", help="Steer while reading; may be repeated.")
-@together_options
+@combining_options
 @click.option("--system", metavar="TEXT", help="A system prompt.")
 @click.option("--raw", is_flag=True, help="Use PROMPT without the chat template.")
 @click.option("--thinking/--no-thinking", default=None, help="The chat template's switch for thinking.")
@@ -64,7 +64,7 @@ def read(
     stream: str,
     max_tokens: int,
     steer: tuple[str, ...],
-    together: Together,
+    combining: Combining,
     system: str | None,
     raw: bool,
     thinking: bool | None,
@@ -81,7 +81,9 @@ def read(
     Example:
       steer read --layers 10-15 --positions last "Describe a walk in the forest" --out acts.safetensors
     """
-    check_spelling(steer)
+    from ..steering.grammar import parse_options
+
+    terms = parse_options(steer)  # before a model is loaded for it
     where = parse_positions(positions)
     wanted = None if layers is None else parse_layer_list(layers)
     if out.is_dir() or not out.parent.is_dir():
@@ -96,7 +98,7 @@ def read(
             site=site,
             positions=where,
             stream=stream,
-            steering=find_steering(opened, steer, force=force, together=together),
+            steering=combining.apply(opened.steering(terms, force=force)),
             max_tokens=max_tokens,
             thinking=thinking,
         )[0]

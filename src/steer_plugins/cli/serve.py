@@ -17,7 +17,7 @@ import click
 
 from ..errors import EngineError, SpecError, VectorError
 from ..plugins import hookimpl
-from .common import Together, console, json_option, model_path, together_options
+from .common import Combining, combining_options, console, json_option, model_path
 
 if TYPE_CHECKING:
     from ..client import ServerProcess
@@ -45,7 +45,7 @@ def register_commands(cli: click.Group) -> None:
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N", help="0 picks a free one.")
 @click.option("--steering", metavar="TERMS", help='For requests without their own: "mood:0.6 + !hedging@10-20?response".')
-@together_options
+@combining_options
 @click.option("--library/--no-library", default=True, show_default=True, help="Load this model's vectors from the library.")
 @click.option("--vector", "vectors", multiple=True, metavar="NAME=FILE", help="Load a vector under a name; may be repeated.")
 @click.option("--force", is_flag=True, help="Accept vectors of another fine-tune of this model.")
@@ -56,7 +56,7 @@ def serve(
     host: str,
     port: int,
     steering: str | None,
-    together: Together,
+    combining: Combining,
     library: bool,
     vectors: tuple[str, ...],
     force: bool,
@@ -81,7 +81,7 @@ def serve(
     if "-h" in flags:
         click.echo(click.get_current_context().get_help())
         return
-    if together and steering is None:
+    if combining and steering is None:
         raise SpecError("--orthogonalise and --max-dose are about the vectors of --steering: give that, too")
     model, rest = split_flags(flags)
     binary = ensure_runtime(need_server=True).server
@@ -103,7 +103,7 @@ def serve(
                     err.print(f"steer: warning: {sentence}", markup=False)
             for spec in vectors:
                 staged.add(spec)
-            rest = [*staged.flags(steering, together), *rest]
+            rest = [*staged.flags(steering, combining), *rest]
             names = staged.names
         elif steering is not None or vectors:
             raise SpecError("--steering and --vector need a model file: name one, in place of the flag that fetches a model")
@@ -196,25 +196,24 @@ class Staged:
         write_vector(vector, self._folder / f"{name}.safetensors")
         self._vectors[name] = vector
 
-    def flags(self, steering: str | None, together: Together = Together()) -> list[str]:  # noqa: B008
+    def flags(self, steering: str | None, combining: Combining = Combining()) -> list[str]:  # noqa: B008
         """The flags that make llama-server load the folder, and steer by a text of the grammar unless a request says how."""
-        from ..steering.gate import Gate
-        from ..steering.grammar import parse, steering_of
+        from ..client.vectors import content_name, gate_name
+        from ..steering.grammar import names_of, parse, steering_of
 
         terms = parse(steering) if steering is not None else []
         found: dict[str, SteeringVector] = {}
-        for name in dict.fromkeys(name for term in terms for name in (term.vector, term.gate) if name is not None):
+        for name in names_of(terms):
             known = self._vectors.get(name)
             found[name] = known if known is not None else self._library.resolve(name, self._identity, force=self._force)
-        wanted = together.apply(steering_of(terms, found.__getitem__))  # complains of a window without directions, too
+        wanted = combining.apply(steering_of(terms, found.__getitem__))  # complains of a window without directions, too
         texts = []
         for term, fit in zip(terms, wanted, strict=True):
             data: dict[str, Any] = {**term.to_json(), "strength": fit.strength}
             if term.vector not in self._vectors or fit.vector.content_hash != found[term.vector].content_hash:
-                data["vector"] = self._along(f"c-{fit.vector.content_hash[:24]}", fit.vector)
-            if term.gate is not None and term.gate not in self._vectors:
-                gate = found[term.gate]
-                data["gate"] = self._along(f"g-{Gate.of(gate).digest[:24]}", gate)
+                data["vector"] = self._along(content_name(fit.vector), fit.vector)
+            if fit.gate is not None and term.gate not in self._vectors:
+                data["gate"] = self._along(gate_name(fit.gate), fit.gate.to_vector())
             texts.append(data)
         flags = ["--steering-dir", str(self._folder)]
         return [*flags, "--steering", json.dumps(texts)] if texts else flags

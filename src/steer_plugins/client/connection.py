@@ -50,6 +50,7 @@ class Connection:
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 600.0, n_parallel: int = 16) -> None:
         self.url = normal_url(url)
+        self.api_key = api_key
         self.timeout = timeout
         self._session = requests.Session()
         # a proxy of the environment cannot reach this machine's own ports

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -18,28 +17,23 @@ from ..engine.base import (
     GenerateRequest,
     Generation,
     GenerationStream,
-    ModelInfo,
     Progress,
     Prompt,
-    as_steering,
 )
 from ..engine.batching import wanted_positions
 from ..engine.chat import ChatTemplate, check_messages
 from ..engine.tokens import TokenEngine
-from ..errors import DataError, EngineError, ModelError, SpecError, SteerError, VectorError
-from ..steering.vector import ModelIdentity
+from ..errors import DataError, EngineError, ModelError, SpecError, SteerError
+from ..steering.terms import Steering
 from .activations import decode_read
-from .connection import Connection, EventStream, ServerBusy, ServerRefusal
+from .connection import Connection, EventStream, ServerRefusal
+from .facts import ask
 from .vectors import ServerVectors, content_name
 
 if TYPE_CHECKING:
-    from ..steering.terms import Steering
     from ..store.library import Library
 
 T = TypeVar("T")
-
-PROTOCOL = 1
-"""The version of docs/http-protocol.md that is spoken here."""
 
 MAX_TEXTS = 64
 """Texts of one read or score request."""
@@ -72,22 +66,21 @@ class ServerEngine(TokenEngine):
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 600.0, library: Library | None = None) -> None:
         self._connection: Connection | None = Connection(url, api_key=api_key, timeout=timeout)
-        self._library = library
+        self.library = library
         self._running: list[ServerStream] = []
         self._template: ChatTemplate | None = None
         self._bos = ""
         self._pieces: dict[int, bytes] = {}
         try:
-            facts = _hello(self._connection)
-            self.info = _model_info(facts)
+            self.facts = ask(self._connection)
+            if self.facts.info is None:
+                raise ModelError(self.facts.problem)
         except BaseException:
             self._connection.close()
             raise
-        self.n_slots = max(1, int(facts["model"].get("n_slots") or 1))
-        opening, closing = facts["model"].get("think_open"), facts["model"].get("think_close")
-        self._tags = {"open": opening, "close": closing} if opening and closing else None
-        self._vectors = ServerVectors(self._connection, self.info, tags=self._tags is not None)
-        self._vectors.learn(facts.get("vectors", []))
+        self.info = self.facts.info
+        self.n_slots = self.facts.n_slots
+        self._vectors = ServerVectors(self._connection, self.facts)
 
     @property
     def _http(self) -> Connection:
@@ -103,19 +96,6 @@ class ServerEngine(TokenEngine):
     def status(self) -> dict[str, Any]:
         """What ``GET /steering`` answers now: model, vectors, running requests, memory."""
         return dict(self._http.get("/steering"))
-
-    def steering(self, text: str, *, force: bool = False) -> Steering:
-        """The steering that a text of the grammar means (``mood:0.6 + !hedging``), its names looked up in the library.
-
-        Raises:
-            SpecError: the text is wrong.
-            MissingVector: the library has no such vector for this model.
-        """
-        from ..steering.grammar import steering_of
-        from ..store.library import Library
-
-        library = self._library if self._library is not None else Library()
-        return steering_of(text, lambda spec: library.resolve(spec, self.info.identity, force=force))
 
     # ---- text ----
 
@@ -161,7 +141,7 @@ class ServerEngine(TokenEngine):
         if not self.info.has_chat_template:
             raise DataError(f"{self.info.name} carries no chat template: give a raw text prompt")
         if self._template is None:
-            props = self._http.get("/props")
+            props = self.facts.props
             self._bos = str(props.get("bos_token") or "")
             self._template = ChatTemplate(str(props["chat_template"]), bos=self._bos, eos=str(props.get("eos_token") or ""))
         return self._template
@@ -199,6 +179,10 @@ class ServerEngine(TokenEngine):
 
     # ---- steering ----
 
+    def check(self, steering: Any) -> None:
+        """Raise VectorError or SpecError for what is wrong with a steering and can be seen without asking the server."""
+        self._vectors.check(Steering.of(steering))
+
     def request_fields(self, steering: Any) -> dict[str, Any]:
         """The fields that steer a request which one sends to the server oneself, with another HTTP client.
 
@@ -213,30 +197,65 @@ class ServerEngine(TokenEngine):
             VectorError: a vector does not fit the model, or the server has no room for it.
             SpecError: a scope that this model cannot have.
         """
-        return self._fields(as_steering(steering))
+        self._http  # noqa: B018  # raises when the engine is closed
+        return self._vectors.fields(Steering.of(steering))
 
-    def forget_lost(self, fields: dict[str, Any]) -> bool:
-        """True if the server lacks a vector of fields made by :meth:`request_fields` (it was restarted, or somebody deleted
-        it): make them anew, which uploads it again."""
-        return self._vectors.forget_lost(fields["steering"])
+    def attempts(self, steering: Any) -> Iterator[dict[str, Any]]:
+        """:meth:`request_fields`, and once more if the server turns out to have lost a vector meanwhile: it was restarted,
+        or somebody deleted it there. Send a request with each, until one is not refused:
+
+        >>> for fields in engine.attempts(steering):                # doctest: +SKIP
+        ...     answer = post("/completion", {**body, **fields})
+        ...     if answer.status_code != 400:
+        ...         break
+
+        Raises:
+            VectorError, SpecError: as :meth:`request_fields`.
+        """
+        wanted = Steering.of(steering)
+        fields = self.request_fields(wanted)
+        yield fields
+        if self.lost(fields):
+            yield self.request_fields(wanted)
+
+    def lost(self, fields: Mapping[str, Any]) -> bool:
+        """True if the server lacks a vector of fields made by :meth:`request_fields`: make them anew, which uploads it again."""
+        return self._vectors.lost(fields)
+
+    def change(self, request_id: str, steering: Any) -> int | None:
+        """Replace the steering of a running request, from its next token on.
+
+        Args:
+            request_id: the ``request_id`` that the request was sent with, or that the server gave it.
+            steering: what engines take.
+
+        Returns:
+            The position of the first token that it acts on; None when the request has not begun, or has ended.
+
+        Raises:
+            VectorError, SpecError: as :meth:`request_fields`. ServerRefusal: a gate that the request did not begin with.
+        """
+        path = f"/steering/requests/{quote(request_id, safe='')}"
+        try:
+            answer = self._steered(steering, lambda fields: self._http.post(path, {"steering": fields["steering"]}))
+        except ServerRefusal as refusal:
+            if refusal.status not in (404, 409):
+                raise
+            return None
+        return int(answer["from_position"][0])
 
     def _steered(self, steering: Any, send: Callable[[dict[str, Any]], T]) -> T:
         """Send a request with the fields of a steering, once more if the server has lost the vectors meanwhile."""
-        wanted = as_steering(steering)
-        fields = self._fields(wanted)
-        try:
-            return send(fields)
-        except ServerRefusal as refusal:
-            if refusal.status != 400 or not self.forget_lost(fields):
-                raise
-        return send(self._fields(wanted))
-
-    def _fields(self, steering: Steering) -> dict[str, Any]:
-        # always said, also when empty: the server's default is for those who say nothing
-        fields: dict[str, Any] = {"steering": self._vectors.terms(steering)}
-        if any(term["scope"] in ("thinking", "answer") for term in fields["steering"]):
-            fields["steering_tags"] = self._tags
-        return fields
+        refused: ServerRefusal | None = None
+        for fields in self.attempts(steering):
+            try:
+                return send(fields)
+            except ServerRefusal as refusal:
+                if refusal.status != 400:
+                    raise
+                refused = refusal
+        assert refused is not None
+        raise refused
 
     # ---- reading ----
 
@@ -361,10 +380,10 @@ class ServerStream(GenerationStream):
         if not request.temperature >= 0.0:
             raise SpecError(f"temperature {request.temperature} is out of range: 0 is greedy, 1 is the model's own spread")
         self._engine = engine
-        self._steering = as_steering(request.steering)
+        self._steering = Steering.of(request.steering)
         self._probe = tuple(request.probe)
-        engine._vectors.check(self._steering)  # complain now, not in the middle of a reply
-        engine._vectors.check(as_steering(list(self._probe)))
+        engine.check(self._steering)  # complain now, not in the middle of a reply
+        engine.check(list(self._probe))
         self.request_id = f"py-{uuid.uuid4().hex}"
         """The reply's name on the server, for ``POST /steering/requests/ID``."""
         self._body = {
@@ -393,8 +412,8 @@ class ServerStream(GenerationStream):
         self.result = Generation("", [], list(prompt), "cancelled")
 
     def steer(self, steering: Any) -> None:
-        wanted = as_steering(steering)
-        self._engine._vectors.check(wanted)
+        wanted = Steering.of(steering)
+        self._engine.check(wanted)
         with self._lock:
             if not self._begun:
                 self._changes = [wanted]
@@ -402,15 +421,9 @@ class ServerStream(GenerationStream):
         self._change(wanted)
 
     def _change(self, steering: Any) -> None:
-        path = f"/steering/requests/{self.request_id}"
-        try:
-            answer = self._engine._steered(
-                steering, lambda fields: self._engine._http.post(path, {"steering": fields["steering"]})
-            )
-            self.changed_from.append(int(answer["from_position"][0]))
-        except ServerRefusal as refusal:
-            if refusal.status != 404:  # it has ended: no token is left to be steered
-                raise
+        position = self._engine.change(self.request_id, steering)
+        if position is not None:  # else it has ended: no token is left to be steered
+            self.changed_from.append(position)
 
     def cancel(self) -> None:
         self._cancelled = True
@@ -493,57 +506,6 @@ class ServerStream(GenerationStream):
         reply.text += tail
         reply.finish_reason = _FINISH.get(reason, "length")
         return tail
-
-
-def _hello(connection: Connection) -> dict[str, Any]:
-    """``GET /steering`` of a server that speaks our protocol; waits for one that is loading its model."""
-    deadline = time.monotonic() + connection.timeout
-    while True:
-        try:
-            facts = connection.get("/steering")
-            break
-        except ServerBusy:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.25)
-        except ServerRefusal as refusal:
-            if refusal.status != 404:
-                raise
-            raise EngineError(f"the server at {connection.url} cannot steer: start one that can with `steer serve`") from None
-    protocol = facts.get("protocol") if isinstance(facts, dict) else None
-    if protocol is None or not isinstance(facts.get("model"), dict):
-        raise EngineError(f"the server at {connection.url} cannot steer: start one that can with `steer serve`")
-    if protocol != PROTOCOL:
-        older = isinstance(protocol, int) and protocol < PROTOCOL
-        way_out = "restart it with `steer serve`" if older else "upgrade steer-plugins"
-        raise EngineError(f"{connection.url} speaks protocol version {protocol!r:.20}, and this package {PROTOCOL}: {way_out}")
-    return dict(facts)
-
-
-def _model_info(facts: dict[str, Any]) -> ModelInfo:
-    model = facts["model"]
-    if model.get("error"):
-        raise ModelError(str(model["error"]))
-    try:
-        identity = ModelIdentity.from_dict(model["identity"])
-        path = str(model.get("path", ""))
-        stem = (PureWindowsPath(path) if "\\" in path else PurePosixPath(path)).stem
-        return ModelInfo(
-            path=path,
-            identity=identity,
-            architecture=identity.architecture,
-            n_layer=identity.n_layer,
-            n_embd=identity.n_embd,
-            n_streams=identity.n_streams,
-            n_ctx=int(model["n_ctx"]),
-            n_vocab=int(model["n_vocab"]),
-            sites=tuple(str(site) for site in model["sites"]),
-            last_layer_outputs_only=bool(model["last_layer_outputs_only"]),
-            has_chat_template=bool(model["has_chat_template"]),
-            name=identity.name or stem,
-        )
-    except (KeyError, TypeError, ValueError, VectorError) as error:
-        raise EngineError(f"the server does not say what its model is ({error}); it may be a different version") from None
 
 
 def _prompt(tokens: list[int], n_prompt: int) -> Any:

@@ -19,6 +19,7 @@ from types import TracebackType
 from ..errors import EngineError, RuntimeMissing, SteerError
 from ..runtime.waiting import with_short_waits
 from .connection import Connection, ServerRefusal
+from .facts import device_of
 
 LOG_LINES = 400
 """Lines of the server's log that are kept."""
@@ -219,12 +220,8 @@ class ServerProcess:
     def _ask_device(self) -> str:
         connection = Connection(self.url, api_key=self.api_key, timeout=10.0)
         try:
-            model = connection.get("/steering")["model"]
-            if int(model.get("n_gpu_layers") or 0) == 0:
-                return "CPU"
-            found = [d for d in model["devices"] if str(d.get("type")).lower() not in ("cpu", "accel")]
-            return ", ".join(f"{d['name']} ({d['description']})" for d in found)
-        except (SteerError, KeyError, TypeError, ValueError):
+            return device_of(connection.get("/steering")["model"])
+        except (SteerError, KeyError, TypeError, ValueError, AttributeError):
             return ""  # a stock server, or one that does not answer now
         finally:
             connection.close()

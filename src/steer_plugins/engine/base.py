@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from ..errors import EngineError
 from ..steering.terms import Steering
 from ..steering.vector import ModelIdentity, SteeringVector
+
+if TYPE_CHECKING:
+    from ..store.library import Library
 
 Prompt = str | list[dict[str, str]] | list[int]
 """Raw text (special tokens are parsed), chat messages (``role``, ``content``), or token ids."""
@@ -104,6 +107,46 @@ class Engine(ABC):
     """Whether :meth:`read_pairs` also takes ``positions`` as a list of words, one for each item."""
     has_distributions: bool = False
     """Whether :meth:`distributions` can be asked for."""
+    library: Library | None = None
+    """Where :meth:`steering` looks names up; the user's own when None."""
+
+    def steering(
+        self,
+        wish: Any,
+        *,
+        vectors: Mapping[str, SteeringVector] | None = None,
+        names_only: bool = False,
+        force: bool = False,
+    ) -> Steering:
+        """What a wish means for this model: the one way from what users write to what engines apply.
+
+        Args:
+            wish: a text of the grammar (``mood:0.6 + !hedging``), its terms (``TermSpec``, or canonical JSON), or what
+                :meth:`Steering.of` takes.
+            vectors: vectors that go by these names here, whatever the library has.
+            names_only: refuse terms that name a file: for what strangers send.
+            force: take a vector of another fine-tune of this model.
+
+        Raises:
+            SpecError: the wish is wrong, or names a file where it must not.
+            MissingVector: there is no vector of such a name for this model.
+            VectorError: a vector is unreadable or does not fit.
+        """
+        from ..steering.grammar import steering_of, terms_of
+        from ..store.library import Library
+
+        terms = terms_of(wish)
+        if terms is None:
+            return Steering.of(wish)
+        library, given = self.library or Library(), vectors or {}
+
+        def find(name: str) -> SteeringVector:
+            if name in given:
+                given[name].check_fits(self.info.identity, force=force)
+                return given[name]
+            return library.resolve(name, self.info.identity, names_only=names_only, force=force)
+
+        return steering_of(terms, find)
 
     @abstractmethod
     def tokenize(self, prompt: Prompt, *, thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:

@@ -46,8 +46,3 @@ def register_tasks(register: Callable[[str, Family], None]) -> None:
 @hookspec
 def register_reporters(register: Callable[[str, Callable[[BenchReport], dict[str, bytes]]], None]) -> None:
     """Register reporters of benchmarks: ``register(name, reporter)``; ``reporter(report)`` returns files for its folder."""
-
-
-@hookspec
-def register_hosts(register: Callable[[str, object], None]) -> None:
-    """Register host adapters: ``register(name, adapter)``."""

@@ -35,7 +35,7 @@ COMMAND_PLUGINS = {
 #: Built-in plugins that bring methods, formats and metrics.
 DEFAULT_PLUGINS = ("steer_plugins.plugins.builtin",)
 
-Kind = Literal["methods", "formats", "metrics", "tasks", "reporters", "hosts"]
+Kind = Literal["methods", "formats", "metrics", "tasks", "reporters"]
 
 
 class PluginWarning(UserWarning):

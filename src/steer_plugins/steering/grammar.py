@@ -119,6 +119,40 @@ def _as_file(text: str) -> tuple[str | None, float]:
     return None, 1.0
 
 
+def terms_of(wish: Any) -> list[TermSpec] | None:
+    """The terms of a text, of canonical JSON (one object, or a list of them) or of TermSpecs; None for anything else.
+
+    Raises:
+        SpecError: as :func:`parse` and :func:`from_json`.
+    """
+    if isinstance(wish, str):
+        return parse(wish)
+    if isinstance(wish, dict):
+        return from_json([wish])
+    if isinstance(wish, list | tuple):
+        if all(isinstance(term, TermSpec) for term in wish):
+            return list(wish)
+        if any(isinstance(term, dict | str | int | float) for term in wish):
+            return from_json(list(wish))
+    return None
+
+
+def is_file_name(name: str) -> bool:
+    """Whether what a term names can only be a file: it has a separator, and is not a hub's ``owner/name``."""
+    return re.search(r"[/\\]", name) is not None and not is_hub_name(name)
+
+
+def refuse_file(name: str) -> None:
+    """Raise SpecError if what a term names is a file: whoever can send a request must not open files here."""
+    if is_file_name(name):
+        raise SpecError(f"{name[:80]!r} is a file: requests name vectors of the library")
+
+
+def names_of(terms: Iterable[TermSpec]) -> list[str]:
+    """What terms name: vectors and gates, each once."""
+    return list(dict.fromkeys(name for term in terms for name in (term.vector, term.gate) if name is not None))
+
+
 def format_terms(terms: Iterable[TermSpec]) -> str:
     """The text that :func:`parse` turns into the same terms."""
     parts = []

@@ -13,6 +13,7 @@ from platformdirs import user_data_path
 
 from ..atomic import write_atomically
 from ..errors import VectorError
+from ..steering.grammar import refuse_file
 from ..steering.vector import FILE_SUFFIXES, ModelIdentity, SteeringVector, check_name, is_hub_name
 from .formats import Facts, read_any
 from .pulled import Item, Pulled
@@ -131,20 +132,37 @@ class Library:
         except OSError as error:
             raise VectorError(f"cannot remove {name!r} from the library: {error.strerror or error}") from None
 
-    def resolve(self, spec: str | os.PathLike[str], identity: ModelIdentity | None, *, force: bool = False) -> SteeringVector:
+    def resolve(
+        self,
+        spec: str | os.PathLike[str],
+        identity: ModelIdentity | None,
+        *,
+        names_only: bool = False,
+        force: bool = False,
+    ) -> SteeringVector:
         """The vector meant by a library name or by a path to a file of any known format.
 
         A name that the library has for this model, or ``owner/name`` that was pulled, comes first; ``./mood`` always is a
-        file. Nothing is fetched from anywhere. Without an identity, a
-        name is looked up for all models and must be of one only. Raises MissingVector when there is neither, and
-        VectorError when the vector belongs to another model; ``force`` accepts one that differs in its norms only, and
-        returns its vector under the identity of this one.
+        file. Nothing is fetched from anywhere. Without an identity, a name is looked up for all models and must be of one only.
+
+        Args:
+            names_only: refuse files: whoever can send a request must not open files here.
+            force: accept a vector whose model differs in its norms only; it is returned under the identity of this one.
+
+        Raises:
+            MissingVector: there is neither.
+            SpecError: a file where only names are taken.
+            VectorError: the vector belongs to another model, or cannot be read.
         """
         text = os.fspath(spec)
-        if isinstance(spec, str) and is_hub_name(text) and (self.pulled.vectors(text) or not Path(text).is_file()):
+        if names_only:
+            refuse_file(text)
+        if isinstance(spec, str) and is_hub_name(text) and (names_only or self.pulled.vectors(text) or not Path(text).is_file()):
             item = self._item(text, identity)
             vector = self.pulled.read(item)
             return vector if identity is None else _fitted(vector, identity, force)
+        if names_only:
+            check_name(text)
         if _is_name(text):
             if identity is not None and self.path(text, identity).is_file():
                 return self.get(text, identity, force=force)
@@ -156,7 +174,7 @@ class Library:
                 if found:
                     return found[0].read()
         path = Path(text)
-        if not path.is_file() and _is_name(text) and path.suffix.lower() not in FILE_SUFFIXES:
+        if names_only or (not path.is_file() and _is_name(text) and path.suffix.lower() not in FILE_SUFFIXES):
             raise MissingVector(missing_sentence(text, identity))
         vector = read_any(path, Facts(identity=identity))
         return vector if identity is None else _fitted(vector, identity, force)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import steer_plugins
 from steer_plugins.cli.chat import Conversation
-from steer_plugins.cli.common import Together, together_options
+from steer_plugins.cli.common import Combining, combining_options
 from steer_plugins.cli.main import cli
 from steer_plugins.cli.serve import Staged
 from steer_plugins.errors import SpecError
@@ -201,29 +201,29 @@ def test_combine_warns_of_what_stays_correlated() -> None:
 
 
 def test_the_options_name_a_pair_once_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    Together().apply(Steering([MOOD, WARM]))
+    Combining().apply(Steering([MOOD, WARM]))
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("steer: warning: 'mood' and 'warm' have a cosine of 0.80") == 1
-    assert Together(True, 0.5).apply(Steering([MOOD, WARM])) and "cosine" not in capsys.readouterr().err
+    assert Combining(True, 0.5).apply(Steering([MOOD, WARM])) and "cosine" not in capsys.readouterr().err
 
 
 def test_a_vector_without_calibration_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     note = "steer: note: 'mood' is not calibrated, so strength 1.0 is a guess\n"
-    Together().apply(Steering([Term(MOOD), Term(MOOD, 0.2)]))
+    Combining().apply(Steering([Term(MOOD), Term(MOOD, 0.2)]))
     assert capsys.readouterr().err == note
     measured = MOOD.replace(calibration={"method": "sweep-v1"})
-    Together(True).apply(Steering([measured, Term(FAR, 0.0), Term(FAR, op="project")]))
+    Combining(True).apply(Steering([measured, Term(FAR, 0.0), Term(FAR, op="project")]))
     assert capsys.readouterr().err == ""
 
 
 def test_the_options() -> None:
     @click.command()
-    @together_options
-    def command(together: Together) -> None:
-        click.echo(repr(together))
+    @combining_options
+    def command(combining: Combining) -> None:
+        click.echo(repr(combining))
 
     result = CliRunner().invoke(command, ["--orthogonalise", "--max-dose", "1.5"])
-    assert result.output == "Together(orthogonal=True, max_dose=1.5)\n"
+    assert result.output == "Combining(orthogonal=True, max_dose=1.5)\n"
     for bad in ("0", "-1", "nan", "inf", "much"):
         assert CliRunner().invoke(command, ["--max-dose", bad]).exit_code == 2, bad
     for name in ("generate", "chat", "read", "inspect", "serve"):
@@ -234,10 +234,18 @@ def test_the_options() -> None:
 # --- surfaces
 
 
-def test_chat_keeps_both_when_the_keys_move_a_term(monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = Conversation(FakeEngine(), force=False, system=None, together=Together(True, 1.0))
+class Known:
+    def __init__(self, vectors: dict[str, SteeringVector]) -> None:
+        self._vectors = vectors
+
+    def resolve(self, name: str, *args: object, **options: object) -> SteeringVector:
+        return self._vectors[name]
+
+
+def test_chat_keeps_both_when_the_keys_move_a_term() -> None:
+    talk = Conversation(FakeEngine(), force=False, system=None, combining=Combining(True, 1.0))
     vectors = {"mood": MOOD, "warm": WARM}
-    monkeypatch.setattr(talk, "steering_of", lambda terms: Steering([Term(vectors[t.vector], t.strength) for t in terms]))
+    talk.engine.library = Known(vectors)
     sliders = talk.sliders_of(parse("mood:0.9 + warm:0"))
     sliders.press("down")
     for _ in range(9):
@@ -258,7 +266,7 @@ def test_serve_hands_over_vectors_of_its_own(tmp_path: Path, monkeypatch: pytest
         {"vector": "mood", "strength": 0.5},
         {"vector": "warm", "strength": 1.0, "layers": [1, 2], "scope": "response"},
     ]
-    terms = json.loads(staged.flags("mood + warm", Together(True, 0.5))[3])
+    terms = json.loads(staged.flags("mood + warm", Combining(True, 0.5))[3])
     assert terms[0]["vector"] == "mood" and terms[1]["vector"].startswith("c-")
     free = steer_plugins.read_vector(tmp_path / f"{terms[1]['vector']}.safetensors")
     fit = Steering([Term(MOOD, terms[0]["strength"]), Term(free, terms[1]["strength"])])
