@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 
 from steer_plugins.engine.base import Generation
-from steer_plugins.errors import DataError
+from steer_plugins.errors import DataError, VectorError
 from steer_plugins.steering.terms import Term
+from steer_plugins.steering.vector import SteeringVector
 from steer_plugins.training.calibrate import (
     FULL,
     QUICK,
     ContrastObjective,
+    DoseObjective,
     Fitted,
     Fluency,
     Guard,
     Sweep,
     TextObjective,
+    calibrate_vector,
     level_of,
     mean_perplexity,
     measure_fluency,
@@ -489,3 +492,39 @@ def test_a_sweep_by_log_probability():
     record = sweep(level=ONE_WINDOW, objective=objective).run().record
     assert record["objective"]["kind"] == "logprob-contrast"
     assert record["effect"] == pytest.approx(4 * record["dose"], rel=1e-3)
+
+
+# ---- vectors from elsewhere ----
+
+
+def given(op="add"):
+    """A vector at layers 3 and 4 with doses of 5 and 10 hidden-state units."""
+    axis = np.float32([1, 0, 0, 0])
+    return SteeringVector("given", {(3, "resid_post"): axis * 5, (4, "resid_post"): axis * 10}, op=op, default_scope="response")
+
+
+def test_a_vector_from_elsewhere_gets_the_largest_fluent_dose():
+    engine = FakeEngine()
+    found = calibrate_vector(engine, given(), DoseObjective([chat(f"prompt {i}") for i in range(20)]), QUICK)
+    scales = found.vector.scales
+    # proportions stay, and the record says what strength 1 adds
+    assert scales[4, "resid_post"] == pytest.approx(2 * scales[3, "resid_post"])
+    norms = {il: np.linalg.norm(engine.read([chat("prompt 0")], layers=[il])[0].values[il]) for il in (3, 4)}
+    total = sum(scale / norms[il] for (il, _), scale in scales.items())
+    assert total == pytest.approx(found.record["dose"], rel=0.05)
+    # half a rung more would not pass: it is the edge
+    assert found.record["signs"]["negative"]["smallest_failing"] > found.record["dose"]
+    assert found.vector.calibration == found.record and found.vector.identity == engine.info.identity
+
+
+def test_a_calibrated_vector_is_the_same_whatever_its_strength_was():
+    prompts = [chat(f"prompt {i}") for i in range(20)]
+    weak, strong = given(), given().replace(scales={key: 100 * s for key, s in given().scales.items()})
+    results = [calibrate_vector(FakeEngine(), v, DoseObjective(prompts), QUICK).vector for v in (weak, strong)]
+    for key, scale in results[0].scales.items():
+        assert results[1].scales[key] == pytest.approx(scale)
+
+
+def test_only_vectors_that_add_have_a_dose():
+    with pytest.raises(VectorError, match="uses project"):
+        calibrate_vector(FakeEngine(), given("project"), objective(), QUICK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .existing import DoseObjective, Proportions, calibrate_vector
 from .fluency import Fluency, Guard, mean_perplexity, measure_fluency, perplexity
 from .objective import ContrastObjective, Objective, TextObjective
 from .plan import FULL, LEVELS, QUICK, UNCALIBRATED, Level, level_of, window_of, windows_of
@@ -14,13 +15,16 @@ __all__ = [
     "UNCALIBRATED",
     "Calibrated",
     "ContrastObjective",
+    "DoseObjective",
     "Fitted",
     "Fluency",
     "Guard",
     "Level",
     "Objective",
+    "Proportions",
     "Sweep",
     "TextObjective",
+    "calibrate_vector",
     "level_of",
     "mean_perplexity",
     "measure_fluency",
