@@ -92,7 +92,9 @@ def markdown(text: str) -> str:
         if is_code != code and (is_code or not line):
             out.append("```python" if is_code else "```")
             code = is_code
-        section = bool(re.fullmatch(r"(Args|Raises|Returns|Yields):", line)) or (section and line.startswith("    "))
+        section = bool(re.fullmatch(r"(Args|Attributes|Raises|Returns|Warns|Yields):", line)) or (
+            section and line.startswith("    ")
+        )
         found = re.fullmatch(r"    (\*{0,2}[\w., ]+): (.*)", line) if section else None
         if found:
             line = f"- `{found[1]}`: {found[2]}"

@@ -32,7 +32,7 @@ def daemon_url(environ: Mapping[str, str] | None = None, listen: tuple[str, int]
     """Where the daemon is: ``OLLAMA_HOST``, unless that is where the sidecar itself listens.
 
     Raises:
-        BadRequest: OLLAMA_HOST is no address.
+        BadRequest: OLLAMA_HOST is not an address.
     """
     env = os.environ if environ is None else environ
     text = env.get("OLLAMA_HOST", "").strip().strip("\"'")
@@ -107,7 +107,7 @@ class Daemon:
             return False
 
     async def call(self, method: str, path: str, body: Any = None, timeout: float = 30.0) -> tuple[int, Any]:
-        """Status and JSON of a short call (the text where it is no JSON), for which it may take ``timeout`` seconds."""
+        """Status and JSON of a short call (the text if it is not JSON), for which it may take ``timeout`` seconds."""
         try:
             response = await self.client.request(method, self.url + path, json=body, timeout=timeout)
         except httpx.HTTPError as error:

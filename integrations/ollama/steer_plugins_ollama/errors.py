@@ -24,7 +24,7 @@ class NotFound(ApiError):
 
 
 class BadName(BadRequest):
-    """What should name a model is no model name (400)."""
+    """Not a valid model name (400)."""
 
 
 class NotSteerable(BadRequest):

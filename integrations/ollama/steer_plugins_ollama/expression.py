@@ -66,7 +66,7 @@ def of_request(value: Any, base: str | None) -> str | None:
 
     Raises:
         SpecError: the expression is wrong.
-        BadRequest: it is no text, or names a file.
+        BadRequest: it is not text, or names a file.
     """
     if value is None:
         return base

@@ -73,7 +73,7 @@ class FolderStore:
         return path if path.is_file() else None
 
     def blob_path(self, digest: str) -> Path:
-        """Where a blob belongs. Raises BadRequest for what is no digest."""
+        """Where a blob belongs. Raises BadRequest for what is not a digest."""
         match = _DIGEST.fullmatch(digest)
         if match is None:
             raise BadRequest(f"invalid digest format: {digest[:100]!r}")

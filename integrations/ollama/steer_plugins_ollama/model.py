@@ -1,4 +1,4 @@
-"""A model as a store describes it, whoever's store it is."""
+"""A model as a store describes it, regardless of which store it came from."""
 
 from __future__ import annotations
 

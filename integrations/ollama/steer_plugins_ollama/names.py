@@ -40,7 +40,7 @@ def parse_name(text: object) -> Name:
     """The name that a text means, with the defaults filled in.
 
     Raises:
-        BadName: it is no model name.
+        BadName: it is not a model name.
     """
     if not isinstance(text, str) or not text:
         raise BadName("model is required")

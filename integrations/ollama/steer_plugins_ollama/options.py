@@ -129,7 +129,7 @@ def load_options(options: Mapping[str, Any], environ: Mapping[str, str] | None =
     """What a request needs loaded. A context longer than the ``n_trained`` tokens of the model is cut to them, as Ollama does.
 
     Raises:
-        BadRequest: for a context that is no context.
+        BadRequest: the context is invalid.
     """
     env = os.environ if environ is None else environ
     n_ctx = options.get("num_ctx") or whole_number(env, "OLLAMA_CONTEXT_LENGTH", DEFAULT_CONTEXT)
@@ -155,7 +155,7 @@ def keep_alive(value: Any, environ: Mapping[str, str] | None = None) -> float:
     """Seconds that a model stays loaded; negative ones are :data:`FOREVER`. None: ``OLLAMA_KEEP_ALIVE``, or five minutes.
 
     Raises:
-        BadRequest: it is no duration.
+        BadRequest: it is not a duration.
     """
     env = os.environ if environ is None else environ
     if value is None:

@@ -66,7 +66,7 @@ class Job:
 
 
 def checked_messages(value: Any) -> list[dict[str, Any]]:
-    """Raises BadRequest for what are no chat messages."""
+    """Raises BadRequest for what are not chat messages."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -99,7 +99,7 @@ def checked_think(value: Any, model: Model, runner: Runner) -> bool | str | None
     """What ``think`` means for a model: its default is on where the model can think.
 
     Raises:
-        BadRequest: it is no switch, or the model does not think.
+        BadRequest: it is not a switch, or the model does not think.
     """
     can = runner.facts.think is not None or "thinking" in model.capabilities()
     if value is None:

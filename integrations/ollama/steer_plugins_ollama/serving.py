@@ -44,7 +44,7 @@ class ServeOptions:
 
 
 def default_folder() -> Path:
-    """The folder that is served where there is no Ollama, beside the user's vectors."""
+    """The folder that is served if there is no Ollama, beside the user's vectors."""
     return default_root().parent / "ollama"
 
 

@@ -122,7 +122,7 @@ def _reason_first() -> None:
 
 
 def _refusal(model: str, sentence: str) -> Exception:
-    """An error that the webui's own handlers turn into status 400. (pydantic lets it pass: it is no ValueError.)"""
+    """An error that the webui's own handlers turn into status 400. (pydantic lets it pass: it is not a ValueError.)"""
     if model == "AnthropicRequest":
         error: Exception = webui.module("api.script").AnthropicError(message=sentence)
     else:

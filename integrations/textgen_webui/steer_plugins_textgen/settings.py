@@ -39,7 +39,7 @@ class Settings:
         self.presets: dict[str, list[TermSpec]] = {}
         self.characters: dict[str, str] = {}
         self.character = ""
-        """Whom the chat was with last: a page that is opened again is no change of character."""
+        """Whom the chat was with last: reopening the page does not count as a change of character."""
         self.problem = ""
         self.touched = False
         """Whether the terms have ever been set, here or in an earlier session."""
@@ -115,7 +115,7 @@ class Settings:
         self._changed()
 
     def meet(self, character: str) -> bool:
-        """The chat is with this character now. Load its preset, if it has one and the chat was with another before."""
+        """Switch to the preset bound to this character. Load its preset, if it has one and the chat was with another before."""
         with self._lock:
             if not character or character == self.character:
                 return False

@@ -35,7 +35,7 @@ def build() -> None:
 
 
 def told(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose errors the user is told; everything is then shown as it is."""
+    """Show a handler's SteerError in the tab, then refresh it."""
 
     @functools.wraps(handler)
     def wrapped(self: Tab, *values: Any) -> Any:

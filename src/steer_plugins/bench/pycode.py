@@ -70,7 +70,7 @@ def find_code(reply: str, signature: str) -> str:
 
 
 def _until_prose(code: str) -> str:
-    """From a ``def`` to the line where the text goes on at the left edge with something that is no code."""
+    """From a ``def`` to the line where the text continues at the left edge with something that is not code."""
     lines = code.splitlines()
     for i, line in enumerate(lines[1:], start=1):
         if line and not line[0].isspace() and not re.match(r"(def|class|import|from|@|#)\b|[@#)\]}]", line):
@@ -108,7 +108,7 @@ def run_checks(code: str, checks: Sequence[str], *, seconds: float = SECONDS) ->
     """Run ``code``, then see whether all ``checks`` (Python expressions) are true.
 
     In a child process with no environment, a temporary folder, no standard input and limits on time, memory and file
-    size (POSIX; Windows: time alone). This is no sandbox: the code can read the user's files and open connections.
+    size (POSIX; Windows: time alone). This is not a sandbox: the code can read the user's files and open connections.
     """
     with tempfile.TemporaryDirectory(prefix="steer-bench-", ignore_cleanup_errors=True) as folder:
         for name, text in (("reply.py", code), ("checks.txt", "\n".join(checks)), ("run.py", _RUNNER)):

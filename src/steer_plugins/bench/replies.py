@@ -162,7 +162,7 @@ class Replies:
         return choose[: self.plan.choose_prompts], score
 
     def longest(self, case: Case | None, family: Family) -> int:
-        """Tokens of the longest reply; of plain ones where there is no case."""
+        """Tokens of the longest reply; of plain ones if there is no case."""
         longest = family.max_tokens
         if case is not None and family.stretch:
             longest = reply_tokens(case.metric, longest)

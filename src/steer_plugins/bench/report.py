@@ -210,7 +210,7 @@ def write_report(report: BenchReport, folder: Path, reporters: dict[str, Reporte
         try:
             for file in order:
                 staged[file] = beside(folder / file, files[file])
-            for file in STANDARD_FILES:  # the old manifest goes first: what follows is no report until the new one is there
+            for file in STANDARD_FILES:  # the old manifest goes first: what follows is not a report until the new one is there
                 if file == "manifest.json" or file not in files:
                     (folder / file).unlink(missing_ok=True)
             for file in order:

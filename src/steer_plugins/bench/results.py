@@ -84,7 +84,7 @@ def against_prompt(summary: dict[str, Any], arm: str) -> dict[str, list[tuple[st
 
 def better_with_prompt(summary: dict[str, Any]) -> dict[str, float]:
     """By trait: how far steering with the prompt is above the better prompt alone, in mean score over the trait's families
-    that are no floor."""
+    that are not at the floor."""
     found = {}
     for trait, part in summary["traits"].items():
         changes = [f["versus"]["greedy"]["both - prompt"][0] for f in part["families"].values() if not f["floor"]]

@@ -199,7 +199,7 @@ class Conversation:
         elif name == "reset":
             self.reset()
         else:
-            click.echo(HELP if name == "help" else f"/{name} is no command here.\n{HELP}")
+            click.echo(HELP if name == "help" else f"/{name} is not a command.\n{HELP}")
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -323,7 +323,7 @@ def _read_windows() -> str:
     back = {name: sequence for sequence, name in reversed(_SEQUENCES.items())}
     while msvcrt.kbhit():  # type: ignore[attr-defined, unused-ignore]
         char = msvcrt.getwch()  # type: ignore[attr-defined, unused-ignore]
-        if char in "\x00\xe0":  # the first half of a key that is no character
+        if char in "\x00\xe0":  # the first half of a key that is not a character
             char = back.get(_WINDOWS.get(msvcrt.getwch(), ""), "")  # type: ignore[attr-defined, unused-ignore]
         text += char
     return text

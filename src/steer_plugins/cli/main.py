@@ -71,7 +71,7 @@ def cli() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, 1 (or the error's own), 2 for wrong usage, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        # A model's text may hold characters the terminal's encoding lacks; that is no reason to stop.
+        # A model's text may hold characters the terminal's encoding lacks; that is not a reason to stop.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     with warnings.catch_warnings():

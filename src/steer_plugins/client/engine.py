@@ -50,7 +50,7 @@ class ServerEngine(TokenEngine):
     Args:
         url: ``http://host:port``; the scheme may be left out.
         api_key: the server's ``--api-key``, if it has one.
-        timeout: seconds without a sign of life after which an answer is given up; also how long a server may take to load
+        timeout: seconds without any response after which a request fails; also how long a server may take to load
             its model.
         library: where :meth:`steering` looks up names; the user's own by default.
 
@@ -180,11 +180,11 @@ class ServerEngine(TokenEngine):
     # ---- steering ----
 
     def check(self, steering: Any) -> None:
-        """Raise VectorError or SpecError for what is wrong with a steering and can be seen without asking the server."""
+        """Raise VectorError or SpecError for mistakes in a steering that can be found without asking the server."""
         self._vectors.check(Steering.of(steering))
 
     def request_fields(self, steering: Any) -> dict[str, Any]:
-        """The fields that steer a request which one sends to the server oneself, with another HTTP client.
+        """The fields that steer a request sent with another HTTP client.
 
         Args:
             steering: a Steering, a vector, or what else engines take.
@@ -322,7 +322,7 @@ class ServerEngine(TokenEngine):
         return ServerStream(self, request, tokens)
 
     def steer_running(self, steering: Any) -> None:
-        """Replace the steering of the reply that is being generated (of the last one, where there are several), from the
+        """Replace the steering of the reply that is being generated (the last one, if there are several), from the
         next token on.
 
         Raises:
@@ -357,7 +357,7 @@ class ServerEngine(TokenEngine):
         return [stream.result for stream in streams]
 
     def close(self) -> None:
-        """Delete the uploaded vectors from the server and hang up. The server runs on."""
+        """Delete the uploaded vectors from the server and disconnect. The server keeps running."""
         if self._connection is None:
             return
         for stream in list(self._running):
@@ -477,7 +477,7 @@ class ServerStream(GenerationStream):
         return {"steering_probe": [self._engine._vectors.name_of(v) for v in self._probe]} if self._probe else {}
 
     def _guarded(self, events: EventStream) -> Iterator[dict[str, Any]]:
-        """The events; a connection that we have cut ourselves is no error."""
+        """The events; a connection that we closed ourselves is not an error."""
         try:
             yield from events
         except SteerError:

@@ -37,11 +37,11 @@ class ServerProcess:
     ...     engine = ServerEngine(server.url)
 
     Args:
-        binary: the llama-server; that of the runtime by default (built now when there is none).
+        binary: the llama-server; the runtime's by default (built now if there is none).
         host: the address it listens on.
         port: the port; a free one when None.
-        on_line: called with each line of its log, from a thread of its own.
-        grace: seconds it gets to end in order before it is killed.
+        on_line: called with each line of its log, from a separate thread.
+        grace: seconds it gets to end by itself before it is killed.
 
     Raises:
         RuntimeMissing: there is no llama-server.
@@ -136,7 +136,7 @@ class ServerProcess:
         """
         self._check_alive()
         started = time.monotonic()
-        # a short silence is no news here: a loading server may be slow to answer
+        # a short silence means nothing here: a loading server may be slow to answer
         connection = Connection(self.url, api_key=self.api_key, timeout=10.0)
         try:
             while True:
@@ -161,7 +161,7 @@ class ServerProcess:
             connection.close()
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for the server's end; its exit code (128 + N after signal N), or None when it still runs after ``timeout`` s."""
+        """Wait for the server to end; returns its exit code (128 + N after signal N), or None if it still runs after ``timeout`` s."""
         if self._child is None:
             return 0
         try:
@@ -170,7 +170,7 @@ class ServerProcess:
             return None
 
     def stop(self) -> int:
-        """End the server, in order if it can, else by force; returns its exit code. Fine to call again."""
+        """End the server, gracefully if possible, else by force; returns its exit code. May be called again."""
         child, self._child = self._child, None
         if child is None:
             return 0

@@ -166,7 +166,7 @@ class ServerVectors:
         scope = term.effective_scope
         if scope == "answer" and self._tags is None:
             scope = "response"  # nothing but answer there
-        # op and scope are always said: they are no part of the content that the name stands for
+        # op and scope are always given: they are not part of the content that the name stands for
         data: dict[str, Any] = {
             "vector": self.name_of(term.vector),
             "strength": term.strength,

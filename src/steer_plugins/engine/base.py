@@ -29,7 +29,7 @@ POSITIONS = ("last", "all", "mean", "response", "response_mean")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Facts on a loaded model. ``n_ctx`` is the context of one request in tokens."""
+    """What is known about a loaded model. ``n_ctx`` is the context of one request in tokens."""
 
     path: str
     identity: ModelIdentity
@@ -157,9 +157,9 @@ class Engine(ABC):
         """Text of tokens; special tokens are left out."""
 
     def pieces(self, tokens: Sequence[int]) -> list[bytes]:
-        """What each token stands for, to be shown: special tokens too, as the vocabulary writes them (``<|im_start|>``).
+        """The text of each token, for display: special tokens too, as the vocabulary writes them (``<|im_start|>``).
 
-        Bytes, since a token may end inside a character. An engine that does not know special tokens has them empty.
+        Bytes, since a token may end inside a character. An engine that does not know special tokens leaves them empty.
         """
         return [self.detokenize([token]).encode() for token in tokens]
 

@@ -13,7 +13,7 @@ class ChatTemplate:
     """A model's Jinja chat template, rendered in a sandbox as Hugging Face's ``apply_chat_template`` does.
 
     Raises:
-        ModelError: the template is no valid Jinja.
+        ModelError: the template is not valid Jinja.
     """
 
     def __init__(self, source: str, *, bos: str, eos: str) -> None:

@@ -44,7 +44,7 @@ class LocalEngine(TokenEngine):
 
     Args:
         model: path of a GGUF file, or of any shard of a split one; the default model when None.
-        n_ctx: tokens of one request; at most the model's own, 4096 by default.
+        n_ctx: context length of one request in tokens; at most the model's, 4096 by default.
         n_gpu_layers: layers to offload, -1 for all.
         n_threads: CPU threads; the machine's cores by default.
         n_batch: tokens computed at once.
@@ -381,7 +381,7 @@ class LocalEngine(TokenEngine):
         layers: Sequence[int] | None = None,
         site: str = "resid_post",
     ) -> None:
-        """Call ``callback(rows)`` with the hidden states of each token that :meth:`stream` computes; None takes it away.
+        """Call ``callback(rows)`` with the hidden states of each token that :meth:`stream` computes; None removes it.
 
         It runs after each ubatch (one token, while a reply is generated), outside the compute graph. In models that keep
         output tokens only in their last layer, that layer cannot be watched. Tokens that come from the cache are not seen.
@@ -404,7 +404,7 @@ class LocalEngine(TokenEngine):
         self._read_callback = (callback, chosen, site)
 
     def on_add(self, callback: Callable[[native.AddTokens], None] | None, vectors: Sequence[SteeringVector] = ()) -> None:
-        """Call ``callback(tokens)`` before each ubatch of :meth:`stream`; None takes it away.
+        """Call ``callback(tokens)`` before each ubatch of :meth:`stream`; None removes it.
 
         The callback fills ``tokens.c[:, j]``: how much of ``vectors[j]`` each token gets, in units of strength, on top of
         the request's own steering. (``tokens.g[:, j]`` is for vectors with op project or clamp.) Prompts are not reused

@@ -33,6 +33,6 @@ def score_caution(text: str) -> float:
     """The caution of ``text``, -1 (bold) to 1 (cautious); 0.0 for text without a sign of either.
 
     Counts different warnings, conditions, checks and referrals to experts against encouragements; see
-    :class:`~.lexical.Lexicon`. "Don't worry" is no warning, though "do not" is.
+    :class:`~.lexical.Lexicon`. "Don't worry" is not a warning, although "do not" is.
     """
     return _LEXICON.balance(text)

@@ -24,12 +24,12 @@ _DOTS = re.compile(r"\.{2,}|\u2026|--+")
 def words(text: str) -> list[str]:
     """The words of ``text`` in order, as written, without the punctuation around them.
 
-    Words are what spaces, slashes and long dashes separate; a chunk without a letter or digit is no word; Han and
+    Words are what spaces, slashes and long dashes separate; a chunk without a letter or digit is not a word; Han and
     kana characters count one by one. ``words("")`` is ``[]``.
     """
     found = []
     for chunk in _CHUNK.findall(_DOTS.sub(" ", text)):
-        # A letter may carry marks that are no word characters (Hindi, Thai): only symbols are cut off the edges.
+        # A letter may carry marks that are not word characters (Hindi, Thai): only symbols are cut off the edges.
         word = _EDGE.sub(_symbols_only, chunk)
         if any(character.isalnum() for character in word):
             found.append(word)

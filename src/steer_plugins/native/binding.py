@@ -433,7 +433,7 @@ class SteerContext:
         self._check(self.library.llama_steer_capture_clear(self._context))
 
     def on_read(self, callback: Callable[[ReadRows], None] | None) -> None:
-        """Call ``callback`` after each ubatch for each capture; None takes it away. An exception in it fails the decode."""
+        """Call ``callback`` after each ubatch for each capture; None removes it. An exception in it fails the decode."""
         names = {i: name for name, i in SITES.items()}
 
         def trampoline(pointer: Any, _: Any) -> bool:
@@ -458,7 +458,7 @@ class SteerContext:
         self._set_callback("read", _READ_CB, trampoline if callback else None, self.library.llama_steer_set_read_callback)
 
     def on_add(self, callback: Callable[[AddTokens], None] | None) -> None:
-        """Call ``callback`` before each ubatch to add to the coefficients; None takes it away."""
+        """Call ``callback`` before each ubatch to add to the coefficients; None removes it."""
 
         def trampoline(pointer: Any, c: Any, g: Any, _: Any) -> bool:
             t = pointer.contents

@@ -166,7 +166,7 @@ def _collector(kind: str, taken: dict[str, Any], mine: dict[str, Any]) -> Callab
 
     def add(name: str, thing: Any) -> None:
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{name!r} is no name for one of the {kind}")
+            raise ValueError(f"{name!r} is not a name for one of the {kind}")
         if name in taken or name in mine:
             raise ValueError(f"{name!r} is already registered in {kind}")
         if kind in ("metrics", "reporters") and not callable(thing):

@@ -18,7 +18,7 @@ _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 def legible(pieces: Sequence[bytes]) -> list[str]:
     """The text of each token. Spaces stay; ``\\n`` is ⏎, a tab ⇥, other invisible characters ``<U+200B>``.
 
-    A character that several tokens make up stands at the last of them, the others are ``⋯``. Bytes that are no text are
+    A character that several tokens make up stands at the last of them, the others are ``⋯``. Bytes that are not text are
     ``<E2 80>``, and a token without any is ``<>``.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -31,7 +31,7 @@ def legible(pieces: Sequence[bytes]) -> list[str]:
 
 
 def _visible(text: str) -> str:
-    # surrogateescape turns a byte that is no text into U+DC00 + byte
+    # surrogateescape turns a byte that is not text into U+DC00 + byte
     parts = re.split(r"([\udc80-\udcff]+)", text)
     return "".join(_bytes(part) if i % 2 else "".join(map(_sign, part)) for i, part in enumerate(parts))
 

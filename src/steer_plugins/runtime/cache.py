@@ -56,7 +56,7 @@ def write_if_changed(path: Path, data: bytes) -> bool:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a folder of ours, or do nothing. Read-only files (Windows) and half-deleted trees are no obstacle."""
+    """Delete a folder of ours, or do nothing. Read-only files (Windows) and half-deleted trees are handled."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

@@ -81,7 +81,7 @@ def make_relative(path: Path, names: Mapping[str, str], fallback: str = "$ORIGIN
     """
     dynamic = read_dynamic(path)
     if dynamic is None:
-        raise ValueError(f"{path.name} is no 64-bit ELF file that can be read")
+        raise ValueError(f"{path.name} is not a readable 64-bit ELF file")
     changes = []
     for tag, text, tag_offset, offset in dynamic.places:
         if tag in (_RPATH, _RUNPATH):

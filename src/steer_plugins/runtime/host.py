@@ -94,7 +94,7 @@ def host_ggml(folder: Path) -> Bindings | HostGgml:
 def with_dependencies(library_dir: Path) -> list[Path]:
     """The ggml libraries of a folder, and those libraries in the same folder that they need."""
     found = {path.name: path for path in ggml_files(library_dir)}
-    if sys.platform in ("win32", "darwin"):  # what they need is not read there: take whatever is no part of llama.cpp
+    if sys.platform in ("win32", "darwin"):  # what they need is not read there: take whatever is not part of llama.cpp
         for path in library_dir.iterdir():
             if path.name.endswith((".dll", ".dylib")) and not _OURS.match(path.name):
                 found[path.name] = path

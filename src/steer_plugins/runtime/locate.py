@@ -259,7 +259,7 @@ def activate(runtime: Runtime) -> ModuleType:
             f"{DISTRIBUTION} is not installed; install the bindings with `pip install 'steer-plugins[local]'`, "
             f"or, to compile llama.cpp only once, `{INSTALL_BINDINGS}`"
         )
-    # Labels of trees that are no release say nothing about the bindings: whoever points there is taken at their word.
+    # Labels of trees that are not releases say nothing about the bindings, so the user is trusted.
     if runtime.version[:1].isdigit() and runtime.version != bindings.version:
         raise RuntimeMissing(
             f"the runtime {runtime.path} was built for {DISTRIBUTION} {runtime.version}, but {bindings.version} is "

@@ -57,7 +57,7 @@ class PatchSet:
 
     ``added``: (path in the tree, content) of our own files; ``hunks``: path in the tree -> hunks; the ``server_*``
     fields are the part that only llama-server needs. ``core_hash`` and ``server_hash`` name the content (sha256 hex;
-    the latter "" where there is no server part).
+    the latter "" if there is no server part).
     """
 
     name: str

@@ -36,7 +36,7 @@ class SourceOrigin:
 
 
 def sdist_origin(version: str) -> SourceOrigin:
-    """The sdist of llama-cpp-python ``version``. Raises BuildError when that is no version number."""
+    """The sdist of llama-cpp-python ``version``. Raises BuildError if that is not a version number."""
     if not re.fullmatch(r"\d+(\.\d+)*([a-z0-9.+-]*)", version):
         raise BuildError(f"{version!r} is not a version of {DISTRIBUTION}; give one like {PINNED_VERSION}")
     return SourceOrigin(version)

@@ -1,7 +1,7 @@
 """Several vectors at once: which of them point the same way, how far they move the state in all, and what can be done.
 
 Calibration says how much of one vector a text bears. Correlated directions add up to more than either was measured at, and
-projections along directions that are not orthogonal are no projection.
+projections along directions that are not orthogonal do not make a projection.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Correlation:
 
 
 def combine(steering: Any, *, orthogonal: bool = False, max_dose: float | None = None) -> Steering:
-    """Several vectors made fit to act together; whatever :meth:`Steering.of` takes.
+    """Several vectors prepared to act together; takes whatever :meth:`Steering.of` takes.
 
     Args:
-        orthogonal: free each vector from those before it, see :func:`orthogonalise`.
+        orthogonal: make each vector orthogonal to the earlier ones, see :func:`orthogonalise`.
         max_dose: scale the strengths down to this :func:`dose`, see :func:`cap_dose`; None leaves them alone.
 
     Warns:
@@ -77,7 +77,7 @@ def combine(steering: Any, *, orthogonal: bool = False, max_dose: float | None =
 
 
 def correlations(steering: Any, least: float = CORRELATED) -> list[Correlation]:
-    """Pairs of terms with different vectors whose mean cosine is at least ``least`` in size, the strongest first."""
+    """Pairs of terms with different vectors whose mean cosine is at least ``least`` in absolute value, the strongest first."""
     found = []
     for one, other in combinations([t for t in Steering.of(steering) if not t.is_zero], 2):
         places = _shared(one, other)
@@ -90,9 +90,9 @@ def correlations(steering: Any, least: float = CORRELATED) -> list[Correlation]:
 
 
 def orthogonalise(steering: Any) -> Steering:
-    """The steering with each vector freed from what lies along those before it, where both act.
+    """The steering with each vector made orthogonal to the earlier ones, where both act.
 
-    The first term stays as it is, so the order says what counts most. What is added along a direction that is left out is not
+    The first term stays as it is, so the order says what counts most. What is removed is not
     made up for: the scale shrinks with the direction. Terms with one and the same vector are left alike. Strengths, ops and
     scopes are kept, calibrations are not: they were measured with other directions.
 
@@ -142,10 +142,10 @@ def _without(h: Floats, directions: Sequence[Floats]) -> Floats:
 
 
 def dose(steering: Any) -> float:
-    """How far the terms that add move the state in all, in units of strength: 1.0 is one vector's full effect.
+    """How far all adding terms together move the state, in units of strength: 1.0 is one vector's full effect.
 
     At each place the length of what is added there, in units of the largest full dose of a vector there; summed over the places,
-    and divided by that sum for the vector that has most. One vector at strength s has |s|, two alike at s have 2|s|, two that
+    and divided by that sum for the vector that has most. One vector at strength s has |s|, two equal ones at s have 2|s|, two that
     are orthogonal √2 |s|, two at different layers, of as many each, 2|s|. Scopes, schedules and gates are not looked at: it is
     the most that can act at once. Terms with project or clamp have no dose.
     """
@@ -169,10 +169,10 @@ def dose(steering: Any) -> float:
 
 
 def cap_dose(steering: Any, most: float) -> Steering:
-    """The steering with the strengths of the terms that add scaled down together, so that :func:`dose` is ``most`` at most.
+    """The steering with the strengths of all adding terms scaled down together, so that :func:`dose` is ``most`` at most.
 
     Raises:
-        SpecError: ``most`` is no positive number.
+        SpecError: ``most`` is not a positive number.
     """
     if isinstance(most, bool) or not (isinstance(most, int | float) and 0 < most < float("inf")):
         raise SpecError(f"the largest dose is {most!r:.40}: give a positive number, such as 1")

@@ -64,10 +64,10 @@ class Gate:
 
     @classmethod
     def of(cls, vector: SteeringVector) -> Gate:
-        """The gate that a vector file holds: its provenance has the numbers under ``gate``.
+        """The gate in a vector file: its provenance has the numbers under ``gate``.
 
         Raises:
-            SpecError: the vector is no gate, or its numbers are wrong.
+            SpecError: the vector is not a gate, or its numbers are wrong.
         """
         data = (vector.provenance or {}).get("gate")
         if data is None:
@@ -77,7 +77,7 @@ class Gate:
         return cls(vector, data["threshold"], data["compare"], data["positions"])
 
     def to_vector(self, **provenance: Any) -> SteeringVector:
-        """The vector whose file holds this gate; ``provenance`` is added to what it says of itself."""
+        """The vector that stores this gate; ``provenance`` is added to its own."""
         numbers = {"threshold": self.threshold, "compare": self.compare, "positions": self.positions}
         return self.vector.replace(provenance={**provenance, "gate": numbers})
 
@@ -93,7 +93,7 @@ class Gate:
 
     @property
     def key(self) -> tuple[str, float, str, str]:
-        """What the gate does: two gates with one key are the same."""
+        """What the gate does: two gates with the same key are the same."""
         return (self.vector.content_hash, self.threshold, self.compare, self.positions)
 
     @property
@@ -106,7 +106,7 @@ class Gate:
         return cosine(h, self.vector.directions[self.layer, self.site])
 
     def is_open(self, score: float) -> bool:
-        """What the gate makes of a score."""
+        """Whether the gate opens at a score."""
         return score > self.threshold if self.compare == "above" else score < self.threshold
 
 

@@ -15,16 +15,16 @@ MAX_OVER = 4096
 
 @dataclass(frozen=True)
 class Schedule:
-    """A decay over the tokens of a response. No schedule is the constant one.
+    """A decay over the tokens of a response. Without a schedule the strength is constant.
 
     The state that yields the first token of the response (that of the last prompt token) has the full strength, the one
     that yields token ``n`` (from 0) the strength times :meth:`factor` of n. Tokens before the response have the full
-    strength. What a reply got while it was generated it does not get when it comes back as part of a prompt.
+    strength. A reply that comes back as part of a prompt is steered as prompt, without the schedule.
 
     Args:
         kind: ``linear`` or ``cosine`` (half a wave, flat at both ends).
         over: tokens until the floor is reached, 1 to 4096.
-        floor: what is left then, as a part of the strength, 0 to 1.
+        floor: what remains then, as a fraction of the strength, 0 to 1.
 
     Raises:
         SpecError: anything else.
@@ -63,10 +63,10 @@ class Schedule:
 
     @classmethod
     def from_json(cls, data: Any) -> Schedule | None:
-        """The schedule that JSON means; None for ``{"kind": "constant"}``.
+        """The schedule for JSON; None for ``{"kind": "constant"}``.
 
         Raises:
-            SpecError: it is no schedule.
+            SpecError: it is not a schedule.
         """
         if not isinstance(data, dict):
             raise SpecError(f'the schedule is {data!r:.60}: write it as {{"kind": "linear", "over": 64, "floor": 0.2}}')

@@ -124,7 +124,7 @@ class Steering:
 
     @classmethod
     def of(cls, steering: Any) -> Steering:
-        """The Steering meant by None, a vector (strength 1), a term, a Steering, or a sequence of those."""
+        """The Steering for None, a vector (strength 1), a term, a Steering, or a sequence of those."""
         if steering is None:
             return cls()
         if isinstance(steering, Steering):
@@ -141,7 +141,7 @@ class Steering:
         return list({term.gate.key: term.gate for term in self.terms if term.gate is not None and not term.is_zero}.values())
 
     def decided(self, decisions: Decisions) -> Steering:
-        """This steering for a prompt on which its gates were decided: terms without gates, those behind closed ones left out."""
+        """This steering after its gates were decided: terms with closed gates are gone, the others have no gate."""
         kept = []
         for term in self.terms:
             if term.gate is None:
@@ -151,7 +151,7 @@ class Steering:
         return Steering(kept)
 
     def on_the_prompt(self) -> Steering:
-        """What acts on a prompt without its last token, as the steering of that shorter prompt: a gate looks at the result."""
+        """What acts on a prompt without its last token, as the steering of that shorter prompt, whose states a gate looks at."""
         kept = []
         for term in self.terms:
             if term.effective_scope not in GATED_SCOPES:

@@ -124,7 +124,7 @@ class ModelIdentity:
         return None
 
     def differs_only_in_norms(self, other: ModelIdentity) -> bool:
-        """True for what looks like a fine-tune of the same model: everything agrees but the norm weights."""
+        """True for what looks like a fine-tune of the same model: everything but the norm weights agrees."""
         if self.norms_sha256 == other.norms_sha256:
             return False
         return ModelIdentity(**{**asdict(self), "norms_sha256": other.norms_sha256}).mismatch(other) is None
@@ -145,7 +145,7 @@ class ModelIdentity:
             raise VectorError(f"the model identity {what}")
         for field in ("architecture", "name"):
             text = data.get(field, "")
-            # JSON can spell lone surrogates, which are no text.
+            # JSON can spell lone surrogates, which are not text.
             if not isinstance(text, str) or len(text) > 1000 or any("\ud800" <= c <= "\udfff" for c in text):
                 raise VectorError(f"the model identity's {field!r} is not a text of at most 1000 characters")
         if not data["architecture"]:
@@ -250,12 +250,12 @@ class SteeringVector:
 
     @property
     def provenance(self) -> dict[str, Any] | None:
-        """How the vector came to be (a copy of a JSON object), or None."""
+        """Where the vector comes from (a copy of a JSON object), or None."""
         return copy.deepcopy(self._provenance)
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """The sweep that gave strength 1.0 its meaning (a copy of a JSON object), or None when not calibrated."""
+        """The sweep that calibrated strength 1.0 (a copy of a JSON object), or None if there was none."""
         return copy.deepcopy(self._calibration)
 
     @property

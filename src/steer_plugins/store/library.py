@@ -87,7 +87,7 @@ class Library:
         return _fitted(Entry(name, path, identity).read(), identity, force)
 
     def put(self, vector: SteeringVector, identity: ModelIdentity, *, overwrite: bool = False, force: bool = False) -> Path:
-        """Keep ``vector`` for the model and return its file. A vector without an identity gets the model's.
+        """Store ``vector`` for the model and return its file. A vector without an identity gets the model's.
 
         Raises VectorError if it does not fit the model, or if the name is taken and ``overwrite`` is not set.
         """
@@ -140,7 +140,7 @@ class Library:
         names_only: bool = False,
         force: bool = False,
     ) -> SteeringVector:
-        """The vector meant by a library name or by a path to a file of any known format.
+        """The vector for a library name or a path to a file of any known format.
 
         A name that the library has for this model, or ``owner/name`` that was pulled, comes first; ``./mood`` always is a
         file. Nothing is fetched from anywhere. Without an identity, a name is looked up for all models and must be of one only.
@@ -151,7 +151,7 @@ class Library:
 
         Raises:
             MissingVector: there is neither.
-            SpecError: a file where only names are taken.
+            SpecError: a file where only names are allowed.
             VectorError: the vector belongs to another model, or cannot be read.
         """
         text = os.fspath(spec)

@@ -55,7 +55,7 @@ def byte_alphabet() -> list[str]:
 class Vocabulary:
     """Tokens in id order, their GGUF types, the merges ("left right", best first) and which ids should stay silent.
 
-    ``muted`` holds the ids of control tokens and of bytes that are no printable ASCII: a random model that never
+    ``muted`` holds the ids of control tokens and of bytes that are not printable ASCII: a random model that never
     prefers them writes plain text and does not stop after a few tokens.
     """
 

@@ -14,7 +14,7 @@ from ...errors import VectorError
 from .common import MAX_BYTES, clip
 
 _MAX_MEMBERS = 10_000
-#: Weights hardly shrink when they are packed: what grows more than this is no array.
+#: Weights hardly shrink when they are packed: what grows more than this is not an array.
 _MAX_RATIO = 30
 #: What zipfile raises for archives that are damaged or lie about themselves.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError, OverflowError)
@@ -87,7 +87,7 @@ class NpyArray:
     """The header of a member ``NAME.npy``: ``dtype``, ``shape``, and where the data starts."""
 
     def __init__(self, archive: Archive, member: str) -> None:
-        """Raises VectorError for what is no plain array of numbers: objects, records, strings, complex numbers."""
+        """Raises VectorError for what is not a plain array of numbers: objects, records, strings, complex numbers."""
         self.archive, self.member = archive, member
         size = archive.sizes[member]
         start = archive.part(member, 0, min(size, 4096))

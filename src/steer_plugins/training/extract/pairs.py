@@ -31,7 +31,7 @@ def load_pairs(path: str | Path) -> ContrastData:
 
     Raises:
         DataError: one sentence with the line number: a missing, oversized or empty file, a line that is not JSON, lacks a
-            side, has sides of different kinds or equal ones, or anything that is no text or chat.
+            side, has sides of different kinds or equal ones, or anything that is not a text or chat.
     """
     source = str(path)
     raw = _read(Path(path), source)
