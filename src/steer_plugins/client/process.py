@@ -161,7 +161,7 @@ class ServerProcess:
             connection.close()
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for the server to end; returns its exit code (128 + N after signal N), or None if it still runs after ``timeout`` s."""
+        """Wait for the server to end: its exit code (128 + N after signal N), or None if it still runs after ``timeout`` s."""
         if self._child is None:
             return 0
         try:

@@ -145,7 +145,7 @@ def dose(steering: Any) -> float:
     """How far all adding terms together move the state, in units of strength: 1.0 is one vector's full effect.
 
     At each place the length of what is added there, in units of the largest full dose of a vector there; summed over the places,
-    and divided by that sum for the vector that has most. One vector at strength s has |s|, two equal ones at s have 2|s|, two that
+    and divided by that sum for the vector that has most. One vector at strength s has |s|, two equal ones at s 2|s|, two that
     are orthogonal √2 |s|, two at different layers, of as many each, 2|s|. Scopes, schedules and gates are not looked at: it is
     the most that can act at once. Terms with project or clamp have no dose.
     """
