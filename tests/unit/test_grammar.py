@@ -73,7 +73,7 @@ def test_reads(text: str, terms: list[TermSpec]) -> None:
         ("mood?20-10", 6, "ends before"),
         ("mood?", 6, "scope"),
         ("mood%twist", 6, "unknown op"),
-        ("mood#x", 6, "stream"),
+        ("mood:1#x", 8, "stream"),
         ("mood@1@2", 7, "second layers"),
         ("!mood%add", 6, "second op"),
         ("mood{x>1}", 7, "expected }"),

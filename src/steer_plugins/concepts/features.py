@@ -13,13 +13,14 @@ from ..engine.base import Engine, GenerateRequest, Prompt
 from ..errors import DataError, SpecError
 from ..steering.terms import Steering, Term
 from ..steering.vector import SteeringVector
+from ..store.features import DOSE
 from ..training.extract import ContrastData
 from ..training.traits import Trait
 from .code import SparseCode
 from .index import Feature, FeatureIndex
 
 ORDERS = ("effect", "auroc", "rate")
-EFFECT_DOSE = 0.4
+EFFECT_DOSE = DOSE
 """In median norms of the layer: where single features begin to show in the text."""
 
 PROMPTS = ("Tell me about your day.", "What is outside the window?", "Write the first line of a story.")

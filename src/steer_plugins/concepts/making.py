@@ -15,7 +15,8 @@ import numpy as np
 from .. import __version__
 from ..engine.base import Engine, GenerateRequest
 from ..errors import DataError, SpecError, VectorError
-from ..steering.vector import ModelIdentity, check_name
+from ..steering.vector import ModelIdentity
+from ..store.features import sae_root
 from ..store.library import Library
 from ..training.traits import bundled_traits, load_trait
 from .code import SparseCode
@@ -62,7 +63,7 @@ class MakeOptions:
 
 def sae_folder(library: Library, name: str, identity: ModelIdentity) -> Path:
     """Where an autoencoder of a model is kept, whether it exists or not. Raises VectorError for a bad name."""
-    return library.root / identity.key / "sae" / check_name(name)
+    return sae_root(library.root, name, identity)
 
 
 def sae_names(library: Library, identity: ModelIdentity) -> list[str]:

@@ -133,6 +133,7 @@ class Engine(ABC):
             VectorError: a vector is unreadable or does not fit.
         """
         from ..steering.grammar import steering_of, terms_of
+        from ..store.features import as_features
         from ..store.library import Library
 
         terms = terms_of(wish)
@@ -146,7 +147,7 @@ class Engine(ABC):
                 return given[name]
             return library.resolve(name, self.info.identity, names_only=names_only, force=force)
 
-        return steering_of(terms, find)
+        return steering_of(as_features(terms, library.root, self.info.identity), find)
 
     @abstractmethod
     def tokenize(self, prompt: Prompt, *, thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:

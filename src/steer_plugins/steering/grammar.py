@@ -26,7 +26,10 @@ MAX_TERMS = 64
 MAX_TEXT = 10_000
 
 _SPACE = re.compile(r"\s*")
-_NAME = re.compile(r"[a-z0-9-]+/[a-z0-9][a-z0-9._-]*|[A-Za-z0-9_][A-Za-z0-9._-]*")
+# A feature's name or number follows its autoencoder's. A number without a strength behind it reads as a stream, until the library
+# says which it is.
+_FEATURE = r"#[A-Za-z_][A-Za-z0-9._-]*|#[0-9]{4,6}(?![0-9])|#[0-9]{1,3}(?=:)"
+_NAME = re.compile(rf"[a-z0-9-]+/[a-z0-9][a-z0-9._-]*|[A-Za-z0-9_][A-Za-z0-9._-]*(?:{_FEATURE})?")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _LAYERS = re.compile(r"([0-9]{1,6})(?:(-)([0-9]{1,6})?)?")
@@ -34,7 +37,9 @@ _SCOPE = re.compile(r"[a-z]+|[0-9]+-[0-9]*")
 _STREAM = re.compile(r"[0-9]{1,3}")
 _OP = re.compile(r"[a-z]+")
 _SCHEDULE = re.compile(rf"([a-z]+)(?::([0-9]{{1,7}}))?(?::({_NUMBER.pattern}))?\]")
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
+_PLAIN_NAME = re.compile(
+    r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?(?:#[A-Za-z_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?|#[0-9]{4,6})?"
+)
 
 
 @dataclass(frozen=True)

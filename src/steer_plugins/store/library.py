@@ -15,6 +15,7 @@ from ..atomic import write_atomically
 from ..errors import VectorError
 from ..steering.grammar import refuse_file
 from ..steering.vector import FILE_SUFFIXES, ModelIdentity, SteeringVector, check_name, is_hub_name
+from .features import read_feature, split_name
 from .formats import Facts, read_any
 from .pulled import Item, Pulled
 from .vectorfile import read_vector, write_vector
@@ -142,8 +143,9 @@ class Library:
     ) -> SteeringVector:
         """The vector for a library name or a path to a file of any known format.
 
-        A name that the library has for this model, or ``owner/name`` that was pulled, comes first; ``./mood`` always is a
-        file. Nothing is fetched from anywhere. Without an identity, a name is looked up for all models and must be of one only.
+        A name that the library has for this model, ``owner/name`` that was pulled, or a feature of an autoencoder
+        (``talk#smell``) comes first; ``./mood`` always is a file. Nothing is fetched from anywhere. Without an identity, a
+        name is looked up for all models and must be of one only.
 
         Args:
             names_only: refuse files: whoever can send a request must not open files here.
@@ -157,6 +159,8 @@ class Library:
         text = os.fspath(spec)
         if names_only:
             refuse_file(text)
+        if identity is not None and (feature := split_name(text)) and (names_only or not Path(text).is_file()):
+            return read_feature(self.root, *feature, identity)
         if isinstance(spec, str) and is_hub_name(text) and (names_only or self.pulled.vectors(text) or not Path(text).is_file()):
             item = self._item(text, identity)
             vector = self.pulled.read(item)
