@@ -192,7 +192,7 @@ def test_a_format_that_cannot_look_does_not_keep_others_from_reading(install, tm
         (METRIC.format(name="x").replace("register_metrics", "register_metric"), None),  # no such hook: it does nothing
         (METRIC.format(name="x").replace("(register):", "(register, colour):"), "PluginValidationError"),
         (METRIC.format(name="mood"), "'mood' is already registered in metrics"),
-        (METRIC.format(name=""), "is no name"),
+        (METRIC.format(name=""), "is not a name"),
         (METRIC.format(name="x").replace("len)", "5)"), "'x' cannot be called"),
         (METRIC.format(name="x") + "    raise KeyError('late')", "register_metrics failed, KeyError"),
         (METRIC.format(name="x") + "    raise SystemExit(3)", "register_metrics failed, SystemExit"),
