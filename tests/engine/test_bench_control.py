@@ -10,7 +10,8 @@ import pytest
 
 from steer_plugins.bench.arms import case_of
 from steer_plugins.bench.control import Control, Plan
-from steer_plugins.bench.report import builtin_reporters, make_report
+from steer_plugins.bench.report import make_report
+from steer_plugins.bench.reporters import builtin_reporters
 from steer_plugins.bench.tasks import Scored, builtin_families
 from steer_plugins.training.traits import load_trait
 from tests.engine.engines import open_engine, vector

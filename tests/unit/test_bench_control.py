@@ -12,9 +12,9 @@ import pytest
 from steer_plugins.bench.arms import ARMS, case_of, message, random_vector, shuffled_vector
 from steer_plugins.bench.control import QUICK, SWING, TURN_TOKENS, Control, Plan, divergence
 from steer_plugins.bench.replies import SCORED_TOKENS
-from steer_plugins.bench.report import summary_rows
 from steer_plugins.bench.results import against_prompt
 from steer_plugins.bench.stats import harmonic_mean
+from steer_plugins.bench.summary import summary_rows
 from steer_plugins.errors import DataError, VectorError
 from steer_plugins.metrics import Metric
 from steer_plugins.steering.vector import SteeringVector

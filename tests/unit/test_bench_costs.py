@@ -18,15 +18,14 @@ from steer_plugins.bench.repeng import Repeng
 from steer_plugins.bench.report import (
     KINDS,
     BenchReport,
-    builtin_reporters,
     check_folder,
     comparison,
     format_of,
     make_cost_report,
     read_report,
-    table_of,
     write_report,
 )
+from steer_plugins.bench.reporters import builtin_reporters, table_of
 from steer_plugins.bench.stats import median_change, median_of
 from steer_plugins.cli.main import main
 from steer_plugins.engine.chat import ChatTemplate

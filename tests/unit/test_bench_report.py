@@ -16,14 +16,13 @@ import pytest
 from steer_plugins.bench.control import QUICK, Control, Results
 from steer_plugins.bench.report import (
     BenchReport,
-    builtin_reporters,
     compare,
-    interval,
     make_report,
-    number,
     read_report,
     write_report,
 )
+from steer_plugins.bench.reporters import builtin_reporters
+from steer_plugins.bench.summary import interval, number
 from steer_plugins.bench.tasks import builtin_families
 from steer_plugins.cli.main import main
 from steer_plugins.errors import DataError

@@ -15,7 +15,8 @@ import pytest
 from steer_plugins.errors import RuntimeMissing
 from steer_plugins.runtime import locate
 from steer_plugins.runtime.bindings import Bindings, library_names
-from steer_plugins.runtime.locate import activate, ensure_runtime, find_runtime, read_runtime
+from steer_plugins.runtime.ensure import ensure_runtime
+from steer_plugins.runtime.locate import activate, find_runtime, read_runtime
 from steer_plugins.runtime.patching import load_patch_set, patch_dir
 
 LIBRARY = library_names("llama")[0]

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from steer_plugins.client.process import port_taken
+from steer_plugins.client import port_taken
 from steer_plugins.errors import EngineError, ModelError, SteerError
 from steer_plugins.runtime import ensure_runtime
 from steer_plugins.store.library import Library, default_root

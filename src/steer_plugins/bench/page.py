@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..report.html import how_to_repeat, shell, table
 from ..report.svg import Series, lines, points, signed
 from .arms import ARMS
+from .summary import SUMMARY, interval, number, summary_rows
 
 if TYPE_CHECKING:
     from .report import BenchReport
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 def control_page(report: BenchReport) -> bytes:
     """The whole page."""
-    from .report import SUMMARY, summary_rows
-
     model = report.manifest["model"]
     plan = report.manifest["plan"]
     title = f"Prompting against steering: {model['name'] or model['file']}"
@@ -36,8 +35,6 @@ def control_page(report: BenchReport) -> bytes:
 
 
 def _floors(families: dict[str, Any], plan: dict[str, Any]) -> str:
-    from .report import interval
-
     rows = [
         (name, str(f["tasks"]), interval(f["plain"]["success"]), "floor" if f["plain"]["floor"] else "", f["success"])
         for name, f in families.items()
@@ -58,8 +55,6 @@ def _trait(trait: str, part: dict[str, Any], rows: Sequence[dict[str, Any]]) -> 
 
 
 def _family(trait: str, family: str, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    from .report import interval, number
-
     heading = f"<h3>{escape(family)}</h3>"
     if found["floor"]:
         return heading + "<p>floor: the plain model fails at nearly all of these tasks.</p>"
@@ -118,8 +113,6 @@ def _examples(trait: str, family: str, arms: Sequence[str], rows: Sequence[dict[
 
 
 def _dose(dose: dict[str, Any]) -> str:
-    from .report import interval, number
-
     if not dose["points"]:
         return ""
     known = [(p["strength"], *p["metric"][:3]) for p in dose["points"] if None not in p["metric"][:3]]
@@ -158,8 +151,6 @@ def _curve(known: Sequence[tuple[float, float, float, float]]) -> str:
 
 
 def _persistence(found: dict[str, Any]) -> str:
-    from .report import interval
-
     turns = max((len(values) for values in found.values()), default=0)
     if not turns:
         return ""
@@ -171,8 +162,6 @@ def _persistence(found: dict[str, Any]) -> str:
 
 
 def _side_effects(found: dict[str, Any]) -> str:
-    from .report import interval
-
     rows = [
         (arm, interval(v["accuracy"]), interval(v["accuracy_change"], sign=True), interval(v["kl"]) if "kl" in v else "–")
         for arm, v in found.items()

@@ -26,6 +26,7 @@ from ..errors import DataError
 from .arms import Case
 from .control import Plan, Results
 from .stats import paired
+from .summary import number
 from .tasks import Family
 
 if TYPE_CHECKING:
@@ -59,19 +60,6 @@ class BenchReport:
 
 
 Reporter = Callable[[BenchReport], dict[str, bytes]]
-
-
-def builtin_reporters() -> dict[str, Reporter]:
-    """The reporters of the package, by name."""
-    from .results import report_results
-
-    return {
-        "html": report_html,
-        "jsonl": report_jsonl,
-        "manifest": report_manifest,
-        "results": report_results,
-        "table": report_table,
-    }
 
 
 def make_report(
@@ -263,84 +251,6 @@ def _json(path: Path) -> Any:
         return json.loads(_read(path))
     except (ValueError, RecursionError):
         raise DataError(f"{path} is not JSON") from None
-
-
-# ---- reporters ----
-
-
-def report_html(report: BenchReport) -> dict[str, bytes]:
-    """``report.html``: one page that needs nothing else."""
-    from .costpage import cost_page
-    from .page import control_page
-
-    return {"report.html": control_page(report) if report.kind == "control" else cost_page(report)}
-
-
-def report_jsonl(report: BenchReport) -> dict[str, bytes]:
-    """``results.jsonl``: every reply and question, or every time, one JSON object a line."""
-    return {"results.jsonl": "".join(json.dumps(row, sort_keys=True) + "\n" for row in report.rows).encode()}
-
-
-def report_manifest(report: BenchReport) -> dict[str, bytes]:
-    """``manifest.json``: what it takes to repeat the run, and the summary."""
-    return {"manifest.json": (json.dumps({**report.manifest, "summary": report.summary}, indent=1) + "\n").encode()}
-
-
-def report_table(report: BenchReport) -> dict[str, bytes]:
-    """``summary.md``: the table, in Markdown, for a README."""
-    columns, found = table_of(report)
-    rows = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    rows += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in found]
-    return {"summary.md": ("\n".join(rows) + "\n").encode()}
-
-
-def _cell(text: str) -> str:
-    """A cell that stays one, whatever a plugin's names hold."""
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def table_of(report: BenchReport) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The summary table as text: columns and rows."""
-    if report.kind == "control":
-        return SUMMARY, summary_rows(report.summary)
-    from . import costs
-
-    return costs.SUMMARY, costs.summary_rows(report.summary)
-
-
-SUMMARY = ("trait", "tasks", "plain", "best prompt", "steer", "both", "random", "steer - prompt", "both - prompt")
-"""Columns of the summary: mean scores of greedy replies, and differences with their 95 % intervals."""
-
-
-def summary_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The summary table as text, a row for each trait and family."""
-    rows = []
-    for trait, part in summary["traits"].items():
-        for family, found in part["families"].items():
-            name = f"{trait} ({part['pole']})"
-            if found["floor"]:
-                rows.append((name, family, *["floor"] * (len(SUMMARY) - 2)))
-                continue
-            versus = found["versus"]["greedy"]
-            means = {arm: number(values["greedy"]["score"][0]) for arm, values in found["arms"].items()}
-            arms = [means[arm] for arm in ("plain", versus["best prompt"], "steer", "both", "random")]
-            rows.append((name, family, *arms, *(interval(versus[f"{arm} - prompt"], sign=True) for arm in ("steer", "both"))))
-    return rows
-
-
-def number(value: float | None, *, sign: bool = False, digits: int = 2) -> str:
-    """A number for people; a dash for none."""
-    if value is None:
-        return "–"
-    rounded = round(value, digits) + 0.0  # no minus before a zero
-    text = f"{rounded:+.{digits}f}" if sign and rounded else f"{rounded:.{digits}f}"
-    return text.replace("-", "−")
-
-
-def interval(estimate: Sequence[float | None], *, sign: bool = False) -> str:
-    """``mean (low to high)`` of an estimate's list."""
-    mean, low, high = (number(x, sign=sign) for x in estimate[:3])
-    return mean if estimate[1] is None else f"{mean} ({low} to {high})"
 
 
 # ---- comparing two ----

@@ -13,7 +13,8 @@ from typing import Any
 
 from .arms import PROMPTS, RANDOMS
 from .control import FLOOR, SWING
-from .report import SUMMARY, BenchReport, interval, number, summary_rows
+from .report import BenchReport
+from .summary import SUMMARY, interval, number, summary_rows
 
 TIMES_RANDOM = 5.0
 """The effect at full strength is to be at least so many times that of random vectors of the same norms."""

@@ -77,7 +77,8 @@ def control(
       steer bench control --fit --jobs 2 --run-code --out report
     """
     from ..bench.control import QUICK, Control, Plan
-    from ..bench.report import SUMMARY, make_report, summary_rows
+    from ..bench.report import make_report
+    from ..bench.summary import SUMMARY, summary_rows
     from ..plugins import manager
     from .train import N_PARALLEL
 

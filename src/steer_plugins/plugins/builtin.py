@@ -53,7 +53,7 @@ def register_tasks(register: Callable[[str, Family], None]) -> None:
 @hookimpl
 def register_reporters(register: Callable[[str, Callable[[BenchReport], dict[str, bytes]]], None]) -> None:
     """The files that benchmarks write."""
-    from ..bench.report import builtin_reporters
+    from ..bench.reporters import builtin_reporters
 
     for name, reporter in builtin_reporters().items():
         register(name, reporter)

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pluggy
-
-if TYPE_CHECKING:
-    import click
-
-    from ..bench.report import BenchReport
-    from ..bench.tasks import Family
-    from ..store.formats import Format
 
 hookspec = pluggy.HookspecMarker("steer_plugins")
 hookimpl = pluggy.HookimplMarker("steer_plugins")
 
 
 @hookspec
-def register_commands(cli: click.Group) -> None:
-    """Add commands to the ``steer`` command line, with ``@cli.command()`` or ``cli.add_command``."""
+def register_commands(cli: Any) -> None:
+    """Add commands to the ``steer`` command line, a ``click.Group``, with ``@cli.command()`` or ``cli.add_command``."""
 
 
 @hookspec
@@ -29,7 +22,7 @@ def register_methods(register: Callable[[str, object], None]) -> None:
 
 
 @hookspec
-def register_formats(register: Callable[[Format], None]) -> None:
+def register_formats(register: Callable[[Any], None]) -> None:
     """Register vector file formats: ``register(Format(...))``, a ``steer_plugins.store.formats.Format``."""
 
 
@@ -39,10 +32,11 @@ def register_metrics(register: Callable[[str, Callable[[str], float]], None]) ->
 
 
 @hookspec
-def register_tasks(register: Callable[[str, Family], None]) -> None:
+def register_tasks(register: Callable[[str, Any], None]) -> None:
     """Register task families of ``steer bench control``: ``register(name, family)``, a ``steer_plugins.bench.tasks.Family``."""
 
 
 @hookspec
-def register_reporters(register: Callable[[str, Callable[[BenchReport], dict[str, bytes]]], None]) -> None:
-    """Register reporters of benchmarks: ``register(name, reporter)``; ``reporter(report)`` returns files for its folder."""
+def register_reporters(register: Callable[[str, Callable[[Any], dict[str, bytes]]], None]) -> None:
+    """Register reporters of benchmarks: ``register(name, reporter)``; ``reporter(report)`` gets a
+    ``steer_plugins.bench.report.BenchReport`` and returns files for its folder."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from .bindings import PINNED_VERSION, Bindings, find_bindings
 from .build import BuildResult, CheckResult, build_runtime, check_patch
 from .cache import cache_dir
-from .locate import Runtime, activate, ensure_runtime, find_runtime
+from .ensure import ensure_runtime
+from .locate import Runtime, activate, find_runtime
 from .plan import BuildOptions
 from .process import Reporter
 from .prune import prune_runtimes

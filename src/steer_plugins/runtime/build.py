@@ -35,10 +35,10 @@ from ..atomic import file_sha256, write_atomically
 from ..errors import BuildError, RuntimeMissing
 from . import tools
 from .bindings import DISTRIBUTION, PINNED_VERSION, find_library, ggml_files, is_ggml
-from .cache import cache_dir, cache_lock, make_dir, remove_tree
+from .cache import RUNTIME_FILE, cache_dir, cache_lock, make_dir, remove_tree
 from .host import HostGgml, lost_devices, read_host, require_same_ggml, source_ggml, write_cmake_package
 from .libraries import base_name, free_from_place, is_shared_library, link_libraries, probe
-from .locate import RUNTIME_FILE, Runtime, read_runtime
+from .locate import Runtime, read_runtime
 from .patching import DoesNotFit, PatchedTree, PatchSet, patch_sets
 from .plan import RUNTIME_FORMAT, BuildOptions, BuildPlan, plan_build
 from .process import Log, Reporter, first_error, run_logged

@@ -15,6 +15,8 @@ from platformdirs import user_cache_path
 from ..atomic import lock, write_atomically
 from ..errors import BuildError
 
+RUNTIME_FILE = "runtime.json"
+
 
 def cache_dir() -> Path:
     """The cache folder (not created): ``STEER_CACHE``, else the platform's own place for caches."""

@@ -16,12 +16,11 @@ from typing import Any
 
 from ..errors import BuildError, RuntimeMissing
 from .bindings import DISTRIBUTION, PINNED_VERSION, find_bindings, find_library, ggml_files
-from .cache import cache_dir
+from .cache import RUNTIME_FILE, cache_dir
 from .patching import load_patch_set
 from .probe import load_modules
 from .waiting import short_waits
 
-RUNTIME_FILE = "runtime.json"
 # What `steer build --wheel` makes.
 WHEEL_NAME = "steer-plugins-runtime"
 RUNTIME_PACKAGE = "steer_plugins_runtime"
@@ -224,26 +223,6 @@ def find_cached_runtime(need_server: bool = False) -> Runtime | None:
         if is_current(runtime, need_server) and runtime.problem() is None:
             return runtime
     return None
-
-
-def ensure_runtime(quiet: bool = False, need_server: bool = False) -> Runtime:
-    """The runtime to use; built now, after saying so on stderr, when there is none.
-
-    Raises RuntimeMissing or BuildError with one sentence.
-    """
-    found = find_runtime(need_server)
-    if found is not None:
-        return found
-    from .build import build_runtime  # the build imports this module
-    from .plan import BuildOptions
-    from .process import Reporter
-
-    reporter = Reporter(quiet=quiet)
-    what = "llama.cpp and llama-server" if need_server else "llama.cpp"
-    reporter.say(f"steer-plugins compiles {what} with its patch now, once; this takes some minutes (`steer build`)")
-    result = build_runtime(BuildOptions(server=need_server), reporter)
-    reporter.say(f"built {result.runtime.path} in {result.seconds:.0f} s")
-    return result.runtime
 
 
 def activate(runtime: Runtime) -> ModuleType:

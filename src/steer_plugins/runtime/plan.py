@@ -13,9 +13,8 @@ from pathlib import Path
 
 from ..errors import BuildError
 from .bindings import PINNED_VERSION, Bindings, find_bindings
-from .cache import digest
+from .cache import RUNTIME_FILE, digest
 from .host import HostGgml, host_ggml
-from .locate import RUNTIME_FILE
 from .patching import PatchSet
 from .sources import SourceOrigin, folder_origin, sdist_origin
 

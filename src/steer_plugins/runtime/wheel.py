@@ -26,10 +26,10 @@ from typing import Any
 
 from ..atomic import file_sha256
 from ..errors import BuildError
-from .cache import make_dir
+from .cache import RUNTIME_FILE, make_dir
 from .elf import make_relative, read_dynamic
 from .libraries import is_shared_library, probe
-from .locate import RUNTIME_FILE, RUNTIME_PACKAGE, WHEEL_NAME, Runtime
+from .locate import RUNTIME_PACKAGE, WHEEL_NAME, Runtime
 from .plan import BuildOptions, parse_cmake_arguments
 
 _INIT = '''\
