@@ -12,6 +12,10 @@ class SteerError(Exception):
     exit_code = 1
 
 
+class SteerWarning(UserWarning):
+    """What a user should know and what stops nothing. The command line prints it as a note."""
+
+
 class VectorError(SteerError):
     """A steering vector or its file is malformed, or does not belong to the model."""
 

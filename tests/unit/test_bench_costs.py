@@ -371,12 +371,9 @@ def test_pairs_for_fitting() -> None:
         bos="",
         eos="",
     )
-    picky = ChatTemplate(
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}", bos="", eos=""
-    )
     pairs = prompt_pairs(5, template)
     assert len(pairs) == 5 and all(p.startswith("<system>") and p.endswith("<assistant>") and p != n for p, n in pairs)
-    assert "\n\n" in prompt_pairs(1, picky)[0][0] and "\n\n" in prompt_pairs(1)[0][0]
+    assert "\n\n" in prompt_pairs(1)[0][0]
     first, second = opening_pairs(2, template)
     assert first[0].endswith("<assistant>The") and second[0].endswith("<assistant>The train") and first[0] != first[1]
     assert len({text for pair in opening_pairs(100) for text in pair}) == 200

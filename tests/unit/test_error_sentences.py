@@ -70,7 +70,7 @@ def wrong(sentence: str) -> str:
     first = re.match(r"[A-Z][a-z]+|[AI] ", sentence)
     if first and first[0] not in NAMES:
         return "begins with a capital"
-    if re.search(r"[.!]$", sentence) and not sentence.endswith("..."):
+    if re.search(r"\.$|\w!$", sentence) and not sentence.endswith("..."):
         return "ends with a full stop"
     return next((f"{match[0]!r}: {why}" for what, why in BANNED.items() if (match := re.search(what, sentence))), "")
 

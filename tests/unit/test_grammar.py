@@ -204,6 +204,11 @@ def test_names_become_vectors() -> None:
         ("my vectors/calm.safetensors:-0.5", TermSpec("my vectors/calm.safetensors", -0.5)),
         (r"C:\v\x.safetensors:2", TermSpec(r"C:\v\x.safetensors", 2.0)),
         (r"C:\v\x.safetensors", TermSpec(r"C:\v\x.safetensors")),
+        ("my vec.npz:0.5", TermSpec("my vec.npz", 0.5)),
+        ("größe.pt:0.5", TermSpec("größe.pt", 0.5)),
+        ("größe 2.SVEC", TermSpec("größe 2.SVEC")),
+        ("a b.json:-1", TermSpec("a b.json", -1.0)),
+        ("~/ä.gguf:2", TermSpec("~/ä.gguf", 2.0)),
         ('"a/b.safetensors":0.5@3', TermSpec("a/b.safetensors", 0.5, (3, 3))),
     ],
 )

@@ -7,7 +7,6 @@ repeng's own examples; ``prompts`` are different prompts under different system 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 
 from ..engine.base import Progress
 from ..engine.chat import ChatTemplate
-from ..errors import DataError
 from .costs import Costs, Measure, name_by_processor
 from .repeng import Repeng
 
@@ -73,11 +71,8 @@ def _text(template: ChatTemplate | None, user: str, reply: str, system: str = ""
     if template is None:
         return "\n\n".join(part for part in (system, user, reply) if part)
     question = {"role": "user", "content": user}
-    if system:
-        with contextlib.suppress(DataError):  # a template that takes no system prompt
-            return template.render([{"role": "system", "content": system}, question]) + reply
-        question = {"role": "user", "content": f"{system}\n\n{user}"}
-    return template.render([question]) + reply
+    messages = [{"role": "system", "content": system}, question] if system else [question]
+    return template.render(messages) + reply
 
 
 DATA: dict[str, Callable[[int, ChatTemplate | None], Pairs]] = {"openings": opening_pairs, "prompts": prompt_pairs}

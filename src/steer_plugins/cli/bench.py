@@ -16,7 +16,7 @@ from ..errors import DataError, SteerError
 from ..plugins import hookimpl
 from .bench_control import compare, control
 from .bench_report import Out, report_options
-from .common import console, json_option, model_option, model_path, print_json, print_table
+from .common import FilePath, console, json_option, model_option, model_path, print_json, print_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -220,7 +220,7 @@ def _print_fits(measures: dict[str, Any]) -> None:
 @click.option("--rounds", type=click.IntRange(min=1, max=1000), default=12, show_default=True, help="Rounds of each arm.")
 @click.option(
     "--stock-server",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=FilePath(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
     help="The llama-server to compare with (default: the unpatched one of the runtime if it was built, else the runtime's).",
 )

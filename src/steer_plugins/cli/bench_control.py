@@ -14,7 +14,7 @@ import click
 
 from ..errors import DataError
 from .bench_report import Out, report_options
-from .common import EngineOptions, console, engine_options, json_option, print_json, print_table
+from .common import EngineOptions, FilePath, console, engine_options, json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from ..bench.arms import Case
@@ -152,8 +152,8 @@ def _cases(engines: Sequence[Engine], names: tuple[str, ...], sign: int, plan: P
 
 
 @click.command()
-@click.argument("first", metavar="A", type=click.Path(path_type=Path))
-@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+@click.argument("first", metavar="A", type=FilePath(path_type=Path))
+@click.argument("second", metavar="B", type=FilePath(path_type=Path))
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstrap.")
 @json_option
 def compare(first: Path, second: Path, seed: int, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import DataError, SteerError
+from .common import FilePath
 
 if TYPE_CHECKING:
     from ..bench.report import BenchReport, Reporter
@@ -64,7 +65,7 @@ class Out:
 def report_options(command: F) -> F:
     """Adds ``--out --overwrite --reporter``; the command gets them as ``out: Out``."""
 
-    @click.option("-o", "--out", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Write the report there.")
+    @click.option("-o", "--out", "folder", type=FilePath(path_type=Path), metavar="DIR", help="Write the report there.")
     @click.option("--overwrite", is_flag=True, help="Replace a report that is there.")
     @click.option(
         "--reporter", "reporters", multiple=True, metavar="NAME", help="html, jsonl, manifest, table, results (default: all)."

@@ -9,13 +9,14 @@ import click
 
 from ..plugins import hookimpl
 from ..runtime import BuildOptions, Reporter, build_runtime, check_patch, prune_runtimes
+from .common import FilePath
 
 
 @click.command()
 @click.option("--version", "version", metavar="V", help="llama-cpp-python version (default: the installed one).")
 @click.option(
     "--source",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilePath(file_okay=False, path_type=Path),
     metavar="DIR",
     help="A llama.cpp tree or an unpacked llama-cpp-python source archive, instead of fetching one; not modified.",
 )
@@ -23,13 +24,13 @@ from ..runtime import BuildOptions, Reporter, build_runtime, check_patch, prune_
 @click.option("--own-ggml", is_flag=True, help="Build ggml too, even where llama-cpp-python brings one.")
 @click.option(
     "--on",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilePath(file_okay=False, path_type=Path),
     metavar="DIR",
     help="Build on the ggml (and GPU back ends) of a llama-server folder, or of a site-packages with llama-cpp-python.",
 )
 @click.option(
     "--into",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilePath(file_okay=False, path_type=Path),
     metavar="DIR",
     help="Put the runtime there instead of in the cache (use it with STEER_RUNTIME=DIR).",
 )
@@ -41,14 +42,14 @@ from ..runtime import BuildOptions, Reporter, build_runtime, check_patch, prune_
 @click.option("--wheel", "as_wheel", is_flag=True, help="Pack the runtime into a wheel, steer-plugins-runtime, for pip.")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilePath(file_okay=False, path_type=Path),
     metavar="DIR",
     help="With --wheel: where to put it (default: the current folder).",
 )
 @click.option(
     "--runtime",
     "packed",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilePath(file_okay=False, path_type=Path),
     metavar="DIR",
     help="With --wheel: pack this finished runtime instead of building one.",
 )

@@ -9,7 +9,7 @@ import click
 
 from ..errors import VectorError
 from ..plugins import hookimpl
-from .common import EngineOptions, engine_options, json_option, print_json
+from .common import EngineOptions, FilePath, engine_options, json_option, print_json
 from .sae import _Stages
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ def register_commands(cli: click.Group) -> None:
 @click.command()
 @click.argument("vector")
 @click.option("--trait", "trait_name", metavar="FILE|NAME", help="What it should move: a trait with a metric.")
-@click.option("--pairs", type=click.Path(), metavar="FILE", help="What it should move: pairs of answers, a JSONL file.")
+@click.option("--pairs", type=FilePath(), metavar="FILE", help="What it should move: pairs of answers, a JSONL file.")
 @click.option("--level", type=click.Choice(["quick", "full"]), default="quick", show_default=True, help="How thorough to be.")
 @click.option("--scope", type=click.Choice(["all", "prompt", "response"]), help="Which tokens to steer (default: the vector's).")
 @click.option("--as", "name", metavar="NAME", help="Keep it under this name (default: its own).")
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write here, not to the library.")
+@click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="Write here, not to the library.")
 @click.option("--replace", "replace_it", is_flag=True, help="Replace a vector of that name.")
 @engine_options
 @json_option

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import ModelError
+from ..paths import expand_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,12 +25,22 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+class FilePath(click.Path):
+    """A file or folder that the user names. ``~`` is expanded, which a shell does not do in quotes and after ``=``."""
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        return super().convert(str(expand_path(value)), param, ctx)
+
+
 #: ``--json``: the command gets ``as_json: bool``.
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 
 #: ``--model``: the command gets ``model: str | None``; None means the demo model, see :func:`model_path`.
 model_option = click.option(
-    "-m", "--model", metavar="FILE", default=None, help="The model, a GGUF file (default: the demo model)."
+    "-m", "--model", type=FilePath(), metavar="FILE", help="The model, a GGUF file (default: the demo model)."
 )
 
 
@@ -166,7 +177,7 @@ def model_path(model: str | None) -> Path:
         from ..runtime import demo_model as models
 
         return Path(models.default_model_path())
-    path = Path(model).expanduser()
+    path = expand_path(model)
     if not path.exists():
         raise ModelError(f"there is no model file {path}")
     return path

@@ -10,7 +10,7 @@ import click
 
 from ..errors import SpecError, VectorError
 from ..plugins import hookimpl
-from .common import json_option, print_json
+from .common import FilePath, json_option, print_json
 
 if TYPE_CHECKING:
     from ..steering.vector import SteeringVector
@@ -37,15 +37,19 @@ def register_commands(cli: click.Group) -> None:
 
 
 @click.command()
-@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
-@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("source", metavar="IN", type=FilePath(path_type=Path))
+@click.argument("target", metavar="OUT", type=FilePath(path_type=Path))
 @click.option("--from", "from_name", metavar="NAME", help="The format of IN (default: found from its content).")
 @click.option("--to", "to_name", metavar="NAME", help="The format of OUT (default: by its suffix).")
 @click.option("--lossy", is_flag=True, help="Write OUT even though it cannot hold everything in IN.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 @click.option("--force", is_flag=True, help="With --model, accept a vector of another fine-tune.")
 @click.option(
-    "-m", "--model", metavar="FILE", help="The model the vector is for, a GGUF file: checked and, where possible, kept."
+    "-m",
+    "--model",
+    type=FilePath(),
+    metavar="FILE",
+    help="The model the vector is for, a GGUF file: checked and, where possible, kept.",
 )
 @click.option("--name", metavar="NAME", help="A new name for the vector.")
 @click.option("--layers", metavar="LIST", help="Keep only these layers, such as 10-14,20.")

@@ -9,7 +9,7 @@ import click
 
 from ..errors import ModelError, VectorError
 from ..plugins import hookimpl
-from .common import json_option, print_json
+from .common import FilePath, json_option, print_json
 from .sae import _Stages
 
 
@@ -20,13 +20,13 @@ def register_commands(cli: click.Group) -> None:
 
 
 @click.command()
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("tuned", type=click.Path(path_type=Path))
+@click.argument("base", type=FilePath(path_type=Path))
+@click.argument("tuned", type=FilePath(path_type=Path))
 @click.option("--as", "name", default="finetune", show_default=True, metavar="NAME", help="What to call the vector.")
 @click.option("--layers", metavar="A-B,C", help="The blocks to take (default: the middle half).")
 @click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU.")
 @click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, metavar="N", help="Layers on the GPU; -1: all.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
+@click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
 @click.option("--overwrite", is_flag=True, help="Replace a vector of that name.")
 @json_option
 def diff(
@@ -60,12 +60,12 @@ def diff(
     if out is not None and out.exists() and not overwrite:
         raise VectorError(f"{out} exists: choose another file, or replace it with --overwrite")
     for path in (base, tuned):
-        if not path.expanduser().is_file():
+        if not path.is_file():
             raise ModelError(f"there is no model file {path}")
     more: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, **({} if threads is None else {"n_threads": threads})}
     prompts = [p for trait in map(load_trait, bundled_traits()) for p in trait.train_prompts]
     library = Library()
-    with LocalEngine(base.expanduser(), **more) as one, LocalEngine(tuned.expanduser(), **more) as two:
+    with LocalEngine(base, **more) as one, LocalEngine(tuned, **more) as two:
         identity = one.info.identity
         if out is None and library.path(name, identity).exists() and not overwrite:
             raise VectorError(f"the library already has {name!r} for {identity.label}: replace it with --overwrite")

@@ -68,16 +68,16 @@ def discover(
     from ..store.library import Library
 
     if keep and name is None:
-        raise click.UsageError("--keep needs a NAME to keep the direction under.")
+        raise click.UsageError("--keep needs a NAME to keep the direction under")
     if (method == "sae") != (sae_name is not None):
-        raise click.UsageError("--method sae and --sae NAME belong together.")
+        raise click.UsageError("--method sae and --sae NAME belong together")
     library = Library()
     with engine.open(n_parallel=16) as opened:
         identity = opened.info.identity
         names = {i: str(name) if len(keep) == 1 else f"{name}-{i}" for i in keep}
         for i, one in names.items():
             if i >= count:
-                raise click.UsageError(f"--keep {i}: there are directions 0 to {count - 1}.")
+                raise click.UsageError(f"--keep {i}: there are directions 0 to {count - 1}")
             if library.path(one, identity).exists() and not overwrite:
                 raise VectorError(f"the library already has {one!r} for {identity.label}: replace it with --overwrite")
         code = index = None

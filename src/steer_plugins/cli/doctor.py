@@ -11,12 +11,13 @@ from rich.text import Text
 
 from ..plugins import hookimpl
 from ..runtime.doctor import diagnose
+from .common import FilePath
 
 _STYLES = {"ok": "green", "note": "yellow", "missing": "red"}
 
 
 @click.command()
-@click.option("--model", "-m", type=click.Path(path_type=Path), metavar="GGUF", help="The model to look at.")
+@click.option("--model", "-m", type=FilePath(path_type=Path), metavar="GGUF", help="The model to look at.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(model: Path | None, as_json: bool) -> None:
     """Show what is installed and found, and what to do about what is missing.

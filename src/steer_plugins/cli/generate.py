@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import DataError
 from ..plugins import hookimpl
 from .common import Combining, EngineOptions, combining_options, engine_options, json_option, print_json
 
@@ -99,12 +100,17 @@ def generate(
 
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or standard input for ``-``."""
-    return sys.stdin.read() if prompt == "-" else prompt
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 (byte {error.start}): save the text as UTF-8") from None
 
 
 def make_prompt(engine: Engine, text: str, *, system: str | None, raw: bool) -> str | list[dict[str, str]]:
     """Chat messages, or the text itself when it is meant raw or the model knows no chat."""
-    from ..errors import DataError
+
     from ..training.extract import chat
 
     if not text.strip() and not raw:

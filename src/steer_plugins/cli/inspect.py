@@ -9,7 +9,7 @@ import click
 
 from ..errors import DataError
 from ..plugins import hookimpl
-from .common import Combining, EngineOptions, combining_options, console, engine_options, json_option, print_json
+from .common import Combining, EngineOptions, FilePath, combining_options, console, engine_options, json_option, print_json
 from .generate import make_prompt, read_prompt
 from .read import parse_layer_list
 
@@ -40,7 +40,7 @@ def register_commands(cli: click.Group) -> None:
     metavar="N",
     help=f"Also read through a reply of N tokens (default: {REPLY_TOKENS} with --steer, else 0).",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write a picture: FILE.html or FILE.png.")
+@click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="Write a picture: FILE.html or FILE.png.")
 @click.option("--overwrite", is_flag=True, help="Replace a file of that name.")
 @click.option("--system", metavar="TEXT", help="A system prompt.")
 @click.option("--raw", is_flag=True, help="Use PROMPT without the chat template.")

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import click
 
 from .. import __version__
-from ..errors import SteerError
+from ..errors import SteerError, SteerWarning
 from ..plugins.manager import COMMAND_PLUGINS, Manager, PluginWarning, manager
 
 _EPILOG = """\b
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     with warnings.catch_warnings():
         warnings.simplefilter("always", PluginWarning)
+        warnings.simplefilter("always", SteerWarning)
         warnings.showwarning = _show_warning
         try:
             code = _run(argv)
@@ -134,7 +135,9 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    if issubclass(category, PluginWarning):
+    if issubclass(category, SteerWarning):
+        click.echo(f"steer: note: {message}", err=True)
+    elif issubclass(category, PluginWarning):
         click.echo(f"steer: warning: {message}", err=True)
     else:
         click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)

@@ -8,7 +8,7 @@ import click
 
 from ..errors import DataError
 from ..plugins import hookimpl
-from .common import json_option, print_json
+from .common import FilePath, json_option, print_json
 
 
 @hookimpl
@@ -20,7 +20,7 @@ def register_commands(cli: click.Group) -> None:
 @click.command()
 @click.argument("vector")
 @click.option("-m", "--model", metavar="FILE", default=None, help="Look the name up for this model.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="The PNG to write (default: VECTOR.png here).")
+@click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="The PNG to write (default: VECTOR.png here).")
 @click.option("--overwrite", is_flag=True, help="Replace a file of that name.")
 @json_option
 def plot(vector: str, model: str | None, out: Path | None, overwrite: bool, as_json: bool) -> None:

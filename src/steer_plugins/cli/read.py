@@ -11,7 +11,7 @@ import click
 
 from ..errors import SpecError, VectorError
 from ..plugins import hookimpl
-from .common import Combining, EngineOptions, combining_options, engine_options, json_option, print_json
+from .common import Combining, EngineOptions, FilePath, combining_options, engine_options, json_option, print_json
 from .generate import make_prompt, read_prompt
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def register_commands(cli: click.Group) -> None:
 
 @click.command()
 @click.argument("prompt")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The file to write.")
+@click.option("-o", "--out", type=FilePath(path_type=Path), required=True, metavar="FILE", help="The file to write.")
 @engine_options
 @click.option("--layers", metavar="LIST", help="For example 0,4,10-15 (default: all).")
 @click.option("--site", default="resid_post", show_default=True, metavar="SITE", help="resid_post, attn_out or ffn_out.")

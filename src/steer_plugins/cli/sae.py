@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SpecError, VectorError
+from ..paths import expand_path
 from ..plugins import hookimpl
-from .common import EngineOptions, console, engine_options, json_option, model_option, model_path, print_json, print_table
+from .common import (
+    EngineOptions,
+    FilePath,
+    console,
+    engine_options,
+    json_option,
+    model_option,
+    model_path,
+    print_json,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from ..concepts import FeatureIndex
@@ -40,7 +51,7 @@ def sae() -> None:
     "--text",
     "texts",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     metavar="FILE",
     help=".txt or .jsonl to learn from; may be repeated (default: the model's own replies and Python's help topics).",
 )
@@ -130,7 +141,7 @@ def train(
     "--by", type=click.Choice(["effect", "auroc", "rate"]), help="The order (default: auroc with --contrast, else rate)."
 )
 @click.option("-n", "--count", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="How many to list.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write all features as an HTML page.")
+@click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="Write all features as an HTML page.")
 @engine_options
 @json_option
 def features(
@@ -159,7 +170,7 @@ def features(
 
     order = by or ("auroc" if contrast else "rate")
     if order == "auroc" and not contrast:
-        raise click.UsageError("--by auroc needs --contrast: name a trait or a file of pairs.")
+        raise click.UsageError("--by auroc needs --contrast: name a trait or a file of pairs")
     folder, index = _load(name, engine.model)
     found = index.find(word) if word else list(index.features)
     if word and not found:
@@ -243,7 +254,7 @@ def name_(name: str, feature: int, title: str, model: str | None) -> None:
 
 
 @sae.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FilePath(path_type=Path))
 @click.argument("name")
 @click.option("--layer", type=click.IntRange(min=0), metavar="N", help="The block, where the file does not say it.")
 @click.option(
@@ -282,11 +293,9 @@ def import_(
 
 @sae.command()
 @click.argument("name")
+@click.option("--original", type=FilePath(path_type=Path), metavar="FILE", help="The same model in f16 or f32, to compare with.")
 @click.option(
-    "--original", type=click.Path(path_type=Path), metavar="FILE", help="The same model in f16 or f32, to compare with."
-)
-@click.option(
-    "--text", "texts", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help=".txt or .jsonl; may be repeated."
+    "--text", "texts", multiple=True, type=FilePath(path_type=Path), metavar="FILE", help=".txt or .jsonl; may be repeated."
 )
 @click.option("--tokens", type=click.IntRange(min=2000), default=10_000, show_default=True, metavar="N", help="Tokens to read.")
 @engine_options
@@ -311,7 +320,7 @@ def audit(name: str, original: Path | None, texts: tuple[Path, ...], tokens: int
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(engine.open(n_parallel=16))
         other = None if original is None else stack.enter_context(LocalEngine(original, n_parallel=16))
-        path = Path(name).expanduser()
+        path = expand_path(name)
         code = read_published(path) if path.exists() else SparseCode.load(find_sae(Library(), name, opened.info.identity))
         report = stack.enter_context(_Stages())
         windows = text_windows(opened, MakeOptions(tokens=tokens, texts=texts), report)
@@ -357,7 +366,7 @@ def _load(name: str, model: str | None) -> tuple[Path, FeatureIndex]:
     from ..store.identity import identity_of_gguf
     from ..store.library import Library
 
-    path = Path(name).expanduser()
+    path = expand_path(name)
     identity = None if (path / "cfg.json").is_file() else identity_of_gguf(model_path(model))
     folder = find_sae(Library(), name, identity)
     return folder, FeatureIndex.load(folder)

@@ -8,7 +8,7 @@ import click
 
 from ..errors import VectorError
 from ..plugins import hookimpl
-from .common import cell_text, json_option, print_json, print_table
+from .common import FilePath, cell_text, json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from ..steering.vector import SteeringVector
@@ -23,7 +23,7 @@ def register_commands(cli: click.Group) -> None:
 
 @click.command()
 @click.argument("vector", required=False)
-@click.option("-m", "--model", metavar="FILE", default=None, help="Look the name up for this model, and check the fit.")
+@click.option("-m", "--model", type=FilePath(), metavar="FILE", help="Look the name up for this model, and check the fit.")
 @json_option
 def show(vector: str | None, model: str | None, as_json: bool) -> None:
     """Show what is in VECTOR, a name in the library or a file. Without VECTOR, list the library.

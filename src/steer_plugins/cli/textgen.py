@@ -11,7 +11,7 @@ import click
 
 from ..errors import SteerError
 from ..plugins import hookimpl
-from .common import console, json_option, print_json
+from .common import FilePath, console, json_option, print_json
 
 NAME = "steering"
 PACKAGE = "steer_plugins_textgen"
@@ -75,10 +75,10 @@ def _user_data(root: Path) -> Path:
 
 
 dir_option = click.option(
-    "--dir", "folder", required=True, type=click.Path(path_type=Path), metavar="PATH", help="The webui's folder."
+    "--dir", "folder", required=True, type=FilePath(path_type=Path), metavar="PATH", help="The webui's folder."
 )
 data_option = click.option(
-    "--user-data-dir", type=click.Path(path_type=Path), metavar="PATH", help="The --user-data-dir that the webui is started with."
+    "--user-data-dir", type=FilePath(path_type=Path), metavar="PATH", help="The --user-data-dir that the webui is started with."
 )
 
 
@@ -172,7 +172,7 @@ def status(folder: Path, user_data_dir: Path | None, as_json: bool) -> None:
 
 
 def _place(folder: Path, user_data_dir: Path | None) -> Place:
-    place = find_place(folder.expanduser())
+    place = find_place(folder)
     if user_data_dir is None:
         return place
     if not user_data_dir.is_dir():

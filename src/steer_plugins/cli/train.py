@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from ..errors import DataError, SpecError, VectorError
 from ..plugins import hookimpl
-from .common import EngineOptions, console, engine_options, json_option, print_json, print_table
+from .common import EngineOptions, FilePath, console, engine_options, json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -37,10 +37,10 @@ def register_commands(cli: click.Group) -> None:
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--pairs", type=click.Path(), metavar="FILE", help="Contrast pairs, a JSONL file.")
+@click.option("--pairs", type=FilePath(), metavar="FILE", help="Contrast pairs, a JSONL file.")
 @click.option("--trait", "trait_name", metavar="FILE|NAME", help="A trait file, or a trait that comes with the package.")
 @engine_options
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
+@click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
 @click.option("--method", default="mean_difference", show_default=True, metavar="NAME", help="The extraction method.")
 @click.option(
     "--positions",

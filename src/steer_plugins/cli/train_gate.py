@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..plugins import hookimpl
-from .common import EngineOptions, console, engine_options, json_option, print_json, print_table
+from .common import EngineOptions, FilePath, console, engine_options, json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from ..steering.vector import SteeringVector
@@ -23,9 +23,9 @@ def register_commands(cli: click.Group) -> None:
 
 @click.command("train-gate")
 @click.argument("name")
-@click.option("--prompts", type=click.Path(), metavar="FILE", required=True, help="Labelled prompts, a JSONL file.")
+@click.option("--prompts", type=FilePath(), metavar="FILE", required=True, help="Labelled prompts, a JSONL file.")
 @engine_options
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
+@click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
 @click.option("--condition", metavar="VECTOR", help="Use the direction of this vector (default: fit one to the prompts).")
 @click.option("--layers", metavar="A-B,C", help="Layers to search (default: all).")
 @click.option(

@@ -21,7 +21,7 @@ from ..engine.base import (
     Prompt,
 )
 from ..engine.batching import wanted_positions
-from ..engine.chat import ChatTemplate, check_messages
+from ..engine.chat import ChatTemplate, check_messages, utf8
 from ..engine.tokens import TokenEngine
 from ..errors import DataError, EngineError, ModelError, SpecError, SteerError
 from ..steering.terms import Steering
@@ -125,6 +125,8 @@ class ServerEngine(TokenEngine):
         return [item["piece"].encode() if isinstance(item["piece"], str) else bytes(item["piece"]) for item in found]
 
     def _tokenize(self, text: str | list[Any], *, add_special: bool, parse_special: bool = True) -> list[int]:
+        if isinstance(text, str):
+            utf8(text)
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         return [int(t) for t in self._http.post("/tokenize", body)["tokens"]]
 

@@ -15,6 +15,7 @@ import numpy as np
 from .. import __version__
 from ..engine.base import Engine, GenerateRequest
 from ..errors import DataError, SpecError, VectorError
+from ..paths import expand_path
 from ..steering.vector import ModelIdentity
 from ..store.features import sae_root
 from ..store.library import Library
@@ -74,7 +75,7 @@ def sae_names(library: Library, identity: ModelIdentity) -> list[str]:
 
 def find_sae(library: Library, name: str, identity: ModelIdentity | None) -> Path:
     """The folder of an autoencoder: a name in the library, or a path. Raises VectorError that says what there is."""
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if (path / "cfg.json").is_file():
         return path
     if identity is not None:

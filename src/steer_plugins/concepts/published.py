@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import VectorError
+from ..paths import expand_path
 from ..store.foreign.archive import Archive, NpyArray
 from ..store.foreign.common import clip, load_json, reading
 from ..store.foreign.neuronpedia import place_of_hook
@@ -57,7 +58,7 @@ def read_published(path: str | Path, *, layer: int | None = None, site: str | No
     Raises:
         VectorError: an unknown layout, a fact that is missing or contradicts the file, or an input rule that cannot be folded.
     """
-    path = Path(path).expanduser()
+    path = expand_path(path)
     if not path.exists():
         raise VectorError(f"there is no file or folder {path}")
     with reading(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from .. import native
 from ..errors import DataError, ModelError
 from ..store.identity import identity_of_gguf
 from .base import Prompt
-from .chat import ChatTemplate, check_messages
+from .chat import ChatTemplate, check_messages, utf8
 from .thinking import tags_of
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -71,7 +72,7 @@ class LoadedModel:
         params.n_gpu_layers = n_gpu_layers if n_gpu_layers >= 0 else 0x7FFFFFFF
         params.use_mmap = use_mmap
         llama_cpp.llama_backend_init()
-        self.pointer = llama_cpp.llama_model_load_from_file(str(first_shard(self.path)).encode(), params)
+        self.pointer = llama_cpp.llama_model_load_from_file(os.fsencode(first_shard(self.path)), params)
         if not self.pointer:
             reason = log.errors[-1] if log.errors else "no reason given"
             raise ModelError(f"llama.cpp cannot load {self.path}: {_last_clause(reason)}")
@@ -99,7 +100,7 @@ class LoadedModel:
         return self.c.llama_vocab_get_text(self.vocab, token).decode(errors="replace") if token >= 0 else ""
 
     def _tokenize(self, text: str, *, add_special: bool) -> list[int]:
-        data = text.encode()
+        data = utf8(text)
         room = len(data) + 8
         while True:
             out = (ctypes.c_int32 * room)()

@@ -14,6 +14,7 @@ from platformdirs import user_cache_path
 
 from ..atomic import lock, write_atomically
 from ..errors import BuildError
+from ..paths import expand_path
 
 RUNTIME_FILE = "runtime.json"
 
@@ -21,7 +22,7 @@ RUNTIME_FILE = "runtime.json"
 def cache_dir() -> Path:
     """The cache folder (not created): ``STEER_CACHE``, else the platform's own place for caches."""
     named = os.environ.get("STEER_CACHE")
-    return Path(named).expanduser().absolute() if named else user_cache_path("steer-plugins", appauthor=False)
+    return expand_path(named).absolute() if named else user_cache_path("steer-plugins", appauthor=False)
 
 
 def make_dir(path: Path) -> Path:

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import BuildError, ModelError
+from ..paths import expand_path
 from .cache import cache_dir, make_dir, remove_tree
 from .sources import run_pip
 
@@ -26,7 +27,7 @@ def default_model_path() -> Path:
     """
     named = os.environ.get("STEER_MODEL")
     if named:
-        path = Path(named).expanduser()
+        path = expand_path(named)
         if not path.is_file():
             raise ModelError(f"STEER_MODEL={named} is not a file; point it at a GGUF or unset it")
         return path

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import BuildError, RuntimeMissing
+from ..paths import expand_path
 from .bindings import DISTRIBUTION, PINNED_VERSION, find_bindings, find_library, ggml_files
 from .cache import RUNTIME_FILE, cache_dir
 from .patching import load_patch_set
@@ -201,7 +202,7 @@ def find_runtime(need_server: bool = False) -> Runtime | None:
     """
     named = os.environ.get("STEER_RUNTIME")
     if named:
-        runtime = runtime_at(Path(named).expanduser().absolute())
+        runtime = runtime_at(expand_path(named).absolute())
         problem = runtime.problem()
         if problem:
             raise RuntimeMissing(f"STEER_RUNTIME={named} cannot be used: {problem}")

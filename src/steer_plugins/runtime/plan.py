@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BuildError
+from ..paths import expand_path
 from .bindings import PINNED_VERSION, Bindings, find_bindings
 from .cache import RUNTIME_FILE, digest
 from .host import HostGgml, host_ggml
@@ -157,7 +158,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
 
 def _free_place(folder: Path) -> Path:
     """``folder``, absolute, when a runtime may be put there. Raises BuildError."""
-    folder = folder.expanduser().absolute()
+    folder = expand_path(folder).absolute()
     if folder.exists() and not (folder / RUNTIME_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise BuildError(f"--into {folder} has other things in it; give a new or empty folder")
     return folder

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, RuntimeMissing
+from ..paths import expand_path
 from .cache import cache_dir, cache_lock, remove_tree
 from .host import host_of, same_host
 from .locate import cached_runtimes, find_cached_runtime, is_current, runtime_at
@@ -75,7 +76,7 @@ def _in_use() -> dict[Path, str]:
     named = os.environ.get("STEER_RUNTIME")
     if named:
         with contextlib.suppress(RuntimeMissing):
-            used[runtime_at(Path(named).expanduser().absolute()).path] = "STEER_RUNTIME names it"
+            used[runtime_at(expand_path(named).absolute()).path] = "STEER_RUNTIME names it"
     everything = cached_runtimes()
     for need_server in (False, True):
         found = find_cached_runtime(need_server)

@@ -13,14 +13,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError, VectorError
+from ..paths import expand_path
 from .gate import Gate
 from .schedule import Schedule
 from .terms import Steering, Term, parse_term
-from .vector import OPS, SCOPES, SteeringVector, is_hub_name, scope_range
+from .vector import FILE_SUFFIXES, OPS, SCOPES, SteeringVector, is_hub_name, scope_range
 
 MAX_TERMS = 64
 MAX_TEXT = 10_000
@@ -116,8 +116,8 @@ def _as_file(text: str) -> tuple[str | None, float]:
         return None, 1.0
     head = re.sub(r":[^:/\\]*$", "", text)
     named = [part for part in re.split(r"[\s:@?%#\[\]{}!]+", head) if not is_hub_name(part)]
-    if any(re.search(r"[/\\]", part) for part in named) or head.endswith((".safetensors", ".gguf")):
-        if re.search(r"\s[+-]\s|[?%@{\[]", text) and not Path(text).is_file() and not Path(head).is_file():
+    if any(re.search(r"[/\\]", part) for part in named) or head.lower().endswith(FILE_SUFFIXES):
+        if re.search(r"\s[+-]\s|[?%@{\[]", text) and not expand_path(text).is_file() and not expand_path(head).is_file():
             how = "in an expression write its path in quotes, as in '\"./calm.gguf\":0.5 + mood'"
             raise SpecError(f"{text!r:.90} is not a file: {how}")
         return parse_term(text)

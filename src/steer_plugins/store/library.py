@@ -13,6 +13,7 @@ from platformdirs import user_data_path
 
 from ..atomic import write_atomically
 from ..errors import VectorError
+from ..paths import expand_path
 from ..steering.grammar import refuse_file
 from ..steering.vector import FILE_SUFFIXES, ModelIdentity, SteeringVector, check_name, is_hub_name
 from .features import read_feature, split_name
@@ -38,7 +39,7 @@ def default_root() -> Path:
     """Where vectors are kept: ``STEER_LIBRARY``, else the place this system has for a user's data."""
     named = os.environ.get("STEER_LIBRARY")
     if named:
-        return Path(named).expanduser().absolute()
+        return expand_path(named).absolute()
     return user_data_path("steer-plugins", appauthor=False, roaming=True) / "vectors"
 
 
@@ -177,7 +178,7 @@ class Library:
                     raise VectorError(f"{text!r} is in the library for several models ({models}): name one with --model")
                 if found:
                     return found[0].read()
-        path = Path(text)
+        path = expand_path(text)
         if names_only or (not path.is_file() and _is_name(text) and path.suffix.lower() not in FILE_SUFFIXES):
             raise MissingVector(missing_sentence(text, identity))
         vector = read_any(path, Facts(identity=identity))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...paths import expand_path
 
 TRAIT_FORMAT = "steer-plugins-trait-v1"
 MAX_FILE_BYTES = 5_000_000
@@ -85,7 +86,7 @@ def load_trait(path_or_name: str | Path) -> Trait:
     if path_or_name in bundled_traits():
         name = str(path_or_name)
         return Trait.from_dict(_parse((resources.files(__package__) / "data" / f"{name}.json").read_bytes(), name), name)
-    path, source = Path(path_or_name), str(path_or_name)
+    path, source = expand_path(path_or_name), str(path_or_name)
     try:
         if not path.is_file():
             if path.exists():
