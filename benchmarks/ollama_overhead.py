@@ -23,6 +23,8 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "integrations" / "ollama"), str(ROOT)]
 
+from steer_plugins_ollama.key import server_key  # noqa: E402
+
 from steer_plugins.runtime.demo_model import default_model_path  # noqa: E402
 from tests.integration.ollama_sidecar import sidecar  # noqa: E402
 
@@ -33,7 +35,8 @@ def timed(client: httpx.Client, url: str, body: dict[str, Any]) -> tuple[float, 
     """Seconds to the first token, and tokens per second after it, as a client sees them."""
     started = time.perf_counter()
     first, count, last = 0.0, 0, 0.0
-    with client.stream("POST", url, json=body, headers={"Connection": "close"}) as answer:
+    headers = {"Connection": "close", "Authorization": f"Bearer {server_key()}"}
+    with client.stream("POST", url, json=body, headers=headers) as answer:
         answer.raise_for_status()
         for text in tokens(answer):
             last = time.perf_counter()
@@ -75,7 +78,8 @@ def run(url: str, asked: argparse.Namespace) -> None:
     with httpx.Client(trust_env=False, timeout=600) as client:
         client.post(f"{url}/api/chat", json={**ours, "stream": False}).raise_for_status()
         (entry,) = client.get(f"{url}/api/ps").json()["models"]
-        vectors = client.get(f"{entry['steer_server']}/steering").json()["vectors"]
+        key = {"Authorization": f"Bearer {server_key()}"}
+        vectors = client.get(f"{entry['steer_server']}/steering", headers=key).json()["vectors"]
         terms = [{"vector": v["name"], "strength": float(asked.steering.partition(":")[2] or 1)} for v in vectors]
         theirs = {
             **{"messages": messages, "temperature": 0, "top_p": 0.9, "min_p": 0.0, "max_tokens": asked.tokens, "stream": True},

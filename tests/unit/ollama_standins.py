@@ -89,7 +89,7 @@ class StandInLlama(StandIn):
     answered; ``began``: when such a request has come in.
     """
 
-    def __init__(self, *, vision: bool = False, think: bool = False) -> None:
+    def __init__(self, *, vision: bool = False, think: bool = False, tools: bool = True) -> None:
         super().__init__()
         self.events: list[dict[str, Any]] = []
         self.began, self.left = threading.Event(), threading.Event()
@@ -100,7 +100,8 @@ class StandInLlama(StandIn):
             model |= {"think_open": "<think>", "think_close": "</think>"}
         self.answers[("GET", "/health")] = lambda h, b: send_json(h, {"status": "ok"})
         self.answers[("GET", "/steering")] = lambda h, b: send_json(h, {"protocol": 1, "model": model, "vectors": []})
-        self.answers[("GET", "/props")] = lambda h, b: send_json(h, {"modalities": {"vision": vision}, "media_marker": "<m>"})
+        props = {"modalities": {"vision": vision}, "media_marker": "<m>", "chat_template_caps": {"supports_tools": tools}}
+        self.answers[("GET", "/props")] = lambda h, b: send_json(h, props)
         self.answers[("POST", "/apply-template")] = lambda h, b: send_json(h, {"prompt": "hi"})
         self.answers[("POST", "/tokenize")] = lambda h, b: send_json(h, {"tokens": [1, 2]})
         for path in ("/v1/chat/completions", "/completion"):
@@ -146,9 +147,9 @@ class StandInProcess:
 
         class Process:
             running = False
-            url, device, log_tail = outer.llama.url, "Stand-in 1", ["a line"]
+            url, device, log_tail, api_key = outer.llama.url, "Stand-in 1", ["a line"], None
 
-            def start(self, model: Any, args: Any = ()) -> None:
+            def start(self, model: Any, args: Any = (), env: Any = None) -> None:
                 outer.log.append("start")
                 time.sleep(outer.load_seconds / 2)
                 self.running = True

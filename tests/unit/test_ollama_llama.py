@@ -153,11 +153,11 @@ def test_thinking(serve: Serve) -> None:
     whole = client.post("/api/chat", json={"model": "one", "messages": CHAT, "think": False, "stream": False}).json()
     assert whole["message"] == {"role": "assistant", "content": "Yes.", "thinking": "Hm."}
     asked = [body["chat_template_kwargs"] for body in llama.bodies("/v1/chat/completions")]
-    assert asked == [{"enable_thinking": True}, {"enable_thinking": False}]
+    assert asked == [{"enable_thinking": on, "thinking": on} for on in (True, False)]
     level = client.post("/api/chat", json={"model": "one", "messages": CHAT, "think": "low", "stream": False})
     assert level.status_code == 200
     kwargs = llama.bodies("/v1/chat/completions")[-1]["chat_template_kwargs"]
-    assert kwargs == {"enable_thinking": True, "reasoning_effort": "low"}
+    assert kwargs == {"enable_thinking": True, "thinking": True, "reasoning_effort": "low"}
     assert client.post("/api/chat", json={"model": "one", "messages": CHAT, "think": "much"}).status_code == 400
 
 

@@ -191,7 +191,7 @@ def test_launchd_agent() -> None:
 
 
 def test_the_oldest_messages_go_first_and_in_few_rounds() -> None:
-    from steer_plugins_ollama.replies import without_oldest
+    from steer_plugins_ollama.chat import without_oldest
 
     system = {"role": "system", "content": "s"}
     messages = [system, *({"role": "user", "content": f"{n:03} " + "x" * 36} for n in range(400))]

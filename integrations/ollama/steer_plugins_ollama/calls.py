@@ -11,9 +11,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from . import expression, llama, options, replies
+from . import checks, expression, generate, llama, options
 from .bodies import read_body
+from .chat import chat as chat_reply
 from .daemon import Forwarded
+from .job import Job
 from .llama import Piece
 from .model import STEERING, Model, rfc3339
 from .service import Service
@@ -54,14 +56,12 @@ class Call:
         return str(self.body.get("model") or self.body.get("name"))
 
     @contextlib.asynccontextmanager
-    async def job(self) -> AsyncGenerator[replies.Job, None]:
+    async def job(self) -> AsyncGenerator[Job, None]:
         """The process, loaded, and what is asked of it."""
         load = options.load_options(self.options, self.service.environ, self.model.facts.number("context_length"))
         async with self.service.pool.use(self.model, load, self.keep) as runner:
-            think = replies.checked_think(self.body.get("think"), self.model, runner)
-            yield replies.Job(
-                self.service.pool, self.service.client, runner, self.model, self.body, self.options, self.steering, think
-            )
+            think = checks.checked_think(self.body.get("think"), self.model, runner)
+            yield Job(self.service.pool, runner, self.model, self.body, self.options, self.steering, think)
 
     def head(self) -> dict[str, Any]:
         return {"model": self.name, "created_at": now()}
@@ -92,10 +92,10 @@ class Call:
     async def pieces(self) -> AsyncGenerator[tuple[Piece, dict[str, Any] | None], None]:
         """Pieces of the reply; with the last one come the counts of the last line."""
         started = time.monotonic()
-        told, tokens, ended = replies.Generated(), [], False
+        told, tokens, ended = generate.Generated(), [], False
         async with self.job() as job:
             loaded = time.monotonic()
-            stream = replies.chat(job) if self.chat else replies.generate(job, told)
+            stream = chat_reply(job) if self.chat else generate.generate(job, told)
             async with contextlib.aclosing(stream):
                 async for piece in stream:
                     tokens += piece.tokens
@@ -104,7 +104,7 @@ class Call:
                         ended = True
                         counts = durations(started, loaded, piece.end)
                         if told.known:
-                            counts["context"] = await replies.context_of(job, told, tokens)  # type: ignore[assignment]
+                            counts["context"] = await generate.context_of(job, told, tokens)  # type: ignore[assignment]
                     yield piece, counts
         if not ended:
             raise llama.ServerGone("the model runner ended its answer too early: see the sidecar's log")

@@ -21,6 +21,7 @@ from . import creating, expression, modelfile
 from .bodies import whole
 from .daemon import daemon_url, error_text, host_url, is_local
 from .errors import BadRequest
+from .key import server_key
 from .model import STEERING
 from .names import parse_name
 from .store import OllamaStore, store_root
@@ -237,6 +238,19 @@ def _statuses(lines: Iterator[dict[str, Any]]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def _environ(name: str, value: str) -> Iterator[None]:
+    """A variable of this process, for as long as the block runs."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
 def engine_of(model: str, url: str) -> Iterator[list[str]]:
     """The flags that make `steer train` use a model of the store: the sidecar's process, else its file. Raises SteerError."""
     api = Api(url)
@@ -252,7 +266,8 @@ def engine_of(model: str, url: str) -> Iterator[list[str]]:
             here = [m for m in api.call("GET", "/api/ps")["models"] if m.get("name") == name and m.get("steer_server")]
             if not here:
                 raise EngineError(f"the sidecar at {api.url} did not load {model}: see its log")
-            yield ["--server", str(here[0]["steer_server"])]
+            with _environ("STEER_API_KEY", server_key()):
+                yield ["--server", str(here[0]["steer_server"])]
         finally:
             with contextlib.suppress(SteerError):
                 api.call("POST", "/api/generate", wanted)

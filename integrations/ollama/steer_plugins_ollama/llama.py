@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
+from .bodies import dumps
 from .errors import ApiError, BadRequest
 
 MAX_PART = 64 << 20
-"""Bytes of one part of an answer."""
+"""Bytes of one event of an answer."""
+
+_JSON = {"Content-Type": "application/json"}
 
 
 class TooLong(BadRequest):
@@ -45,95 +46,120 @@ class Piece:
 
 @dataclass
 class End:
-    """How a reply ended: ``reason`` is stop or length; times in milliseconds."""
+    """How a reply ended: ``reason`` is stop or length; times in ms; ``word``: the stop text that ended it, if one did."""
 
     reason: str
     n_prompt: int = 0
     prompt_ms: float = 0.0
     n_reply: int = 0
     reply_ms: float = 0.0
+    word: str = ""
 
 
-def new_client() -> httpx.AsyncClient:
-    """A client for processes of this machine: no proxy, no limit of time but to connect."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
-    return httpx.AsyncClient(trust_env=False, timeout=httpx.Timeout(None, connect=10.0), limits=limits)
+class LlamaServer:
+    """A steering llama-server of this machine. Closing what its methods iterate over cancels the request.
 
-
-async def ask(client: httpx.AsyncClient, url: str, path: str, body: Mapping[str, Any]) -> Any:
-    """The JSON that a route answers. Raises BadRequest, TooLong or ServerGone."""
-    try:
-        response = await client.post(url + path, json=body)
-    except httpx.HTTPError as error:
-        raise gone(error) from None
-    if response.status_code != 200:
-        raise refusal(response.status_code, response.content)
-    return response.json()
-
-
-async def stream(url: str, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
-    """The parts of a streamed answer as they come. Closing the iterator cancels the request.
-
-    Plain asyncio: httpx takes as long for a part as a small model does for a tenth of a token. One connection for each answer,
-    since llama-server hangs up after a stream anyway.
+    Args:
+        url: where it is.
+        key: what it was started with as its API key.
 
     Raises:
-        BadRequest, TooLong, ServerGone: also in the middle.
+        BadRequest, TooLong, ServerGone: by all methods, also in the middle of a stream.
     """
-    parts = urlsplit(url)
-    data = json.dumps({**body, "stream": True}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    writer: asyncio.StreamWriter | None = None
-    try:
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=MAX_PART)
-        writer.write(head.encode() + data)
-        await writer.drain()
-        status, headers = await _head(reader)
-        chunks = _chunks(reader) if headers.get("transfer-encoding") == "chunked" else _plain(reader, headers)
-        async with contextlib.aclosing(chunks):
-            if status != 200:
-                raise refusal(status, b"".join([part async for part in chunks]))
-            async for part in chunks:
-                yield part
-    except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
-        raise gone(error) from None
-    finally:
-        if writer is not None:
-            writer.close()
 
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self.url = url
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            trust_env=False,
+            timeout=httpx.Timeout(None, connect=10.0),  # a model takes its time
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
+        )
 
-async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    pairs = (line.partition(":") for line in lines if line)
-    return int(first.split()[1]), {key.strip().lower(): value.strip().lower() for key, _, value in pairs}
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
 
+    async def ask(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that a route answers."""
+        try:
+            response = await self._http.post(self.url + path, content=dumps(body), headers=_JSON)
+            if response.status_code != 200:
+                raise refusal(response.status_code, response.content)
+            return response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise gone(error) from None
 
-async def _chunks(reader: asyncio.StreamReader) -> AsyncGenerator[bytes, None]:
-    while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-        if size > MAX_PART:
-            raise ValueError("a part is too long")
-        yield (await reader.readexactly(size + 2))[:-2]
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
+        """The parts of a streamed answer as they come."""
+        headers = {**_JSON, "Connection": "close"}  # llama-server hangs up after a stream anyway
+        try:
+            async with self._http.stream(
+                "POST", self.url + path, content=dumps({**body, "stream": True}), headers=headers
+            ) as answer:
+                if answer.status_code != 200:
+                    raise refusal(answer.status_code, await answer.aread())
+                async for part in answer.aiter_raw():
+                    yield part
+        except httpx.HTTPError as error:
+            raise gone(error) from None
 
+    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of a streamed answer."""
+        buffer = b""
+        async with contextlib.aclosing(self.stream(path, body)) as parts:
+            async for part in parts:
+                *whole, buffer = (buffer + part).split(b"\n\n")
+                if len(buffer) > MAX_PART:
+                    raise gone(ValueError("an event is too long"))
+                for block in whole:
+                    try:
+                        event = _event(block)
+                    except ValueError as error:
+                        raise gone(error) from None
+                    if event is not None:
+                        yield event
 
-async def _plain(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncGenerator[bytes, None]:
-    left = int(headers.get("content-length") or MAX_PART)
-    while left > 0 and (part := await reader.read(min(left, 1 << 16))):
-        left -= len(part)
-        yield part
+    async def complete(
+        self, body: Mapping[str, Any], *, tags: tuple[str, str] | None, thinking: bool = False, path: str = "/completion"
+    ) -> AsyncGenerator[Piece, None]:
+        """The pieces of a completion; text between ``tags`` is thinking. ``thinking``: the prompt has opened it."""
+        splitter = Splitter(*tags, inside=thinking) if tags else None
+        async for event in self.events(path, body):
+            piece = Piece(tokens=list(event.get("tokens") or ()))
+            text = str(event.get("content") or "")
+            stop = bool(event.get("stop"))
+            if splitter is None:
+                piece.content = text
+            else:
+                piece.content, piece.thinking = splitter.feed(text, last=stop)
+            piece.logprobs = [_logprob(one) for one in event.get("completion_probabilities") or ()]
+            if stop:
+                reason = "length" if event.get("stop_type") == "limit" else "stop"
+                piece.end = _end(reason, event.get("timings"), str(event.get("stopping_word") or ""))
+            yield piece
 
-
-async def events(url: str, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-    """The events of a streamed answer, as :func:`stream`."""
-    buffer = b""
-    async with contextlib.aclosing(stream(url, path, body)) as parts:
-        async for part in parts:
-            buffer += part
-            *whole, buffer = buffer.split(b"\n\n")
-            for block in whole:
-                event = _event(block)
-                if event is not None:
-                    yield event
+    async def chat(self, body: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+        """The pieces of a chat that llama-server renders and parses itself; tool calls come whole, with the last piece."""
+        calls: dict[int, dict[str, str]] = {}
+        reason = "stop"
+        async for event in self.events("/v1/chat/completions", {**body, "stream_options": {"include_usage": True}}):
+            piece = Piece()
+            for choice in event.get("choices") or ():
+                delta = choice.get("delta") or {}
+                piece.content += delta.get("content") or ""
+                piece.thinking += delta.get("reasoning_content") or ""
+                for call in delta.get("tool_calls") or ():
+                    _collect(calls, call)
+                found = (choice.get("logprobs") or {}).get("content") or ()
+                piece.logprobs += [_logprob(one) for one in found]
+                if choice.get("finish_reason"):
+                    reason = "length" if choice["finish_reason"] == "length" else "stop"
+            if "timings" in event and not event.get("choices"):
+                piece.tool_calls = [_tool_call(index, call) for index, call in sorted(calls.items())]
+                piece.end = _end(reason, event["timings"])
+            if piece.content or piece.thinking or piece.logprobs or piece.end:
+                yield piece
 
 
 def _event(block: bytes) -> dict[str, Any] | None:
@@ -167,34 +193,6 @@ def refusal(status: int, raw: bytes) -> ApiError:
     if status < 500 or (isinstance(code, int) and 400 <= code < 500):
         return BadRequest(message)
     return ApiError(message)
-
-
-# ---- /completion ----
-
-
-async def complete(
-    url: str,
-    body: Mapping[str, Any],
-    *,
-    tags: tuple[str, str] | None,
-    thinking: bool = False,
-    path: str = "/completion",
-) -> AsyncGenerator[Piece, None]:
-    """The pieces of a completion; text between ``tags`` is thinking. ``thinking``: the prompt has opened it."""
-    splitter = Splitter(*tags, inside=thinking) if tags else None
-    async for event in events(url, path, body):
-        piece = Piece(tokens=list(event.get("tokens") or ()))
-        text = str(event.get("content") or "")
-        stop = bool(event.get("stop"))
-        if splitter is None:
-            piece.content = text
-        else:
-            piece.content, piece.thinking = splitter.feed(text, last=stop)
-        piece.logprobs = [_logprob(one) for one in event.get("completion_probabilities") or ()]
-        if stop:
-            reason = "length" if event.get("stop_type") == "limit" else "stop"
-            piece.end = _end(reason, event.get("timings"))
-        yield piece
 
 
 class Splitter:
@@ -249,7 +247,7 @@ def _logprob(one: Mapping[str, Any]) -> dict[str, Any]:
     return {**entry, "top_logprobs": top} if top else entry
 
 
-def _end(reason: str, timings: Any) -> End:
+def _end(reason: str, timings: Any, word: str = "") -> End:
     t = timings if isinstance(timings, Mapping) else {}
     return End(
         reason,
@@ -257,33 +255,8 @@ def _end(reason: str, timings: Any) -> End:
         prompt_ms=float(t.get("prompt_ms") or 0.0),
         n_reply=int(t.get("predicted_n") or 0),
         reply_ms=float(t.get("predicted_ms") or 0.0),
+        word=word,
     )
-
-
-# ---- /v1/chat/completions ----
-
-
-async def chat(url: str, body: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
-    """The pieces of a chat that llama-server renders and parses itself; tool calls come whole, with the last piece."""
-    calls: dict[int, dict[str, str]] = {}
-    reason = "stop"
-    async for event in events(url, "/v1/chat/completions", {**body, "stream_options": {"include_usage": True}}):
-        piece = Piece()
-        for choice in event.get("choices") or ():
-            delta = choice.get("delta") or {}
-            piece.content += delta.get("content") or ""
-            piece.thinking += delta.get("reasoning_content") or ""
-            for call in delta.get("tool_calls") or ():
-                _collect(calls, call)
-            found = (choice.get("logprobs") or {}).get("content") or ()
-            piece.logprobs += [_logprob(one) for one in found]
-            if choice.get("finish_reason"):
-                reason = "length" if choice["finish_reason"] == "length" else "stop"
-        if "timings" in event and not event.get("choices"):
-            piece.tool_calls = [_tool_call(index, call) for index, call in sorted(calls.items())]
-            piece.end = _end(reason, event["timings"])
-        if piece.content or piece.thinking or piece.logprobs or piece.end:
-            yield piece
 
 
 def _collect(calls: dict[int, dict[str, str]], delta: Mapping[str, Any]) -> None:
@@ -321,7 +294,7 @@ def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if message.get("thinking"):
             entry["reasoning_content"] = message["thinking"]
         if message.get("tool_calls"):
-            entry["tool_calls"] = [_openai_call(n, call) for n, call in enumerate(message["tool_calls"])]
+            entry["tool_calls"] = openai_calls(message["tool_calls"])
             open_calls = [call["id"] for call in entry["tool_calls"]]
         if role == "tool":
             entry["tool_call_id"] = message.get("tool_call_id") or (open_calls.pop(0) if open_calls else "call_0")
@@ -338,12 +311,16 @@ def plain_base64(image: Any) -> str:
     return _DATA_URL.sub("", image, count=1) if image.startswith("data:") else image
 
 
-def _openai_call(number: int, call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call.get("function") or {}
-    arguments = function.get("arguments") or {}
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {
-        "id": call.get("id") or f"call_{number}",
-        "type": "function",
-        "function": {"name": function.get("name", ""), "arguments": text},
-    }
+def openai_calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls of tools as llama-server takes them: with an id, their arguments as a text of JSON."""
+    return [
+        {
+            "id": call.get("id") or f"call_{number}",
+            "type": "function",
+            "function": {
+                "name": call["function"]["name"],
+                "arguments": json.dumps(call["function"].get("arguments") or {}, ensure_ascii=False),
+            },
+        }
+        for number, call in enumerate(calls)
+    ]

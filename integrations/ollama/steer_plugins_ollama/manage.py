@@ -15,8 +15,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from steer_plugins import __version__
 from steer_plugins.errors import EngineError, SteerError
 
-from . import creating, replies
+from . import creating
 from .bodies import read_body
+from .checks import checked_messages
 from .daemon import Forwarded
 from .describe import entry_of_ps, entry_of_tags, parameter_text, shown
 from .errors import BadRequest, NotFound, Unavailable
@@ -70,7 +71,8 @@ async def create(request: Request) -> Response:
     """``POST /api/create``: checked, then stored by Ollama or in the folder."""
     service: Service = request.app.state.service
     body = await read_body(request)
-    replies.checked_messages(body.get("messages"))
+    if body.get("messages") is not None:
+        body["messages"] = checked_messages(body["messages"])
     steps = _created(service, body)
     if body.get("stream", True) is False:
         return Whole(_last(steps))

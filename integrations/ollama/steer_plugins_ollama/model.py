@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class Model:
         found = ["completion"]
         text = self.template or ""
         jinja = self.facts.chat_template
-        if "tools" in jinja or ".Tools" in text:
+        if knows_tools(jinja) or ".Tools" in text:
             found.append("tools")
         if ".Suffix" in text:
             found.append("insert")
@@ -74,9 +75,18 @@ class Model:
         return found
 
 
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+
+
 def thinks(jinja: str) -> bool:
     """Whether a chat template knows of thinking."""
-    return any(mark in jinja for mark in ("<think>", "enable_thinking", "reasoning_content", "<|channel|>"))
+    marks = r"<think>|enable_thinking|reasoning_content|<\|channel\|>|\{%-?\s*(?:el)?if (?:not )?thinking\b"
+    return re.search(marks, _COMMENT.sub("", jinja)) is not None
+
+
+def knows_tools(jinja: str) -> bool:
+    """Whether a chat template tells the model of tools."""
+    return re.search(r"\btools\b", _COMMENT.sub("", jinja)) is not None
 
 
 class Store(Protocol):

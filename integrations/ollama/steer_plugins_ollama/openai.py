@@ -18,11 +18,13 @@ from starlette.responses import JSONResponse, Response
 
 from steer_plugins.errors import SteerError
 
-from . import llama, options, replies
+from . import llama, options
 from .bodies import read_body
 from .calls import Call, make_call, steering_in
+from .checks import checked_roles, checked_tools
 from .daemon import Forwarded
 from .errors import BadRequest
+from .job import Job, thinking_kwargs
 from .log import tell_once
 from .model import STEERING, Model
 from .service import Service
@@ -68,8 +70,12 @@ async def handle(request: Request) -> Response:
         call.body, call.chat = found, False
         return _own(call, body, streams, "text_completion")
     if path == "/v1/chat/completions":
-        if not replies.checked_messages_openai(body.get("messages")):
+        call.body["messages"] = checked_roles(body.get("messages"))
+        if not call.body["messages"]:
             raise BadRequest("[] is too short - 'messages'")
+        effort = call.body.get("reasoning_effort")
+        if effort is not None and call.body.get("think") is None:
+            call.body["think"] = False if effort == "none" else effort
         if model.template and not body.get("tools"):
             call.body = chat_body(call.body)
             return _own(call, body, streams, "chat.completion")
@@ -113,7 +119,7 @@ async def _passed_whole(call: Call, path: str) -> Any:
         body = _server_body(call, job, path)
 
         async def once(fields: dict[str, Any]) -> AsyncGenerator[Any, None]:
-            yield await llama.ask(job.client, job.url, path, {**body, **fields})
+            yield await job.server.ask(path, {**body, **fields})
 
         async with contextlib.aclosing(job.steered(once)) as answers:
             answer = await anext(answers)
@@ -123,20 +129,21 @@ async def _passed_whole(call: Call, path: str) -> Any:
 async def _passed_bytes(call: Call, path: str) -> AsyncGenerator[bytes, None]:
     async with call.job() as job:
         body = _server_body(call, job, path)
-        async with contextlib.aclosing(job.steered(lambda fields: llama.stream(job.url, path, {**body, **fields}))) as parts:
+        async with contextlib.aclosing(job.steered(lambda fields: job.server.stream(path, {**body, **fields}))) as parts:
             async for part in parts:
                 yield part
 
 
-def _server_body(call: Call, job: replies.Job, path: str) -> dict[str, Any]:
+def _server_body(call: Call, job: Job, path: str) -> dict[str, Any]:
     """The request with the model's options, system prompt and history in it."""
     drop = {STEERING, "options", "keep_alive", *_OPTIONS}
-    body = {**options.sampling(job.options), **{k: v for k, v in call.body.items() if k not in drop}}
+    body = {**options.sampling(job.options, job.runner.facts.n_ctx), **{k: v for k, v in call.body.items() if k not in drop}}
     model = job.model
+    checked_tools(call.body.get("tools"), model, job.runner, functions=path == "/v1/chat/completions")
     if path == "/v1/chat/completions":
         body["messages"] = _with_model(model.system, model.messages, call.body["messages"])
         if call.body.get("think") is not None:
-            body["chat_template_kwargs"] = replies.thinking_kwargs(job.think)
+            body["chat_template_kwargs"] = thinking_kwargs(job.think)
     elif path == "/v1/messages":
         if model.system and not call.body.get("system"):
             body["system"] = model.system
@@ -160,7 +167,8 @@ def _history(model: Model) -> list[dict[str, Any]]:
 
 def _with_model(system: str, history: Any, messages: list[Any]) -> list[Any]:
     first = [{"role": "system", "content": system}] if system and messages[0].get("role") not in ("system", "developer") else []
-    return [*first, *llama.chat_messages(list(history)), *messages]
+    asked = [{**m, "tool_calls": llama.openai_calls(m["tool_calls"])} if m.get("tool_calls") else m for m in messages]
+    return [*first, *llama.chat_messages(list(history)), *asked]
 
 
 # ---- rendered here ----
@@ -199,9 +207,6 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(schema, dict):
             raise BadRequest("json_schema must be an object")
         found["format"] = schema.get("schema") or "json"
-    effort = body.get("reasoning_effort")
-    if effort is not None and "think" not in body:
-        found["think"] = False if effort == "none" else effort
     return found
 
 

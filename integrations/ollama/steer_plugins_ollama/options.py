@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
 }
 _RENAMED = {"num_predict": "n_predict", "num_keep": "n_keep"}
 _SAMPLING = (*DEFAULTS, "mirostat", "mirostat_tau", "mirostat_eta")
+_INT32 = 2**31 - 1
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|ms|s|m|h)")
 
@@ -75,11 +76,22 @@ def merged(model: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, An
     return {**DEFAULTS, **checked(model), **{k: v for k, v in request.items() if k != STEERING}}
 
 
-def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a llama-server request."""
+def sampling(options: Mapping[str, Any], n_ctx: int = DEFAULT_CONTEXT) -> dict[str, Any]:
+    """The fields of a llama-server request, with what Ollama takes and llama-server refuses as what Ollama makes of it.
+
+    ``n_ctx``: tokens of one request's context, which is what looking back at all of it (``repeat_last_n`` -1) means.
+    """
     fields = {_RENAMED.get(key, key): options[key] for key in _SAMPLING if key in options}
-    fields["n_predict"] = max(-1, fields["n_predict"])
-    fields["seed"] = options["seed"] if options["seed"] >= 0 else -1
+    for key, value in fields.items():
+        if isinstance(value, int):
+            fields[key] = max(-_INT32, min(value, _INT32))
+    fields["n_predict"] = fields["n_predict"] if fields["n_predict"] > 0 else -1  # 0 is no limit either
+    fields["n_keep"] = max(-1, fields["n_keep"])
+    last = fields["repeat_last_n"]
+    fields["repeat_last_n"] = n_ctx if last < 0 else min(last, n_ctx)
+    if not fields["repeat_penalty"] > 1e-30:
+        fields["repeat_penalty"] = 1.0  # what would divide by nothing is off
+    fields["seed"] = options["seed"] & _INT32 if options["seed"] >= 0 else -1
     fields["stop"] = [text for text in options.get("stop") or [] if text]
     return fields
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -16,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer_plugins.client import ServerProcess
-from steer_plugins.errors import EngineError, SteerError
+from steer_plugins.errors import EngineError
 
 from . import expression
 from .errors import ApiError
+from .llama import LlamaServer
 from .model import Model
 from .options import FOREVER, LoadOptions, whole_number
+from .starting import Facts, environment, facts_of, load_timeout, why_not
 
 if TYPE_CHECKING:
     from steer_plugins.steering.vector import ModelIdentity, SteeringVector
@@ -30,26 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("steer.ollama")
 
 Weights = tuple[Path, tuple[Path, ...], tuple[Path, ...]]
-#: Parts of llama.cpp's log that mean a file it has no code for, as Ollama's older layouts are.
-_OLD_LAYOUT = re.compile(
-    r"unknown model architecture|wrong number of tensors|missing tensor|key not found in model|unknown pre-tokenizer|"
-    r"check_tensor_dims|invalid (?:vector|split)|unsupported (?:mmproj|projector)|tensor .* not found",
-    re.IGNORECASE,
-)
-_REASON = re.compile(r"error loading model: (.+)")
-
-
-@dataclass
-class Facts:
-    """What a running server said of its model."""
-
-    n_ctx: int = 0
-    device: str = "CPU"
-    on_gpu: bool = False
-    think: tuple[str, str] | None = None
-    has_chat_template: bool = False
-    media_marker: str = ""
-    vision: bool = False
 
 
 @dataclass
@@ -61,6 +42,7 @@ class Runner:
     process: ServerProcess
     names: list[str]
     last: Model
+    server: LlamaServer = field(init=False)
     facts: Facts = field(default_factory=Facts)
     users: int = 0
     keep: float = FOREVER
@@ -86,7 +68,8 @@ class Pool:
         binary: the llama-server; the runtime's by default, found when the first model is loaded.
         flags: further flags of every llama-server.
         library: where vectors are looked up.
-        before_load: awaited with a model before its weights are loaded: whoever else holds them lets go.
+
+    ``before_load`` is awaited with a model before its weights are loaded: whoever else holds them lets go.
     """
 
     def __init__(
@@ -95,7 +78,6 @@ class Pool:
         binary: Path | None = None,
         flags: Sequence[str] = (),
         library: Library | None = None,
-        before_load: Callable[[Model], Awaitable[None]] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         env = os.environ if environ is None else environ
@@ -103,7 +85,7 @@ class Pool:
         self._binary = binary
         self._flags = list(flags)
         self._library = library
-        self._before_load = before_load
+        self.before_load: Callable[[Model], Awaitable[None]] | None = None
         self.n_parallel = whole_number(env, "OLLAMA_NUM_PARALLEL", 2)
         self._max_loaded = whole_number(env, "OLLAMA_MAX_LOADED_MODELS", 3)
         self._runners: dict[Weights, Runner] = {}
@@ -199,8 +181,8 @@ class Pool:
         try:
             async with self._load_lock:  # one after another, so that there are never more than OLLAMA_MAX_LOADED_MODELS
                 await self._make_room()
-                if self._before_load is not None:
-                    await self._before_load(model)
+                if self.before_load is not None:
+                    await self.before_load(model)
                 runner = await self._started(model, options)
                 self._runners[model.weights] = runner
         finally:
@@ -226,11 +208,12 @@ class Pool:
             flags += ["--mmproj", str(model.projectors[0])]
         began = time.monotonic()
         log.info("loading %s for %s", model.gguf, model.name)
-        starting = asyncio.create_task(asyncio.to_thread(process.start, model.gguf, [*flags, *self._flags]))
+        starting = asyncio.create_task(asyncio.to_thread(process.start, model.gguf, [*flags, *self._flags], environment()))
         try:
             await asyncio.shield(starting)
-            await asyncio.to_thread(process.wait_ready, _load_timeout(self._environ))
-            runner.facts = await asyncio.to_thread(_facts, process)
+            await asyncio.to_thread(process.wait_ready, load_timeout(self._environ))
+            runner.server = LlamaServer(process.url, process.api_key)
+            runner.facts = await asyncio.to_thread(facts_of, process)
         except BaseException as error:
             tail = "\n".join(process.log_tail)
             tidying = asyncio.create_task(_given_up(process, starting))
@@ -238,7 +221,7 @@ class Pool:
             tidying.add_done_callback(self._tidying.discard)
             await asyncio.shield(tidying)
             if isinstance(error, EngineError):
-                why = _why_not(model, str(error), tail)
+                why = why_not(model, str(error), tail)
                 log.warning("%s", why)
                 raise ApiError(why) from None
             raise
@@ -269,6 +252,7 @@ class Pool:
 
     async def _stop(self, runner: Runner) -> None:
         try:
+            await runner.server.close()
             await asyncio.to_thread(runner.process.stop)
         except Exception as error:
             log.error("the llama-server of %s could not be ended: %s", runner.weights[0].name, error)
@@ -298,7 +282,7 @@ class Pool:
         if runner.resolver is None:
             from steer_plugins.store.library import Library
 
-            runner.resolver = await asyncio.to_thread(Resolver, runner.url, self._library or Library())
+            runner.resolver = await asyncio.to_thread(Resolver, runner.process, self._library or Library())
         known = runner.resolver.known(model, text)
         if known is not None:
             return known
@@ -310,10 +294,10 @@ class Resolver:
 
     MAX_CACHED = 256
 
-    def __init__(self, url: str, library: Library) -> None:
+    def __init__(self, process: ServerProcess, library: Library) -> None:
         from steer_plugins.client.engine import ServerEngine
 
-        self._engine = ServerEngine(url, library=library)
+        self._engine = ServerEngine(process.url, api_key=process.api_key, library=library)
         self._library = library
         self._identity: ModelIdentity = self._engine.info.identity
         self._cache: OrderedDict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = OrderedDict()
@@ -398,54 +382,3 @@ async def _given_up(process: ServerProcess, starting: asyncio.Task[None]) -> Non
     with contextlib.suppress(Exception):
         await starting
     await asyncio.to_thread(process.stop)
-
-
-def _facts(process: ServerProcess) -> Facts:
-    """Ask a server that is ready. A stock server answers no ``/steering``: then it cannot be used."""
-    from steer_plugins.client.connection import Connection
-
-    connection = Connection(process.url, timeout=30.0)
-    try:
-        try:
-            said = connection.get("/steering")["model"]
-        except SteerError:
-            raise EngineError("this llama-server cannot steer: build one with `steer build`") from None
-        props = connection.get("/props")
-    finally:
-        connection.close()
-    opening, closing = said.get("think_open"), said.get("think_close")
-    return Facts(
-        n_ctx=int(said.get("n_ctx") or 0),
-        device=process.device,
-        on_gpu=int(said.get("n_gpu_layers") or 0) != 0 and process.device != "CPU",
-        think=(str(opening), str(closing)) if opening and closing else None,
-        has_chat_template=bool(said.get("has_chat_template")),
-        media_marker=str(props.get("media_marker") or "<__media__>"),
-        vision=bool((props.get("modalities") or {}).get("vision")),
-    )
-
-
-def _load_timeout(environ: Mapping[str, str]) -> float:
-    from .options import keep_alive
-
-    text = environ.get("OLLAMA_LOAD_TIMEOUT", "")
-    try:
-        seconds = keep_alive(text) if text else 0.0
-    except ApiError:
-        seconds = 0.0
-    return 600.0 if not seconds else min(seconds, 24 * 3600.0)
-
-
-def _why_not(model: Model, sentence: str, log_text: str) -> str:
-    """The sentence for a model that llama-server did not load; the reason is the one that llama.cpp logs."""
-    lines = log_text.splitlines()
-    said = next((found[1] for found in map(_REASON.search, lines) if found), "")
-    if not _OLD_LAYOUT.search(log_text):
-        return f"{model.name} cannot be loaded: {f'{model.gguf.name[:19]}: {said[:300]}' if said else sentence}"
-    reason = said or next(line for line in lines if _OLD_LAYOUT.search(line))
-    return (
-        f"{model.name} cannot be loaded: this llama.cpp does not know the layout of {model.gguf.name[:19]}… "
-        f"({' '.join(reason.split())[-200:]}); "
-        "Ollama published some models in layouts of its own: use a GGUF from elsewhere, or run `steer build --source` on a "
-        "llama.cpp tree that carries Ollama's compatibility code"
-    )

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from steer_plugins.errors import ModelError, SteerError
 
-from . import llama
 from .daemon import Daemon
 from .describe import steered_in_show
 from .errors import BadName, NotFound, NotSteerable, Unavailable
@@ -51,14 +50,12 @@ class Service:
         self.store, self.pool, self.library, self.daemon = store, pool, library, daemon
         self.serve_all = serve_all or daemon is None
         self.environ = os.environ if environ is None else environ
-        self.client = llama.new_client()
         if daemon is not None:
-            pool._before_load = self.free_daemon
+            pool.before_load = self.free_daemon
 
     async def close(self) -> None:
         """End the processes and connections."""
         await self.pool.close()
-        await self.client.aclose()
         if self.daemon is not None:
             await self.daemon.close()
 

@@ -21,6 +21,7 @@ from steer_plugins.store.library import Library, default_root
 from .daemon import Daemon, daemon_url, is_local
 from .folder import FolderStore
 from .pool import Pool
+from .starting import check_flags
 from .store import OllamaStore, check_readable, has_models, store_root
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def make_service(wanted: ServeOptions) -> tuple[Service, str]:
     """The service and a sentence on what it serves. Raises SteerError."""
     from .service import Service
 
+    check_flags(wanted.flags)
     library = Library()
     pool = Pool(flags=wanted.flags, library=library, environ=wanted.environ)
     if wanted.daemon and is_itself(wanted.daemon, wanted.host, wanted.port):
