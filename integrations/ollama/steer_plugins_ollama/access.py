@@ -20,6 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "0.0.0.0")
 _APPS = ("app://*", "file://*", "tauri://*", "vscode-webview://*", "vscode-file://*")
 _LOCAL_ENDS = (".localhost", ".local", ".internal")
+_WRITING = ("POST", "PUT", "PATCH", "DELETE")
+_FORMS = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
+"""What a page can send without asking first whether it may."""
 _METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 
 
@@ -52,25 +55,37 @@ class Access:
             await self.app(scope, receive, send)
             return
         headers = {key.lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        refused: Response | None = None
+        origin = headers.get(b"origin")
         try:
-            if self.local and not host_allowed(host):
-                refused = JSONResponse({"error": f"the host {host[:100]!r} is not allowed: ask for 127.0.0.1"}, 403)
-            elif origin and not self._allowed(origin, host):
-                text = f"the origin {origin[:100]!r} is not allowed: add it to OLLAMA_ORIGINS"
-                refused = JSONResponse({"error": text}, 403)
+            refused = self._refused(scope, headers)
         except ValueError:
-            refused = JSONResponse({"error": "the Host or Origin header is not an address"}, 400)
+            refused = (400, "the Host or Origin header is not an address")
         if refused is not None:
-            await refused(scope, receive, send)
+            await JSONResponse({"error": refused[1]}, refused[0])(scope, receive, send)
         elif origin:
             await self._with_cors(origin, headers, scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
+    def _refused(self, scope: Scope, headers: dict[bytes, str]) -> tuple[int, str] | None:
+        """Status and sentence for a request that is not answered. Raises ValueError for a Host or Origin that is no address."""
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        if self.local and not host_allowed(host):
+            return 403, f"the host {host[:100]!r} is not allowed: ask for 127.0.0.1"
+        if origin is None:
+            # browsers say nothing of their page where they only fetch, as for a picture; what they do say is enough
+            foreign = headers.get(b"sec-fetch-site") == "cross-site" and headers.get(b"sec-fetch-mode") != "navigate"
+            return (403, "another web site is not allowed to ask: add it to OLLAMA_ORIGINS") if foreign else None
+        if not self._allowed(origin, host):
+            return 403, f"the origin {origin[:100]!r} is not allowed: add it to OLLAMA_ORIGINS"
+        kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
+        if scope["method"] in _WRITING and kind in _FORMS:
+            return 415, f"a web page sends {kind or 'a body'} as application/json"
+        return None
+
     def _allowed(self, origin: str, host: str) -> bool:
-        if urlsplit(origin).netloc == host:
+        """Whether a page may ask: our own, under a name that nobody else can have pointed here, or one that is listed."""
+        if urlsplit(origin).netloc == host and host_allowed(host):
             return True
         return any(pattern == "*" or fnmatch.fnmatchcase(origin.lower(), pattern.lower()) for pattern in self.origins)
 
