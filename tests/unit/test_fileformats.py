@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -534,3 +535,52 @@ def test_contradictions_between_file_and_user(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["Cats & Dogs!", "con", "", "___", "a" * 200, "naïve", "..", "NUL.x"])
 def test_names_from_files_are_names(text: str) -> None:
     SteeringVector(vector_name(text), {(0, "resid_post"): [1.0]})
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(("name", "beside"), [("svec", ""), ("neuronpedia", ""), ("saelens", "cfg.json"), ("ds4", "v.json")])
+def test_json_with_a_byte_order_mark(tmp_path: Path, name: str, beside: str, coding: str) -> None:
+    path, facts = put(tmp_path, name)
+    plain = read_any(path, facts)
+    marked = tmp_path / beside if beside else path
+    marked.write_bytes(marked.read_bytes().decode().encode(coding))
+    assert format_of(path).name == name and read_any(path, facts) == plain
+
+
+@pytest.mark.parametrize("name", ["gguf-control-vector", "svec"])
+@pytest.mark.parametrize(
+    ("hint", "architecture", "other"),
+    [
+        ("qwen2", "llama", True),
+        ("llama", "qwen2", True),
+        ("llama", "llama", False),
+        ("", "llama", False),
+        ("mistral", "llama", False),
+        ("qwen2_moe", "qwen2moe", False),
+        ("gpt_oss", "gpt-oss", False),
+        ("gemma3_text", "gemma3", False),
+        ("cohere", "command-r", False),
+        ("deepseek_v3", "deepseek2", False),
+    ],
+)
+def test_a_vector_that_was_made_for_another_architecture(
+    tmp_path: Path, name: str, hint: str, architecture: str, other: bool
+) -> None:
+    data = json.dumps({**SVEC, "model_type": hint}).encode()
+    if name == "gguf-control-vector":
+        data = gguf(directions(ROWS), {**CONTROL, "controlvector.model_hint": hint})
+    path, _ = put(tmp_path, name, data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_any(path, Facts(identity=replace(MODEL, architecture=architecture)))
+        said = [str(one.message) for one in caught]
+        assert said == (
+            [f"the file says that its vector was made for {hint!r}, and this model is {architecture}"] if other else []
+        )
+        read_any(path)  # nobody asks for a model
+    assert len(caught) == len(said)
+
+
+def test_the_way_out_for_a_single_row_names_a_single_layer(tmp_path: Path) -> None:
+    path, _ = put(tmp_path, "npz", npz(a=ROWS[:1]))
+    assert "--at 12" in refused(path, "single row|1 rows", Facts(identity=MODEL))

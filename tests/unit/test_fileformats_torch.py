@@ -198,7 +198,7 @@ def test_no_pickle_runs(tmp_path: Path, protocol: int) -> None:
         (b"ccollections\nOrderedDict\n", "no tensor"),
         (text("hello"), "no tensor"),
         (b"]", "no tensor"),
-        (b"}", "tensors none"),
+        (b"}", "holds no tensors"),
         (b"", "damaged"),
         (b"((((", "damaged"),
         (b"t", "damaged"),

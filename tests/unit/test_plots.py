@@ -112,6 +112,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         ("v.safetensors",): "calm.png exists",
         ("v.safetensors", "--out", "no/a.png"): "no folder no",
         ("v.safetensors", "--out", "."): "exists",
+        ("v.safetensors", "--out", "a.svg"): "a plot is a PNG picture",
         ("nobody",): "nobody",
     }.items():
         assert main(["plot", *arguments]) == 1

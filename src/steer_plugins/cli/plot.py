@@ -43,6 +43,8 @@ def plot(vector: str, model: str | None, out: Path | None, overwrite: bool, as_j
         raise DataError(f"there is no folder {path.parent} to write {path.name} to: make it first")
     if path.is_dir() or (path.exists() and not overwrite):
         raise DataError(f"{path} exists: choose another file with --out, or replace it with --overwrite")
+    if path.suffix.lower() != ".png":
+        raise DataError(f"{path}: a plot is a PNG picture, so name a .png file")
     save_plot(found, path)
     if as_json:
         print_json({"vector": found.name, "file": path})

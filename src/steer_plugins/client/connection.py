@@ -160,7 +160,7 @@ class Connection:
         if is_unreachable(error):
             return EngineError(f"no server answers at {self.url}: start one with `steer serve`, or correct the address")
         if isinstance(error, requests.exceptions.Timeout) or "timed out" in str(error):
-            return EngineError(f"{self.url} has been silent for {self.timeout:g} s: see what it does, or allow a longer timeout")
+            return EngineError(f"{self.url} did not answer in time: see what it does, allow longer, or correct the address")
         if isinstance(error, requests.exceptions.SSLError):
             return EngineError(f"{self.url} cannot be trusted ({_one_line(str(error))}): correct the address or its certificate")
         return EngineError(
@@ -239,6 +239,8 @@ def normal_url(url: str) -> str:
         ok = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         ok = False
+    if ok and parts.path.rstrip("/").endswith("/v1"):
+        raise EngineError(f"{url!r:.100} is the address of a server's OpenAI API: leave out the /v1")
     if not ok or parts.query or parts.fragment or any(c.isspace() for c in text):
         raise EngineError(f"{url!r:.100} is not an address of a server: write it like http://127.0.0.1:8080")
     return text.rstrip("/")

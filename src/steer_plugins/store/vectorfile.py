@@ -106,11 +106,13 @@ def _read_safetensors(file: BinaryIO) -> tuple[dict[str, Any], bytes]:
         raise VectorError(f"not a vector file: its header claims {length} bytes (at most {MAX_HEADER_BYTES})")
     if length > total - 8:
         raise VectorError("not a safetensors file, or truncated: its header does not fit into it")
-    header = _json_object(file.read(length), "safetensors header")
+    header = json_object(file.read(length), "safetensors header")
     return header, file.read(total - 8 - length)
 
 
-def _json_object(text: bytes | str, what: str) -> dict[str, Any]:
+def json_object(text: bytes | str, what: str) -> dict[str, Any]:
+    """A JSON object without duplicate fields, NaN or Infinity. Raises VectorError that calls the text ``what``."""
+
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -135,7 +137,7 @@ def _decode(header: dict[str, Any], data: bytes) -> SteeringVector:
     outer = header.pop("__metadata__", None)
     if not isinstance(outer, dict) or not isinstance(outer.get("steer"), str):
         raise VectorError("a safetensors file without a steering vector (no 'steer' metadata)")
-    meta = _json_object(outer["steer"], "'steer' metadata")
+    meta = json_object(outer["steer"], "'steer' metadata")
     if meta.get("format") != FORMAT:
         raise VectorError(f"unknown format version {_short(meta.get('format'))}: this reader knows {FORMAT}")
     for field in _FIELDS:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from ...atomic import write_atomically
-from ...errors import ModelError, VectorError
+from ...errors import ModelError, SteerWarning, VectorError
 from ...steering.vector import OPS, SITES, Key, SteeringVector, check_name, layer_ranges, scope_range
 from ..formats import Facts, Limits
-from ..vectorfile import _json_object
+from ..vectorfile import json_object
 
 #: Files of vectors beyond this are refused unread: 256 MiB are 61 layers of 7168 numbers a hundred and fifty times.
 MAX_BYTES = 256 << 20
@@ -24,6 +26,17 @@ MAX_JSON_BYTES = 64 << 20
 MAX_LAYERS = 100_000
 #: Lists and objects in a JSON text; an empty one of three bytes takes twenty times as much in memory.
 MAX_JSON_PARTS = 4 * MAX_LAYERS
+
+
+#: Architectures whose names in Hugging Face's configurations are others than in a GGUF, without punctuation.
+_HUGGING_FACE = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "cohere": "commandr",
+    "deepseekv2": "deepseek2",
+    "deepseekv3": "deepseek2",
+    "deepseekv4": "deepseek4",
+}
 
 
 @contextlib.contextmanager
@@ -52,7 +65,16 @@ def load_json(path: Path) -> dict[str, Any]:
     data = load(path, MAX_JSON_BYTES)
     if data.count(b"[") + data.count(b"{") > MAX_JSON_PARTS:
         raise VectorError("its JSON has more lists and objects than a vector file can have")
-    return _json_object(data, "JSON text")
+    return json_object(as_utf8(data), "JSON text")
+
+
+def as_utf8(data: bytes) -> bytes:
+    """Text that an editor saved with a byte order mark (UTF-8 or UTF-16), as UTF-8 without one; other bytes as they are."""
+    if data.startswith(codecs.BOM_UTF8):
+        return data[len(codecs.BOM_UTF8) :]
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace").encode()
+    return data
 
 
 def head(path: Path, n_bytes: int = 1 << 16) -> bytes:
@@ -111,6 +133,19 @@ def numbers(value: object, what: str) -> np.ndarray:
         raise VectorError(f"{what} holds a number that is too large") from None
 
 
+def check_made_for(hint: str | None, facts: Facts) -> None:
+    """Warns where a file says that it was made for a model of another architecture. Hugging Face's names are known as well."""
+    if not hint or facts.identity is None:
+        return
+    name = re.sub(r"[^a-z0-9]|text$", "", hint.lower())
+    if _HUGGING_FACE.get(name, name) != re.sub(r"[^a-z0-9]", "", facts.identity.architecture):
+        warnings.warn(
+            f"the file says that its vector was made for {clip(hint)}, and this model is {facts.identity.architecture}",
+            SteerWarning,
+            stacklevel=3,
+        )
+
+
 def layers_of_rows(n_rows: int, facts: Facts) -> list[int | None]:
     """The layer of each row of a bare array; None for the embedding. Raises VectorError when nobody says."""
     at = facts.at
@@ -119,7 +154,8 @@ def layers_of_rows(n_rows: int, facts: Facts) -> list[int | None]:
         at = {n_layer: "blocks", n_layer + 1: "embedding"}.get(n_rows)
         if at is None:
             has = f"{n_rows} rows, and the model ({facts.identity.label}) {n_layer} layers"
-            raise VectorError(f"it has {has}: say which layers they are for with steer convert --at 10-13")
+            at = "--at 12" if n_rows == 1 else "--at 10-13"
+            raise VectorError(f"it has {has}: say which layers they are for with steer convert {at}")
     if at is None:
         rows = "a single row" if n_rows == 1 else f"{n_rows} rows"
         options = "--at 12" if n_rows == 1 else "--at blocks, --at embedding (when row 0 is the embedding) or --at 10-13"

@@ -12,7 +12,7 @@ from pathlib import Path
 from ...errors import VectorError
 from ...steering.vector import SteeringVector
 from ..formats import NO_FACTS, Facts, Format, Limits
-from .common import by_layer, check_writable, clip, head, imported, reading, stated
+from .common import by_layer, check_made_for, check_writable, clip, head, imported, reading, stated
 from .gguftensors import architecture, check_layers, read_directions, write_directions
 
 NAME = "gguf-control-vector"
@@ -36,6 +36,7 @@ def read(path: Path, facts: Facts = NO_FACTS) -> SteeringVector:
         plus_one = facts.gguf_layers == "plus-one"
         if facts.gguf_layers is None:
             check_layers(file, facts.identity)
+        check_made_for(file.text("controlvector.model_hint"), facts)
         return imported(
             path,
             NAME,

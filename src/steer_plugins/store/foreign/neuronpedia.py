@@ -15,6 +15,7 @@ from ...steering.vector import SteeringVector
 from ..formats import NO_FACTS, Facts, Format, Limits
 from .common import (
     MAX_LAYERS,
+    as_utf8,
     by_layer,
     check_writable,
     clip,
@@ -112,9 +113,13 @@ def write(vector: SteeringVector, path: Path) -> None:
 def sniff(path: Path) -> bool:
     """True for a JSON object that names a hook; the vector itself may stand anywhere."""
     try:
-        if path.suffix.lower() != ".json" or not head(path, 64).lstrip().startswith(b"{") or path.stat().st_size > 16 << 20:
+        if (
+            path.suffix.lower() != ".json"
+            or not as_utf8(head(path, 64)).lstrip().startswith(b"{")
+            or path.stat().st_size > 16 << 20
+        ):
             return False
-        text = path.read_bytes()
+        text = as_utf8(path.read_bytes())
     except OSError:
         return False
     return any(name in text for name in (b'"hookType"', b'"hook_type"', b'"hookName"', b'"hook_name"')) and any(

@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import VectorError
 from ...steering.vector import SteeringVector
 from ..formats import NO_FACTS, Facts, Format
-from ..vectorfile import MAX_HEADER_BYTES, _json_object
+from ..vectorfile import MAX_HEADER_BYTES, json_object
 from .archive import Archive, NpyArray
 from .common import MAX_BYTES, clip, head, imported, layers_of_rows, load_json, reading, stated
 from .neuronpedia import place_of_hook
@@ -97,7 +97,7 @@ def _safetensors_row(path: Path, feature: int | None) -> tuple[np.ndarray, int]:
         length = int.from_bytes(file.read(8), "little")
         if length < 2 or length > min(MAX_HEADER_BYTES, total - 8):
             raise VectorError("it is not a safetensors file, or is truncated")
-        header = _json_object(file.read(length), "safetensors header")
+        header = json_object(file.read(length), "safetensors header")
         entry = header.get("W_dec")
         if not isinstance(entry, dict):
             raise VectorError("it holds no W_dec, the decoder of an SAE")

@@ -14,7 +14,20 @@ import numpy as np
 from ...errors import VectorError
 from ...steering.vector import Key, SteeringVector
 from ..formats import NO_FACTS, Facts, Format, Limits
-from .common import by_layer, check_writable, clip, head, imported, load_json, numbers, reading, save, stated
+from .common import (
+    as_utf8,
+    by_layer,
+    check_made_for,
+    check_writable,
+    clip,
+    head,
+    imported,
+    load_json,
+    numbers,
+    reading,
+    save,
+    stated,
+)
 
 NAME = "svec"
 LIMITS = Limits(ops=("add",), sites=("resid_post",), scopes=("all",), calibration=False, identity=False, notes=False)
@@ -38,6 +51,7 @@ def read(path: Path, facts: Facts = NO_FACTS) -> SteeringVector:
                 raise VectorError(f"its layer {layer} has {len(row)} directions, one for each position: one can be read")
             directions[int(layer), "resid_post"] = numbers(row, f"the direction of layer {layer}")
         model_type = data.get("model_type")
+        check_made_for(model_type if isinstance(model_type, str) else None, facts)
         return imported(
             path,
             NAME,
@@ -59,7 +73,7 @@ def write(vector: SteeringVector, path: Path) -> None:
 
 def sniff(path: Path) -> bool:
     """True for a JSON object that speaks of directions and a model type near its start."""
-    start = head(path, 4096).lstrip()
+    start = as_utf8(head(path, 4096)).lstrip()
     return start.startswith(b"{") and b'"directions"' in start and b'"model_type"' in start
 
 

@@ -344,7 +344,9 @@ def _chosen(tensors: dict[str | int, _Tensor], key: str | None) -> _Tensor:
     if key is None and len(by_text) == 1:
         return next(iter(by_text.values()))
     if key not in by_text:
-        names = joined([clip(k, 30) for k in _sorted(by_text)]) or "none"
+        if not by_text:
+            raise VectorError("it holds no tensors")
+        names = joined([clip(k, 30) for k in _sorted(by_text)])
         raise VectorError(f"it has the tensors {names}: choose one with steer convert --key NAME")
     return by_text[key]
 
