@@ -42,3 +42,7 @@ class BuildError(SteerError):
 
 class EngineError(SteerError):
     """The native engine refused or failed a call."""
+
+
+class HubError(SteerError):
+    """What a hub offers is missing, altered, unsigned, too old, too large, or not for this model."""

@@ -250,7 +250,11 @@ def load_source(name: str, pairs: str | None, trait_name: str | None) -> Trait |
     if pairs is not None:
         return load_pairs(pairs)
     if trait_name is not None:
-        return load_trait(trait_name)
+        from ..steering.vector import is_hub_name
+        from ..store.library import Library
+
+        pulled = Library().pulled.file(trait_name, "trait") if is_hub_name(trait_name) else None
+        return load_trait(pulled or trait_name)
     if name not in bundled_traits():
         known = ", ".join(bundled_traits())
         raise DataError(f"no trait {name!r} comes with the package ({known} do): give --pairs FILE or --trait FILE")

@@ -107,6 +107,15 @@ class Library:
         write_vector(vector.replace(identity=identity), path)
         return path
 
+    def pull(self, reference: str, identity: ModelIdentity | None = None) -> Item:
+        """Fetch ``owner/name``, ``owner/name@version`` or ``owner/name@sha256`` from the indexes that were added, and keep it.
+
+        The vector is then found as ``owner/name`` everywhere. Raises HubError, and nothing is kept, for all that does not hold.
+        """
+        from ..hub.hub import Hub
+
+        return Hub(self).pull(reference, identity=identity)
+
     def list(self, identity: ModelIdentity | None = None) -> list[Entry]:
         """The vectors of one model, or of all, sorted by model and name, then what was pulled. Vector files are not opened."""
         folders = [self.root / identity.key] if identity else sorted(self.root.iterdir()) if self.root.is_dir() else []

@@ -246,11 +246,11 @@ class Training:
 
     def _calibrate(self, fitted: Fitted, advance: Callable[[int], None]) -> Calibrated:
         assert self.level is not None
-        sweep = Sweep(self.engine, fitted, self._objective(), self.level, thinking=self.fit_options.thinking, advance=advance)
+        sweep = Sweep(self.engine, fitted, self.objective(), self.level, thinking=self.fit_options.thinking, advance=advance)
         windows = [_within(self.window, sorted(fitted.directions))] if self.window else None
         return sweep.run(windows, [self.options.scope] if self.options.scope else None)
 
-    def _objective(self) -> Objective:
+    def objective(self) -> Objective:
         """The trait's metric, or the log-probability contrast of what is held out."""
         if self.trait is None:
             return ContrastObjective(self.engine, self.held, thinking=self.fit_options.thinking)

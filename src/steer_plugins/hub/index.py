@@ -1,0 +1,244 @@
+"""The index: one JSON file that is read line by line, and the table that a search looks into.
+
+``index.json`` is one JSON object, laid out so that a line is an entry: its head is the first line, each entry a line, sorted by
+name, version and model. So a difference between two versions is a line, and memory does not grow with the number of entries.
+What was read once is kept as a table beside the record; searching and pulling never read the index again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import HubError
+from ..steering.vector import ModelIdentity
+from .schema import canonical, check_entry, check_header, model_of, parse_json, sort_key
+
+MAX_INDEX_BYTES = 512 << 20
+MAX_HEAD_BYTES = 2 << 20
+MAX_LINE_BYTES = 32 << 10
+
+_OPENING, _CLOSING = ',"entries":[\n', "]}\n"
+
+
+@dataclass
+class Index:
+    """An index as it is read: its head, and its entries one after the other (the file is closed after the last)."""
+
+    header: dict[str, Any]
+    entries: Iterator[dict[str, Any]]
+    file: TextIO
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.file.close()
+
+
+def read_index(path: Path, what: str) -> Index:
+    """Open an index. Raises HubError for a head that is wrong, and while reading for the first entry that is."""
+    try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise HubError(f"{what} is larger than {MAX_INDEX_BYTES >> 20} MiB: it has to be split")
+        file = path.open("r", encoding="utf-8", errors="strict", newline="\n")
+    except OSError as error:
+        raise HubError(f"cannot read {what}: {error.strerror or error}") from None
+    try:
+        line = _line(file, MAX_HEAD_BYTES, what)
+        if not line.endswith(_OPENING):
+            raise HubError(f"{what} is no index of a hub: its first line does not end with {_OPENING.strip()}")
+        header = check_header(parse_json(line[: -len(_OPENING)] + "}", what), what)
+    except BaseException:
+        file.close()
+        raise
+    return Index(header, _entries(file, header["count"], what), file)
+
+
+def _line(file: Any, most: int, what: str) -> str:
+    try:
+        line = file.readline(most + 1)
+    except (UnicodeDecodeError, OSError):
+        raise HubError(f"{what} is not UTF-8") from None
+    if len(line) > most:
+        raise HubError(f"{what} has a line of more than {most} characters")
+    return str(line)
+
+
+def _entries(file: Any, count: int, what: str) -> Iterator[dict[str, Any]]:
+    last: tuple[Any, ...] | None = None
+    with file:
+        for number in range(1, count + 1):
+            line, where = _line(file, MAX_LINE_BYTES, what), f"{what}, entry {number}"
+            if not line.endswith(",\n" if number < count else "\n"):
+                raise HubError(f"{where}: the line does not end as it should; is the index cut off?")
+            entry = check_entry(parse_json(line.rstrip("\n").rstrip(","), where), where)
+            key = sort_key(entry)
+            if last is not None and key <= last:
+                raise HubError(f"{where} ({entry['name']} {entry['version']}) is out of order or there twice")
+            last = key
+            yield entry
+        if _line(file, 1024, what) != _CLOSING or _line(file, 1024, what):
+            raise HubError(f"{what} has more or fewer than the {count} entries that it claims")
+
+
+def write_index(path: Path, header: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:
+    """Write an index to a new file; ``header["count"]`` is the number of entries. Raises OSError."""
+    count = header["count"]
+    with path.open("x", encoding="ascii", newline="\n") as file:
+        file.write(canonical(header)[:-1] + _OPENING)
+        number = 0
+        for number, entry in enumerate(entries, start=1):  # noqa: B007
+            file.write(canonical(entry) + (",\n" if number < count else "\n"))
+        file.write(_CLOSING)
+        file.flush()
+        os.fsync(file.fileno())
+    if number != count:
+        raise AssertionError(f"{number} entries, not {count}")
+
+
+def merged(entries: Iterable[dict[str, Any]], new: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The entries with a new one at its place, or in the place of the one whose name, version and model it has."""
+    key, placed = sort_key(new), False
+    for entry in entries:
+        other = sort_key(entry)
+        if not placed and other >= key:
+            yield new
+            placed = True
+        if other != key:
+            yield entry
+    if not placed:
+        yield new
+
+
+# ---- the table ----
+
+_SCHEMA = """
+CREATE TABLE head(json TEXT NOT NULL);
+CREATE TABLE entries(id INTEGER PRIMARY KEY, name TEXT NOT NULL, version TEXT NOT NULL, model TEXT NOT NULL, kind TEXT NOT NULL,
+  newest INTEGER NOT NULL, text TEXT NOT NULL);
+CREATE TABLE bodies(id INTEGER PRIMARY KEY, json TEXT NOT NULL);
+"""
+
+
+def build_table(index: Index, table: Path) -> None:
+    """Make the table of an index, atomically. Raises HubError for a wrong entry, OSError."""
+    new = table.with_name(f".{table.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with contextlib.closing(sqlite3.connect(new)) as base:
+            base.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;" + _SCHEMA)
+            base.execute("INSERT INTO head VALUES (?)", (canonical(index.header),))
+            base.executemany("INSERT INTO entries VALUES (?,?,?,?,?,?,?)", _rows(index.entries, base))
+            base.execute("CREATE INDEX by_name ON entries(name)")
+            base.commit()
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, table)
+    except sqlite3.Error as error:
+        raise HubError(f"cannot write {table}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink()
+
+
+def _rows(entries: Iterator[dict[str, Any]], base: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
+    """A row for each entry; the last version of a name for a model is its newest, since entries are sorted."""
+    name = ""
+    newest: dict[str, int] = {}
+    pending: list[tuple[Any, ...]] = []
+
+    def flush() -> Iterator[tuple[Any, ...]]:
+        for id, version, model, kind, text in pending:
+            yield id, name, version, model, kind, int(newest[model] == id), text
+
+    for id, entry in enumerate(entries):
+        if entry["name"] != name:
+            yield from flush()
+            name, newest, pending = entry["name"], {}, []
+        model = model_of(entry)
+        key = "" if model is None else model.key
+        newest[key] = id
+        pending.append((id, entry["version"], key, entry["kind"], haystack(entry, model)))
+        base.execute("INSERT INTO bodies VALUES (?,?)", (id, canonical(entry)))
+    yield from flush()
+
+
+def haystack(entry: dict[str, Any], model: ModelIdentity | None) -> str:
+    """What a search looks into, in lower case."""
+    trait = entry["trait"] or {}
+    parts = [entry["name"], entry["description"], entry["kind"], entry["base_model"], entry["licence"], *entry["tags"]]
+    parts += [*trait.values(), *([model.label] if model is not None else [])]
+    return "\n".join(part for part in parts if part).lower()
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry of a table: which, and the whole of it when asked for."""
+
+    table: Path
+    id: int
+    name: str
+    version: str
+    model: str
+    kind: str
+
+    def entry(self) -> dict[str, Any]:
+        """What the index says of it."""
+        with _connected(self.table) as base:
+            found = base.execute("SELECT json FROM bodies WHERE id = ?", (self.id,)).fetchone()
+        return dict(json.loads(found[0]))
+
+
+@contextlib.contextmanager
+def _connected(table: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        if not table.is_file():
+            raise HubError(f"the table {table.name} of an index is missing: make it anew with: steer hub update")
+        with contextlib.closing(sqlite3.connect(f"{table.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as base:
+            yield base
+    except sqlite3.Error:
+        raise HubError(f"the table {table.name} of an index is damaged: make it anew with: steer hub update") from None
+
+
+def head_of(table: Path) -> dict[str, Any]:
+    """The head of the index that a table was made of. Raises HubError."""
+    with _connected(table) as base:
+        return dict(json.loads(base.execute("SELECT json FROM head").fetchone()[0]))
+
+
+def search(
+    table: Path, words: Iterable[str], *, model: str | None = None, kind: str | None = None, limit: int = 50
+) -> tuple[list[Row], int]:
+    """The newest versions that hold all the words, and how many there are in all.
+
+    What is for ``model`` (a key) comes first, then what fits any; a word in the name counts before one in the description.
+    """
+    words = [word.lower() for word in words]
+    where = ["newest = 1", *("instr(text, ?) > 0" for _ in words)]
+    given: list[Any] = [*words]
+    if kind is not None:
+        where.append("kind = ?")
+        given.append(kind)
+    order = ["model = ? DESC", "model = '' DESC"] if model is not None else []
+    order += ["instr(name, ?) > 0 DESC" for _ in words] + ["name", "model"]
+    named = [*([model] if model is not None else []), *words]
+    with _connected(table) as base:
+        condition = " AND ".join(where)
+        total = base.execute(f"SELECT count(*) FROM entries WHERE {condition}", given).fetchone()[0]
+        rows = base.execute(
+            f"SELECT id, name, version, model, kind FROM entries WHERE {condition} ORDER BY {', '.join(order)} LIMIT ?",
+            [*given, *named, limit],
+        ).fetchall()
+    return [Row(table, *row) for row in rows], int(total)
+
+
+def named(table: Path, name: str) -> list[Row]:
+    """All versions of a name for all models, the oldest first. Raises HubError."""
+    with _connected(table) as base:
+        rows = base.execute("SELECT id, name, version, model, kind FROM entries WHERE name = ? ORDER BY id", (name,)).fetchall()
+    return [Row(table, *row) for row in rows]

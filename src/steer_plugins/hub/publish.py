@@ -1,0 +1,321 @@
+"""The publisher's side: a folder that is a hub. Cards are made, signed and listed; no version is ever written over.
+
+Files come first and ``index.json`` last, each by a rename; the index's own signature is named by its hash, so it lies there
+before the index that it signs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ..atomic import file_sha256, finish, lock, write_atomically
+from ..errors import HubError, SpecError, SteerError
+from ..steering.vector import SteeringVector, is_hub_name
+from ..store.pulled import Ref
+from ..store.vectorfile import read_vector
+from . import index as indexes
+from .contents import check_contents, facts_of
+from .schema import (
+    CARD_FORMAT,
+    INDEX_FORMAT,
+    canonical,
+    check_card,
+    check_entry,
+    entry_of,
+    files_of,
+    now,
+    read_card,
+    sort_key,
+    time_text,
+    version_key,
+)
+from .signing import MAX_SIGNATURE_BYTES, PublicKey, SecretKey, blake2b, verify
+from .sources import INDEX, file_name
+from .trust import follows, rotation
+
+VALID_DAYS = 365
+"""How long an index may be trusted without being signed again, unless its keeper says otherwise."""
+
+
+def own_key(root: Path, *, make: bool = False) -> SecretKey:
+    """The publisher's key in a library's hub folder; ``make``: a new one where there is none. Raises HubError."""
+    path = root / "key"
+    if path.is_file():
+        return SecretKey.read(path)
+    if not make:
+        raise HubError(f"there is no key {path}: make one with: steer hub key")
+    key = SecretKey.generate()
+    key.write(path)
+    return key
+
+
+def draft(
+    name: str, contents: dict[str, Path], *, version: str | None = None, licence: str, description: str = "", **said: Any
+) -> dict[str, Any]:
+    """The card of some files by role, as far as they say; ``said`` are further fields. ``version`` None: chosen later.
+
+    Raises HubError, VectorError: a file that is none, a name that is none.
+    """
+    if not is_hub_name(name):
+        raise SpecError(f"{name!r:.120} is no name of a hub's: write owner/name in a-z, 0-9 and -, such as ann/mood")
+    role = next(iter(contents))
+    facts: dict[str, Any] = {"kind": role, "model": None, "method": None, "layers": [], "op": None, "scope": None}
+    card: dict[str, Any] = {"trait": None, "calibration": None, "samples": []}
+    if role == "vector":
+        vector = read_vector(contents[role])
+        if vector.identity is None:
+            raise HubError(f"vector {vector.name!r} names no model: put it into the library with --model, then publish it")
+        facts = facts_of(vector)
+        card |= {"trait": _trait_of(vector), "calibration": _calibration_of(vector), "samples": _samples_of(vector)}
+    return {
+        "format": CARD_FORMAT,
+        "name": name,
+        "version": version,
+        "description": description,
+        "licence": licence,
+        "published": time_text(now()),
+        "base_model": None,
+        "tried_on": [],
+        "benchmark": {},
+        "safety": None,
+        "tags": [],
+        **facts,
+        **card,
+        **said,
+        "files": {role: _ref(path).to_dict() for role, path in contents.items()},
+    }
+
+
+class Folder:
+    """A hub in a folder, and the key that signs there."""
+
+    def __init__(self, folder: Path, key: SecretKey) -> None:
+        self.folder, self.key = folder, key
+
+    def publish(
+        self, card: dict[str, Any], contents: dict[str, Path], *, name: str | None = None, days: int | None = None
+    ) -> dict[str, Any]:
+        """Add a card with its files; returns the entry. ``name``: of an index that is new. ``days``: see :meth:`sign`.
+
+        A card without a version gets the next whole number. Raises HubError: the version is there, the owner has another key,
+        the card or a file is wrong.
+        """
+        with self._locked():
+            header, entries = self._read(name)
+            if card["version"] is None:
+                mine = [
+                    version_key(e["version"])[0] for e in entries() if e["name"] == card["name"] and e["model"] == card["model"]
+                ]
+                card = {**card, "version": str(max(mine, default=0) + 1)}
+            what = f"{card['name']}@{card['version']}"
+            check_card(card, what)
+            check_contents(card, contents)
+            owner, mine_key = card["name"].split("/")[0], str(self.key.public)
+            key_of_owner: str | None = None
+            for entry in entries():
+                if entry["name"].split("/")[0] == owner:
+                    key_of_owner = entry["key"]
+                if sort_key(entry) == sort_key(card):
+                    raise HubError(f"{what} is there already, and no version is written over: publish the next version")
+            if key_of_owner is not None and not follows(key_of_owner, mine_key, header["rotations"]):
+                raise HubError(f"{owner!r} publishes there with another key ({key_of_owner}): yours is {mine_key}")
+            data = canonical(card).encode() + b"\n"
+            refs = files_of(card, what)
+            for role, ref in refs.items():
+                self._put(file_name(ref.sha256, ref.type), contents[role].read_bytes())
+            entry = check_entry(self._signed_card(data, card), what)
+            self._write({**header, "count": header["count"] + 1}, indexes.merged(entries(), entry), days)
+        return entry
+
+    def sign(self, *, days: int | None = None) -> dict[str, Any]:
+        """Check the whole index and sign it, as its keeper does after changes by others; returns its head. Raises HubError.
+
+        ``days``: how long it may be trusted; 0: for ever; None: as it was, a year for a new one.
+        """
+        with self._locked():
+            header, entries = self._read(None)
+            for entry in entries():
+                self._check(entry)
+            return self._write(header, entries(), days)
+
+    def rotate(self, new: SecretKey, *, days: int | None = None) -> int:
+        """Hand over from this key to a new one: what this one signed is signed anew, and the index says so.
+
+        Returns how many cards were signed anew.
+        """
+        with self._locked():
+            header, entries = self._read(None)
+            old, count = str(self.key.public), 0
+            steps = header["rotations"]
+            if not follows(old, str(new.public), steps):
+                steps = [*steps, rotation(self.key, new.public)]
+            signer, self.key = self.key, new
+            changed = []
+            for entry in entries():
+                if entry["key"] == old:
+                    ref = Ref.from_dict(entry["card"], MAX_SIGNATURE_BYTES << 10)
+                    verify(
+                        self._signature(ref), blake2b(self.folder / file_name(ref.sha256, ref.type)), signer.public, entry["name"]
+                    )
+                    self._put_signature(
+                        ref.sha256, blake2b(self.folder / file_name(ref.sha256, ref.type)), entry["name"], again=True
+                    )
+                    entry, count = {**entry, "key": str(new.public)}, count + 1
+                changed.append(entry)
+            self._write({**header, "rotations": steps}, changed, days)
+        return count
+
+    # ---- parts ----
+
+    def _read(self, name: str | None) -> tuple[dict[str, Any], Callable[[], Iterator[dict[str, Any]]]]:
+        """The head of the index, or a new one, and what begins to read its entries."""
+        path = self.folder / INDEX
+        if path.is_file():
+            index = indexes.read_index(path, str(path))
+            index.close()
+            if name is not None and name != index.header["name"]:
+                raise HubError(f"the index in {self.folder} is called {index.header['name']!r}, not {name!r}: leave --index out")
+            return index.header, lambda: indexes.read_index(path, str(path)).entries
+        if (self.folder / "files").exists():
+            raise HubError(f"{self.folder} has files but no {INDEX}: restore it, or begin in an empty folder")
+        name = (
+            name or "".join(c if c.isalnum() and c.isascii() else "-" for c in self.folder.name.lower()).strip("-")[:39] or "hub"
+        )
+        header = {"format": INDEX_FORMAT, "name": name, "serial": 0, "rotations": [], "count": 0, "key": str(self.key.public)}
+        return header, lambda: iter(())
+
+    def _write(self, header: dict[str, Any], entries: Iterable[dict[str, Any]], days: int | None) -> dict[str, Any]:
+        """Write the next index. One whose key is another's waits, unsigned, for its keeper."""
+        mine = follows(header["key"], str(self.key.public), header["rotations"])
+        if days is None:
+            days = 0 if header.get("expires", "") is None else VALID_DAYS
+        time = now()
+        header = {
+            **header,
+            "serial": header["serial"] + 1,
+            "key": str(self.key.public) if mine else header["key"],
+            "updated": time_text(time),
+            "expires": time_text(time + timedelta(days=days)) if days else None,
+        }
+        new = self.folder / f".{INDEX}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            indexes.write_index(new, header, entries)
+            if mine:
+                self._put_signature(file_sha256(new), blake2b(new), f"index {header['name']}, serial {header['serial']}")
+            finish(new, self.folder / INDEX)
+        except OSError as error:
+            raise HubError(f"cannot write to {self.folder}: {error.strerror or error}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                new.unlink()
+        return header
+
+    def _signed_card(self, data: bytes, card: dict[str, Any]) -> dict[str, Any]:
+        new = self.folder / f".card.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            new.write_bytes(data)
+            ref = Ref(file_sha256(new), len(data), "json")
+            self._put_signature(ref.sha256, blake2b(new), f"{card['name']}@{card['version']}")
+        finally:
+            with contextlib.suppress(OSError):
+                new.unlink()
+        self._put(file_name(ref.sha256, ref.type), data)
+        return entry_of(card, ref, self.key.public)
+
+    def _put(self, name: str, data: bytes) -> None:
+        path = self.folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_file() or path.read_bytes() != data:
+                write_atomically(path, data)
+        except OSError as error:
+            raise HubError(f"cannot write {path}: {error.strerror or error}") from None
+
+    def _put_signature(self, sha256: str, digest: bytes, comment: str, *, again: bool = False) -> None:
+        name = file_name(sha256, "minisig")
+        if again or not (self.folder / name).is_file():
+            self._put(name, self.key.sign(digest, comment).encode())
+
+    def _signature(self, ref: Ref) -> bytes:
+        try:
+            return (self.folder / file_name(ref.sha256, "minisig")).read_bytes()
+        except OSError:
+            raise HubError(f"the signature of the card {ref.sha256[:12]} is missing in {self.folder}") from None
+
+    def _check(self, entry: dict[str, Any]) -> None:
+        """Raise HubError unless all that an entry names is there, signed, and says the same."""
+        what = f"{entry['name']}@{entry['version']}"
+        ref = Ref.from_dict(entry["card"], 1 << 20)
+        refs = files_of(entry, what)
+        paths = {role: self.folder / file_name(one.sha256, one.type) for role, one in {"card": ref, **refs}.items()}
+        for role, one in {"card": ref, **refs}.items():
+            if not paths[role].is_file() or paths[role].stat().st_size != one.size or file_sha256(paths[role]) != one.sha256:
+                raise HubError(f"the file {role!r} of {what} is missing or altered in {self.folder}")
+        key = PublicKey.parse(entry["key"])
+        verify(self._signature(ref), blake2b(paths["card"]), key, f"the card of {what}")
+        card = read_card(paths.pop("card"), what)
+        if entry_of(card, ref, key) != entry:
+            raise HubError(f"the index says something else of {what} than its signed card")
+        check_contents(card, paths)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = lock(self.folder / ".lock")
+        except OSError as error:
+            raise HubError(f"cannot write to {self.folder}: {error.strerror or error}") from None
+        with held:
+            yield
+
+
+def _ref(path: Path) -> Ref:
+    return Ref(file_sha256(path), path.stat().st_size, "safetensors" if path.suffix == ".safetensors" else "json")
+
+
+def _trait_of(vector: SteeringVector) -> dict[str, str] | None:
+    from ..training.traits import bundled_traits, load_trait
+
+    source = (vector.provenance or {}).get("source")
+    name = source.get("trait") if isinstance(source, dict) else None
+    if name not in bundled_traits():
+        return None
+    poles = load_trait(name).poles
+    return {"name": name, "positive": poles["positive"], "negative": poles["negative"]}
+
+
+def _calibration_of(vector: SteeringVector) -> dict[str, Any] | None:
+    """The dose curve of a calibration in short; None of one that another tool wrote."""
+    record = vector.calibration
+    try:
+        if record is None:
+            return None
+        plain = record["plain"]["perplexity"]
+        ratios = {
+            row["strength"]: round(row["perplexity"] / plain, 4)
+            for row in record["rows"]
+            if row["stage"] == "curve" and row["perplexity"] is not None and plain
+        }
+        curve = [{**point, "perplexity": ratios.get(point["strength"])} for point in record["curve"]]
+        fields = {field: record[field] for field in ("n", "dose", "effect", "effect_se")}
+        return {"objective": record["objective"]["name"], "unit": record["objective"]["unit"], **fields, "curve": curve}
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _samples_of(vector: SteeringVector) -> list[dict[str, Any]]:
+    samples = (vector.calibration or {}).get("samples")
+    try:
+        return [{"strength": s["strength"], "text": _printable(s["text"])[:600]} for s in samples or []]
+    except (KeyError, TypeError, SteerError):
+        return []
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,66 @@
+"""A hub's card for the terminal: what a vector does, at which dose, and what is known of its dangers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def card_text(card: dict[str, Any], *, key: str, index: str) -> str:
+    """The lines of a card (hub.schema's), its dose curve drawn in blocks. Cards are checked: all their text can be shown."""
+    model = card["model"]
+    trait = card["trait"]
+    facts = {
+        "for": f'{model["architecture"]} {model["n_layer"]}x{model["n_embd"]} "{model["name"]}"' if model else "any model",
+        "base model": card["base_model"],
+        "tried on": ", ".join(card["tried_on"]),
+        "trait": f"{trait['name']}: {trait['negative']} (-1) to {trait['positive']} (+1)" if trait else None,
+        "method": card["method"],
+        "layers": ", ".join(map(str, card["layers"])),
+        "op, scope": f"{card['op']}, {card['scope']}" if card["op"] else None,
+        "licence": card["licence"],
+        "size": f"{sum(file['size'] for file in card['files'].values()) / 1024:,.0f} KiB",
+        "sha256": next(iter(card["files"].values()))["sha256"],
+        "published": f"{card['published']}, index {index}",
+        "key": key,
+        **{f"benchmark {name}": f"{value:g}" for name, value in card["benchmark"].items()},
+    }
+    lines = [f"{card['name']} {card['version']} ({card['kind']})", card["description"], ""]
+    lines += [f"  {name:<11} {value}" for name, value in facts.items() if value]
+    lines += ["", *curve_lines(card["calibration"]), "", *safety_lines(card["safety"], "as its publisher measured")]
+    for sample in card["samples"]:
+        lines += ["", f"  at {sample['strength']:g}: {' '.join(sample['text'].split())[:300]}"]
+    return "\n".join(lines)
+
+
+def curve_lines(calibration: dict[str, Any] | None) -> list[str]:
+    """The dose curve: a row for each strength, its score as a bar between the lowest and the highest."""
+    if calibration is None or not calibration["curve"]:
+        return ["  not calibrated: nobody has measured what strength 1 does"]
+    scores = [point["score"] for point in calibration["curve"]]
+    low, span = min(scores), (max(scores) - min(scores)) or 1.0
+    error = f" ± {calibration['effect_se']:.2g}" if calibration["effect_se"] is not None else ""
+    lines = [
+        f"  dose curve: {calibration['objective']}, {calibration['effect']:.3g}{error} {calibration['unit']} from -1 to 1, "
+        f"on {calibration['n']} prompts",
+        "  strength    score                       perplexity / plain",
+    ]
+    for point in calibration["curve"]:
+        eighths = round((point["score"] - low) / span * 160)
+        bar = "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
+        ratio = f"{point['perplexity']:.2f}" if point["perplexity"] is not None else ""
+        lines.append(f"  {point['strength']:+8.2f} {point['score']:8.3f} {bar:<21} {ratio}")
+    return lines
+
+
+def safety_lines(safety: dict[str, Any] | None, whose: str) -> list[str]:
+    """What would betray a hostile vector."""
+    if safety is None:
+        return [f"  safety ({whose}): not measured"]
+    shown = {
+        "KL on neutral text, nats per token": safety["kl"],
+        "refusals, nats at the worse of both signs": safety["refusal"],
+        "cosine with your refusal direction": safety["refusal_cosine"],
+    }
+    return [f"  safety ({whose}):"] + [
+        f"    {name:<44} {'not measured' if value is None else f'{value:+.3f}'}" for name, value in shown.items()
+    ]
