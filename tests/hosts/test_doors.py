@@ -44,7 +44,8 @@ class Doors:
         self._server, self._library, self._folder = server, library, folder
         self._engine = ServerEngine(server.url, library=library)
         self._link = Link(server.url, library)
-        self._resolver = Resolver(server.url, library)
+        process = SimpleNamespace(url=server.url, api_key=None)
+        self._resolver = Resolver(process, library)  # type: ignore[arg-type]
         self._model = SimpleNamespace(vectors={}, name="m")
 
     def close(self) -> None:
