@@ -134,4 +134,6 @@ def render() -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     Path(sys.argv[1]).write_text(render(), encoding="utf-8")
