@@ -275,10 +275,14 @@ class Hub:
         what = f"the card of {offer.label}"
         ref = Ref.from_dict(offer.entry["card"], MAX_CARD_BYTES)
         path = self._fetched(source, ref, what, None)
-        signature = self._incoming() / f"{ref.sha256}.minisig"
-        source.fetch(file_name(ref.sha256, "minisig"), signature, most=MAX_SIGNATURE_BYTES)
-        key = PublicKey.parse(offer.entry["key"])
-        verify(signature.read_bytes(), blake2b(path), key, what)
+        signature, kept = self._incoming() / f"{ref.sha256}.minisig", self.pulled.path(ref).with_suffix(".minisig")
+        key, digest = PublicKey.parse(offer.entry["key"]), blake2b(path)
+        try:
+            signature.write_bytes(kept.read_bytes())
+            verify(signature.read_bytes(), digest, key, what)
+        except (OSError, HubError):  # not pulled yet, or signed anew since
+            source.fetch(file_name(ref.sha256, "minisig"), signature, most=MAX_SIGNATURE_BYTES)
+            verify(signature.read_bytes(), digest, key, what)
         card = read_card(path, what)
         if entry_of(card, ref, key) != offer.entry:
             raise HubError(f"the index {offer.url} says something else of {offer.label} than its signed card")

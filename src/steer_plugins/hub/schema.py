@@ -268,8 +268,7 @@ def _checked(data: dict[str, Any], checks: dict[str, Check], what: str) -> dict[
         if field not in checks:
             raise HubError(f"{what} has the unknown field {field!r:.60}")
         if not checks[field](value):
-            shown = repr(value)
-            raise HubError(f"{what}: the field {field!r} may not be {shown if len(shown) < 60 else shown[:57] + '...'}")
+            raise HubError(f"{what}: the field {field!r} may not be {value!r:.60}")
     if "files" in checks:
         files_of(data, what)
         if (data["model"] is None) != ("vector" not in ROLES[data["kind"]]):

@@ -50,7 +50,11 @@ class WebSource(Source):
                     total = start + int(length) if length.isdigit() and len(length) < 20 else most
                     if total > most:
                         raise HubError(f"{url} has {total} bytes: at most {most} are taken")
+                    # the last block of an answer that breaks off is kept, too
+                    response.raw.enforce_content_length = False
                     copy_bounded(response.iter_content(_BLOCK), target, most, total, url, progress, start=start)
+                    if length.isdigit() and target.stat().st_size < total:
+                        raise HubError(f"cannot fetch all of {url}: it broke off, call again to go on with it")
             if start < 0:  # what is here is no beginning of what is there
                 target.unlink()
                 self._fetch(name, target, most, False, progress)
