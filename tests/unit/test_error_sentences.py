@@ -59,7 +59,7 @@ def collected() -> list[tuple[str, str]]:
             if not isinstance(node, ast.Call):
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name in known or name == "_refuse":
+            if name in known or name in ("refuse", "_refuse"):
                 where = f"{path.relative_to(ROOT)}:{node.lineno}"
                 found.extend((where, text) for argument in node.args for text in sentences(argument))
     return found

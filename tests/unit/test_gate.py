@@ -184,7 +184,7 @@ def test_bad_prompts_are_refused(tmp_path: Path, line: str, words: str) -> None:
 def test_few_prompts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has 4 prompts labelled true: a gate needs at least 5"):
         load_labelled(write(tmp_path / "p.jsonl", 4))
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match="does not exist"):
         load_labelled(tmp_path / "missing.jsonl")
 
 

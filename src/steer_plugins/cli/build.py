@@ -37,7 +37,7 @@ from .common import FilePath
 @click.option("--server/--no-server", default=True, help="Build llama-server too, or not (minutes faster).")
 @click.option("--jobs", "-j", type=click.IntRange(min=1), metavar="N", help="Files compiled at once.")
 @click.option("--keep", is_flag=True, help="Keep the work tree, for quick rebuilds (also: STEER_KEEP_BUILD=1).")
-@click.option("--force", is_flag=True, help="Build even if there is a finished runtime.")
+@click.option("--rebuild", is_flag=True, help="Build even if there is a finished runtime.")
 @click.option("--check", "only_check", is_flag=True, help="Only check whether the patch applies and compiles.")
 @click.option("--wheel", "as_wheel", is_flag=True, help="Pack the runtime into a wheel, steer-plugins-runtime, for pip.")
 @click.option(
@@ -66,7 +66,7 @@ def build(
     server: bool,
     jobs: int | None,
     keep: bool,
-    force: bool,
+    rebuild: bool,
     only_check: bool,
     as_wheel: bool,
     out: Path | None,
@@ -95,7 +95,7 @@ def build(
         server=server,
         jobs=jobs,
         keep=keep,
-        force=force,
+        force=rebuild,
         stock_twin=stock_twin,
         on=on,
         into=into,

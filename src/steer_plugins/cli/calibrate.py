@@ -9,8 +9,7 @@ import click
 
 from ..errors import VectorError
 from ..plugins import hookimpl
-from .common import EngineOptions, FilePath, engine_options, json_option, print_json
-from .sae import _Stages
+from .common import EngineOptions, FilePath, Stages, engine_options, json_option, print_json
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -31,7 +30,7 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--scope", type=click.Choice(["all", "prompt", "response"]), help="Which tokens to steer (default: the vector's).")
 @click.option("--as", "name", metavar="NAME", help="Keep it under this name (default: its own).")
 @click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="Write here, not to the library.")
-@click.option("--replace", "replace_it", is_flag=True, help="Replace a vector of that name.")
+@click.option("--overwrite", is_flag=True, help="Replace a vector of that name.")
 @engine_options
 @json_option
 def calibrate(
@@ -42,7 +41,7 @@ def calibrate(
     scope: str | None,
     name: str | None,
     out: Path | None,
-    replace_it: bool,
+    overwrite: bool,
     engine: EngineOptions,
     as_json: bool,
 ) -> None:
@@ -54,7 +53,7 @@ def calibrate(
     \b
     Examples:
       steer calibrate ./downloaded.gguf --as calm
-      steer calibrate finetune --pairs pirate.jsonl --replace
+      steer calibrate finetune --pairs pirate.jsonl --overwrite
     """
     from ..store.library import Library
     from ..store.vectorfile import write_vector
@@ -65,15 +64,15 @@ def calibrate(
         identity = opened.info.identity
         found = library.resolve(vector, identity)
         wanted = found.replace(name=name) if name else found
-        if out is not None and out.exists() and not replace_it:
-            raise VectorError(f"{out} exists: choose another file, or replace it with --replace")
-        if out is None and library.path(wanted.name, identity).exists() and not replace_it:
-            raise VectorError(f"the library already has {wanted.name!r} for {identity.label}: replace it with --replace")
+        if out is not None and out.exists() and not overwrite:
+            raise VectorError(f"{out} exists: choose another file, or replace it with --overwrite")
+        if out is None and library.path(wanted.name, identity).exists() and not overwrite:
+            raise VectorError(f"the library already has {wanted.name!r} for {identity.label}: replace it with --overwrite")
         objective = _objective(opened, trait_name, pairs)
         chosen = level_of(level)
         assert chosen is not None
         done = 0
-        with _Stages() as report:
+        with Stages() as report:
 
             def advance(tokens: int) -> None:
                 nonlocal done
@@ -85,7 +84,7 @@ def calibrate(
         write_vector(result.vector, out)
         path = out
     else:
-        path = library.put(result.vector, identity, overwrite=replace_it)
+        path = library.put(result.vector, identity, overwrite=overwrite)
     record = result.record
     if as_json:
         print_json({"name": wanted.name, "file": path, "dose": record["dose"], "effect": record["effect"], "calibration": record})

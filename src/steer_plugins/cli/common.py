@@ -191,6 +191,29 @@ def console(stderr: bool = False) -> Console:
     return Console(file=stream, width=None if stream.isatty() else 10_000, highlight=False, soft_wrap=True)
 
 
+class Stages:
+    """A progress bar for each stage of a long work, with the time that is left, on standard error."""
+
+    def __enter__(self) -> Stages:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn(),
+            console=console(stderr=True), transient=True,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+        self._bars.start()
+        return self
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
     """Rows under column names. Numbers go to the right; cells are text, never markup."""
     from rich import box

@@ -164,7 +164,7 @@ def _writable(formats: dict[str, Format]) -> str:
 def _facts(fmt: Format, site: str | None, options: dict[str, Any]) -> Facts:
     """The options that the format takes. Raises SpecError for one that it does not take: it would do nothing."""
     from ..store.formats import Facts
-    from .read import _numbers
+    from .read import parse_numbers
 
     for field, option in _FACT_OPTIONS.items():
         if options[field] is not None and field not in fmt.facts:
@@ -172,7 +172,7 @@ def _facts(fmt: Format, site: str | None, options: dict[str, Any]) -> Facts:
             raise SpecError(f"{option} says nothing about a {fmt.name} file, which takes {takes}: leave it out")
     at = options["at"]
     if at is not None and at not in ("blocks", "embedding"):
-        options["at"] = tuple(_numbers(at, "--at", "blocks, embedding, 12 or 10-13", 100_000, negative=False))
+        options["at"] = tuple(parse_numbers(at, "--at", "blocks, embedding, 12 or 10-13", 100_000, negative=False))
     return Facts(site=site if "site" in fmt.facts else None, **options)
 
 

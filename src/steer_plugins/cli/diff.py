@@ -9,8 +9,7 @@ import click
 
 from ..errors import ModelError, VectorError
 from ..plugins import hookimpl
-from .common import FilePath, json_option, print_json
-from .sae import _Stages
+from .common import FilePath, Stages, json_option, print_json
 
 
 @hookimpl
@@ -71,7 +70,7 @@ def diff(
             raise VectorError(f"the library already has {name!r} for {identity.label}: replace it with --overwrite")
         chat = one.info.has_chat_template
         texts = [[{"role": "user", "content": p}] if chat else p for p in prompts]
-        with _Stages() as report:
+        with Stages() as report:
             vector = difference(one, two, name, texts, layers=chosen, report=report)
     if out is not None:
         write_vector(vector, out)

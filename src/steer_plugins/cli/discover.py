@@ -9,8 +9,7 @@ import click
 
 from ..errors import VectorError
 from ..plugins import hookimpl
-from .common import EngineOptions, engine_options, json_option, print_json
-from .sae import _Stages
+from .common import EngineOptions, Stages, engine_options, json_option, print_json
 
 
 @hookimpl
@@ -84,7 +83,7 @@ def discover(
         if sae_name is not None:
             folder = find_sae(library, sae_name, identity)
             code, index = SparseCode.load(folder), FeatureIndex.load(folder)
-        with _Stages() as report:
+        with Stages() as report:
             found = find(opened, method=method, layer=layer, count=count, code=code, index=index, seed=seed, report=report)
         kept: dict[int, Path] = {}
         for i, one in names.items():

@@ -152,17 +152,18 @@ def write_activations(
 
 def parse_layer_list(text: str) -> list[int]:
     """``0,4,10-15`` as sorted layers. Raises SpecError."""
-    return sorted(set(_numbers(text, "--layers", "0,4,10-15", 100_000, negative=False)))
+    return sorted(set(parse_numbers(text, "--layers", "0,4,10-15", 100_000, negative=False)))
 
 
 def parse_positions(text: str) -> str | list[int]:
     """A word the engine knows, or positions (``-1`` is the last). Raises SpecError."""
     if text in _NAMES:
         return text
-    return _numbers(text, "--positions", "last, all, mean, response or 0,5-9", _MAX_POSITIONS, negative=True)
+    return parse_numbers(text, "--positions", "last, all, mean, response or 0,5-9", _MAX_POSITIONS, negative=True)
 
 
-def _numbers(text: str, option: str, example: str, limit: int, *, negative: bool) -> list[int]:
+def parse_numbers(text: str, option: str, example: str, limit: int, *, negative: bool) -> list[int]:
+    """``0,5-9`` as numbers, ``limit`` at most; ``option`` and ``example`` stand in the SpecError for another text."""
     found: list[int] = []
     for part in text.split(","):
         match = _PART.fullmatch(part.strip())

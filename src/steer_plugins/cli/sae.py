@@ -14,7 +14,7 @@ from ..plugins import hookimpl
 from .common import (
     EngineOptions,
     FilePath,
-    console,
+    Stages,
     engine_options,
     json_option,
     model_option,
@@ -119,7 +119,7 @@ def train(
         folder = sae_folder(library, name, opened.info.identity)
         if not resume:
             shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
-        with _Stages() as report:
+        with Stages() as report:
             index = make_sae(opened, name, options, library, overwrite=overwrite, report=report)
     if as_json:
         print_json({"name": name, "folder": str(folder), "layer": index.layer, "median_norm": index.median_norm, **index.about})
@@ -186,7 +186,7 @@ def features(
                 scores = looking.contrast(opened, code, _source(contrast, load_source))
             if order == "effect":
                 chosen = [f.index for f in _worth_measuring(found, word) if f.effect is None]
-                with _Stages() as report:
+                with Stages() as report:
                     index = looking.effects(
                         opened, code, index, chosen, progress=lambda done, total: report("effects", done, total)
                     )
@@ -261,11 +261,11 @@ def name_(name: str, feature: int, title: str, model: str | None) -> None:
     "--site", type=click.Choice(["resid_post", "attn_out", "ffn_out"]), help="Where in the block, where the file does not say it."
 )
 @click.option("--k", type=click.IntRange(min=1), metavar="N", help="Active features of a token, where the file does not say it.")
-@click.option("--replace", "replace_it", is_flag=True, help="Replace an autoencoder of that name.")
+@click.option("--overwrite", is_flag=True, help="Replace an autoencoder of that name.")
 @model_option
 @json_option
 def import_(
-    file: Path, name: str, layer: int | None, site: str | None, k: int | None, replace_it: bool, model: str | None, as_json: bool
+    file: Path, name: str, layer: int | None, site: str | None, k: int | None, overwrite: bool, model: str | None, as_json: bool
 ) -> None:
     """Keep a published autoencoder, FILE or its folder, in the library as NAME for a model.
 
@@ -282,7 +282,7 @@ def import_(
 
     identity = identity_of_gguf(model_path(model))
     code = read_published(file, layer=layer, site=site, k=k)
-    folder = keep_published(code, name, identity, Library(), replace_it=replace_it)
+    folder = keep_published(code, name, identity, Library(), overwrite=overwrite)
     if as_json:
         print_json(
             {"name": name, "folder": folder, "layer": code.layer, "site": code.site, "features": code.n_features, "k": code.k}
@@ -322,7 +322,7 @@ def audit(name: str, original: Path | None, texts: tuple[Path, ...], tokens: int
         other = None if original is None else stack.enter_context(LocalEngine(original, n_parallel=16))
         path = expand_path(name)
         code = read_published(path) if path.exists() else SparseCode.load(find_sae(Library(), name, opened.info.identity))
-        report = stack.enter_context(_Stages())
+        report = stack.enter_context(Stages())
         windows = text_windows(opened, MakeOptions(tokens=tokens, texts=texts), report)
         result = measure(opened, code, windows, original=other, report=report)
     if as_json:
@@ -375,26 +375,3 @@ def _load(name: str, model: str | None) -> tuple[Path, FeatureIndex]:
 def _check_model(index: FeatureIndex, identity: ModelIdentity, name: str) -> None:
     if index.identity is not None and (difference := index.identity.mismatch(identity)):
         raise SpecError(f"the autoencoder {name!r} is of {index.identity.label}, not of this model: {difference}")
-
-
-class _Stages:
-    """A progress bar for each stage of a long work, with the time that is left, on standard error."""
-
-    def __enter__(self) -> _Stages:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn(),
-            console=console(stderr=True), transient=True,
-        )  # fmt: skip
-        self._tasks: dict[str, Any] = {}
-        self._bars.start()
-        return self
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total)
-        self._bars.update(self._tasks[stage], completed=done, total=total)
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.stop()

@@ -217,7 +217,7 @@ def _devices(report: Report, runtime: Runtime | None) -> None:
         return
     answer = probe(runtime.lib_dir)
     if "error" in answer:
-        report.add("devices", "missing", f"the libraries cannot be loaded: {answer['error']}", "steer build --force")
+        report.add("devices", "missing", f"the libraries cannot be loaded: {answer['error']}", "steer build --rebuild")
         return
     if not answer.get("steer"):
         report.add("devices", "missing", f"{runtime.lib_dir} is a llama.cpp without steering", "steer build")
@@ -226,7 +226,7 @@ def _devices(report: Report, runtime: Runtime | None) -> None:
     report.facts["devices"] = devices
     report.facts["steer_api"] = answer["steer"]
     names = "; ".join(f"{device['name']}: {device['description']}" for device in devices)
-    report.add("devices", "ok", names or "none", "" if devices else "steer build --force --own-ggml")
+    report.add("devices", "ok", names or "none", "" if devices else "steer build --rebuild --own-ggml")
 
 
 def _model(report: Report, model: Path | None) -> None:

@@ -55,7 +55,7 @@ class Runtime:
         """The patched libllama."""
         found = find_library(self.lib_dir, "llama")
         if found is None:
-            raise RuntimeMissing(f"the runtime {self.path} has lost its llama library; run `steer build --force`")
+            raise RuntimeMissing(f"the runtime {self.path} has lost its llama library; run `steer build --rebuild`")
         return found
 
     @property
@@ -96,7 +96,7 @@ def read_runtime(folder: Path) -> Runtime:
     except (OSError, ValueError):
         meta = None
     if not isinstance(meta, dict) or meta.get("format") != 1:
-        raise RuntimeMissing(f"{folder / RUNTIME_FILE} cannot be read; run `steer build --force`")
+        raise RuntimeMissing(f"{folder / RUNTIME_FILE} cannot be read; run `steer build --rebuild`")
     server = meta.get("server")
     ggml = meta.get("ggml")
     return Runtime(
@@ -263,7 +263,7 @@ def activate(runtime: Runtime) -> ModuleType:
         )
     _load_modules(runtime)
     if not has_steering(loaded):
-        raise RuntimeMissing(f"{library} has no steering in it; unset STEER_RUNTIME or run `steer build --force`")
+        raise RuntimeMissing(f"{library} has no steering in it; unset STEER_RUNTIME or run `steer build --rebuild`")
     return module
 
 

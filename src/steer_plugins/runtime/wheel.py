@@ -108,7 +108,7 @@ def build_wheel(runtime: Runtime, out: Path) -> Path:
     problem = runtime.problem()
     if problem or not runtime.meta:
         raise BuildError(
-            f"the runtime {runtime.path} cannot be packed: {problem or f'it has no {RUNTIME_FILE}'}; `steer build --force`"
+            f"the runtime {runtime.path} cannot be packed: {problem or f'it has no {RUNTIME_FILE}'}; `steer build --rebuild`"
         )
     if runtime.ggml_mode == "in-place":
         raise BuildError(f"the runtime {runtime.path} uses a ggml that cannot be moved; run `steer build --wheel --own-ggml`")
@@ -235,7 +235,7 @@ def _stage_info(runtime: Runtime, info: Path, version: str, tag: str) -> None:
     for path in sorted(runtime.path.glob("LICENSE*")):
         shutil.copyfile(path, licences / path.name)
     if not any(licences.iterdir()):
-        raise BuildError(f"the runtime {runtime.path} has lost llama.cpp's licence, which must go along; `steer build --force`")
+        raise BuildError(f"the runtime {runtime.path} has lost llama.cpp's licence, which must go along; `steer build --rebuild`")
     meta = runtime.meta
     text = _METADATA.format(
         name=WHEEL_NAME,

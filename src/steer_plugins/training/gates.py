@@ -8,7 +8,6 @@ scores that the search sees are those of prompts that the vector of their fold h
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from ..engine.base import Engine, Progress, Prompt
 from ..errors import DataError, SpecError
 from ..steering.gate import MIN_PROMPT, Gate, cosine
 from ..steering.vector import SteeringVector
-from .extract.pairs import MAX_FILE_BYTES, Side, _refuse, _side, _TwiceError, _unique_keys, chat
+from .extract.lines import Line, lines_of, read_file
+from .extract.pairs import chat, side_of
 
 MIN_EACH = 5
 """Prompts of either label that a fit needs: one in four is held out, the others part into folds."""
@@ -66,49 +66,30 @@ def load_labelled(path: str | Path) -> LabelledData:
     Raises:
         DataError: one sentence with the line number.
     """
-    source, file = str(path), Path(path)
-    try:
-        if not file.is_file():
-            raise DataError(f"there is no file {source}: give a JSONL file of labelled prompts")
-        with file.open("rb") as opened:
-            raw = opened.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise DataError(f"{source!r} cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise DataError(f"{source} is larger than {MAX_FILE_BYTES // 1_000_000} MB: take a part of it")
+    raw = read_file(path, "the file of labelled prompts")
     prompts: list[Labelled] = []
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            _refuse(source, number, f"is not UTF-8 (byte {error.start}): save the file as UTF-8")
-        if text:
-            prompts.append(_labelled(text, source, number))
+    for line in lines_of(raw, str(path)):
+        prompts.append(_labelled(line))
         if len(prompts) > MAX_PROMPTS:
-            raise DataError(f"{source} holds more than {MAX_PROMPTS} prompts: take a part of them")
+            raise DataError(f"{path} holds more than {MAX_PROMPTS} prompts: take a part of them")
     for label in (True, False):
         n = sum(p.label is label for p in prompts)
         if n < MIN_EACH:
             raise DataError(
-                f"{source} has {n} prompts labelled {str(label).lower()}: a gate needs at least {MIN_EACH} of either label"
+                f"{path} has {n} prompts labelled {str(label).lower()}: a gate needs at least {MIN_EACH} of either label"
             )
-    return LabelledData(tuple(prompts), hashlib.sha256(raw).hexdigest(), file.name)
+    return LabelledData(tuple(prompts), hashlib.sha256(raw).hexdigest(), Path(path).name)
 
 
-def _labelled(text: str, source: str, line: int) -> Labelled:
-    try:
-        data = json.loads(text, object_pairs_hook=_unique_keys)
-    except _TwiceError as error:
-        _refuse(source, line, f'has the key "{error}" twice: keep one of them')
-    except (RecursionError, ValueError):
-        _refuse(source, line, 'is not JSON of the form {"prompt": ..., "label": true}')
+def _labelled(line: Line) -> Labelled:
+    data = line.json()
     if not isinstance(data, dict) or set(data) != {"prompt", "label"}:
-        _refuse(source, line, "is not an object with the keys prompt and label")
+        line.refuse("is not an object with the keys prompt and label")
     if not isinstance(data["label"], bool):
-        _refuse(source, line, "has a label that is neither true nor false")
-    side: Side = _side(data["prompt"], "prompt", source, line)
+        line.refuse("has a label that is neither true nor false")
+    side = side_of(data["prompt"], "prompt", line)
     if side.response is not None:
-        _refuse(source, line, "ends with an assistant's answer: a gate looks at prompts, so leave it out")
+        line.refuse("ends with an assistant's answer: a gate looks at prompts, so leave it out")
     return Labelled(side.prompt, data["label"])
 
 

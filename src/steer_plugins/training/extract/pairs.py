@@ -6,14 +6,13 @@ import hashlib
 import json
 import random
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ...errors import DataError
 from ..traits import Trait
 from .base import ContrastData, Pair, Prompt, Side
+from .lines import Line, lines_of, read_file
 
-MAX_FILE_BYTES = 64_000_000
-MAX_LINE_BYTES = 1_000_000
 MAX_PAIRS = 100_000
 HELDOUT_SHARE = 5
 """One pair in so many is held out for calibration."""
@@ -33,24 +32,16 @@ def load_pairs(path: str | Path) -> ContrastData:
         DataError: one sentence with the line number: a missing, oversized or empty file, a line that is not JSON, lacks a
             side, has sides of different kinds or equal ones, or anything that is not a text or chat.
     """
-    source = str(path)
-    raw = _read(Path(path), source)
+    raw = read_file(path, "the pairs file")
     pairs: list[Pair] = []
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        if len(line) > MAX_LINE_BYTES:
-            _refuse(source, number, f"is longer than {MAX_LINE_BYTES // 1_000_000} MB: shorten its texts")
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            _refuse(source, number, f"is not UTF-8 (byte {error.start}): save the file as UTF-8")
-        if text:
-            pairs.append(_pair(text, source, number))
+    for line in lines_of(raw, str(path)):
+        pairs.append(_pair(line))
         if len(pairs) > MAX_PAIRS:
-            raise DataError(f"{source} holds more than {MAX_PAIRS} pairs: take a part of them")
-        if text and (pairs[-1].baseline is None) != (pairs[0].baseline is None):
-            _refuse(source, number, 'differs from the lines before, some have a "baseline" and others none: make them alike')
+            raise DataError(f"{path} holds more than {MAX_PAIRS} pairs: take a part of them")
+        if (pairs[-1].baseline is None) != (pairs[0].baseline is None):
+            line.refuse('differs from the lines before, some have a "baseline" and others none: make them alike')
     if not pairs:
-        raise DataError(f'{source} holds no pairs: write {{"positive": ..., "negative": ...}} on each line')
+        raise DataError(f'{path} holds no pairs: write {{"positive": ..., "negative": ...}} on each line')
     return ContrastData("pairs", tuple(pairs), hashlib.sha256(raw).hexdigest(), {"file": Path(path).name})
 
 
@@ -96,99 +87,64 @@ def chat(user: str, system: str | None = None) -> list[dict[str, str]]:
     return [*head, {"role": "user", "content": user}]
 
 
-def _read(path: Path, source: str) -> bytes:
-    try:
-        if not path.is_file():
-            what = "is not a file" if path.exists() else "does not exist"
-            raise DataError(f"the pairs file {source} {what}: give the path of a JSONL file")
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"the pairs file {source!r} cannot be read ({reason}): check its path and permissions") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise DataError(f"the pairs file {source} is larger than {MAX_FILE_BYTES // 1_000_000} MB: take a part of it")
-    return raw
-
-
-def _pair(text: str, source: str, line: int) -> Pair:
-    try:
-        data = json.loads(text, object_pairs_hook=_unique_keys)
-    except _TwiceError as error:
-        _refuse(source, line, f'has the key "{error}" twice: keep one of them')
-    except json.JSONDecodeError as error:
-        _refuse(source, line, f"is not JSON (column {error.colno}, {error.msg}): write one object on each line")
-    except (RecursionError, ValueError):  # nested without end, or a number with thousands of digits
-        _refuse(source, line, "is not a pair: it should hold a flat JSON object")
+def _pair(line: Line) -> Pair:
+    data = line.json()
     if not isinstance(data, dict):
-        _refuse(source, line, f"holds {_kind(data)}: write an object with the keys positive and negative")
+        line.refuse(f"holds {_kind(data)}: write an object with the keys positive and negative")
     for key in _SIDES:
         if key not in data:
-            _refuse(source, line, f'lacks the side "{key}": a pair needs both')
+            line.refuse(f'lacks the side "{key}": a pair needs both')
     for key in data:
         if key not in (*_SIDES, _BASELINE):
-            _refuse(source, line, f"has the unknown key {_shown(key)}: a pair has positive and negative, or a baseline too")
-    positive, negative = (_side(data[key], key, source, line) for key in _SIDES)
-    baseline = _side(data[_BASELINE], _BASELINE, source, line) if _BASELINE in data else None
+            line.refuse(f"has the unknown key {_shown(key)}: a pair has positive and negative, or a baseline too")
+    positive, negative = (side_of(data[key], key, line) for key in _SIDES)
+    baseline = side_of(data[_BASELINE], _BASELINE, line) if _BASELINE in data else None
     sides = [positive, negative] + ([baseline] if baseline is not None else [])
     if len({isinstance(side.prompt, str) for side in sides}) > 1:
-        _refuse(source, line, "is lopsided, one side is a text and the other a chat: make them alike")
+        line.refuse("is lopsided, one side is a text and the other a chat: make them alike")
     if len({side.response is None for side in sides}) > 1:
-        _refuse(source, line, "is lopsided, one side has an assistant's answer and the other none: make them alike")
+        line.refuse("is lopsided, one side has an assistant's answer and the other none: make them alike")
     if positive == negative:
-        _refuse(source, line, "has two equal sides: they need to differ")
-    return Pair(positive, negative, line, baseline)
+        line.refuse("has two equal sides: they need to differ")
+    return Pair(positive, negative, line.number, baseline)
 
 
-def _side(value: Any, key: str, source: str, line: int) -> Side:
+def side_of(value: Any, key: str, line: Line) -> Side:
+    """A prompt, and the response if there is one, of a text or a list of messages that stands under ``key``.
+
+    Raises DataError.
+    """
     if isinstance(value, str):
-        return Side(_text(value, key, source, line))
+        return Side(_text(value, key, line))
     if not isinstance(value, list):
-        _refuse(source, line, f'"{key}" is {_kind(value)}: it should be a text or a list of messages')
+        line.refuse(f'"{key}" is {_kind(value)}: it should be a text or a list of messages')
     if not value:
-        _refuse(source, line, f'"{key}" is an empty chat: it needs at least a user\'s message')
+        line.refuse(f'"{key}" is an empty chat: it needs at least a user\'s message')
     messages: list[dict[str, str]] = []
     for i, message in enumerate(value, start=1):
         where = f"{key}, message {i}"
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            _refuse(source, line, f'"{where}" should be an object with the keys role and content')
-        role = _text(message["role"], f"{where}, role", source, line)
-        messages.append({"role": role, "content": _text(message["content"], f"{where}, content", source, line)})
+            line.refuse(f'"{where}" should be an object with the keys role and content')
+        role = _text(message["role"], f"{where}, role", line)
+        messages.append({"role": role, "content": _text(message["content"], f"{where}, content", line)})
     prompt: Prompt = messages
     response = None
     if messages[-1]["role"] == "assistant":
         prompt, response = messages[:-1], messages[-1]["content"]
     if not any(message["role"] == "user" for message in prompt if isinstance(message, dict)):
-        _refuse(source, line, f'"{key}" has no user\'s message before the answer: add one')
+        line.refuse(f'"{key}" has no user\'s message before the answer: add one')
     return Side(prompt, response)
 
 
-def _text(value: Any, key: str, source: str, line: int) -> str:
+def _text(value: Any, key: str, line: Line) -> str:
     if not isinstance(value, str):
-        _refuse(source, line, f'"{key}" is {_kind(value)}: it should be a text')
+        line.refuse(f'"{key}" is {_kind(value)}: it should be a text')
     if not value.strip():
-        _refuse(source, line, f'"{key}" is blank: write something there')
+        line.refuse(f'"{key}" is blank: write something there')
     # JSON can spell both, and neither survives the way to a model
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        _refuse(source, line, f'"{key}" holds a NUL or half a surrogate pair: remove that character')
+        line.refuse(f'"{key}" holds a NUL or half a surrogate pair: remove that character')
     return value
-
-
-def _refuse(source: str, line: int, what: str) -> NoReturn:
-    raise DataError(f"{source}, line {line}: {what}")
-
-
-class _TwiceError(Exception):
-    """A key that stands in an object twice."""
-
-
-def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in items:
-        if key in found:
-            raise _TwiceError(key[:60])
-        found[key] = value
-    return found
 
 
 def _kind(value: Any) -> str:
