@@ -134,7 +134,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_what_is_too_large_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("steer_plugins.training.extract.lines.MAX_PAIRS", 2)
+    monkeypatch.setattr("steer_plugins.training.extract.pairs.MAX_PAIRS", 2)
     with pytest.raises(DataError, match="more than 2 pairs"):
         load_pairs(write(tmp_path, f"{TEXTS}\n" * 3))
     monkeypatch.setattr("steer_plugins.training.extract.lines.MAX_LINE_BYTES", 20)

@@ -167,7 +167,7 @@ def pull(
     A vector that lowers refusals without saying so is not kept unless --force is given.
     """
     if bool(references) == bool(locked):
-        raise click.UsageError("Name what to pull, or give --locked FILE.")
+        raise click.UsageError("name what to pull, or give --locked FILE")
     found = _hub()
     if locked is not None:
         from ..hub.lock import pull_locked
@@ -422,7 +422,7 @@ def _figure(text: str) -> tuple[str, float]:
     try:
         return name, float(number)
     except ValueError:
-        raise SpecError(f"--benchmark {text!r:.80} is no figure: write NAME=NUMBER, such as bfcl=0.41") from None
+        raise SpecError(f"--benchmark {text!r:.80} is not a figure: write NAME=NUMBER, such as bfcl=0.41") from None
 
 
 @hub.command()

@@ -75,13 +75,13 @@ def preset_terms(path: Path, what: str) -> list[TermSpec]:
     """The terms of a preset's file. Raises HubError; SpecError for terms that are none."""
     data = _json(path, what)
     if data.get("format") != PRESET_FORMAT or data.keys() != {"format", "terms"}:
-        raise HubError(f"{what} is no preset: it needs just the format {PRESET_FORMAT} and terms")
+        raise HubError(f"{what} is not a preset: it needs just the format {PRESET_FORMAT} and terms")
     terms = from_json(data["terms"])
     if not terms:
-        raise HubError(f"{what} is no preset: it has no terms")
+        raise HubError(f"{what} is not a preset: it has no terms")
     for name in [name for term in terms for name in (term.vector, term.gate) if name is not None]:
         if name.endswith(FILE_SUFFIXES) or (re.search(r"[/\\]", name) and not is_hub_name(name)):
-            raise HubError(f"{what} is no preset: it names the file {name!r:.80}; presets name vectors only")
+            raise HubError(f"{what} is not a preset: it names the file {name!r:.80}; presets name vectors only")
     return terms
 
 

@@ -390,7 +390,9 @@ def parse_reference(reference: str) -> tuple[str, str | None]:
     """``owner/name`` and what follows its ``@``, if anything. Raises SpecError."""
     match = _REFERENCE.fullmatch(reference)
     if match is None or not is_hub_name(match["name"]):
-        raise SpecError(f"{reference!r:.120} is no name of a hub's: write owner/name, owner/name@version or owner/name@sha256")
+        raise SpecError(
+            f"{reference!r:.120} is not the name of something on a hub: write owner/name, owner/name@version or owner/name@sha256"
+        )
     return match["name"], match["at"]
 
 

@@ -26,7 +26,7 @@ class HuggingFaceSource(Source):
     def __init__(self, url: str) -> None:
         match = _ADDRESS.fullmatch(url)
         if match is None:
-            raise HubError(f"{url!r:.200} is no repository: write hf://owner/name, or hf://owner/name@revision")
+            raise HubError(f"{url!r:.200} is not a repository: write hf://owner/name, or hf://owner/name@revision")
         self.url = url
         self.repo, self._at = match["repo"], match["at"]
         self.kind = "dataset" if match["dataset"] else "model"

@@ -52,7 +52,7 @@ def read_index(path: Path, what: str) -> Index:
     try:
         line = _line(file, MAX_HEAD_BYTES, what)
         if not line.endswith(_OPENING):
-            raise HubError(f"{what} is no index of a hub: its first line does not end with {_OPENING.strip()}")
+            raise HubError(f"{what} is not an index of a hub: its first line does not end with {_OPENING.strip()}")
         header = check_header(parse_json(line[: -len(_OPENING)] + "}", what), what)
     except BaseException:
         file.close()
@@ -76,7 +76,7 @@ def _entries(file: Any, count: int, what: str) -> Iterator[dict[str, Any]]:
         for number in range(1, count + 1):
             line, where = _line(file, MAX_LINE_BYTES, what), f"{what}, entry {number}"
             if not line.endswith(",\n" if number < count else "\n"):
-                raise HubError(f"{where}: the line does not end as it should; is the index cut off?")
+                raise HubError(f"{where}: the line does not end as it should; the index may be cut off")
             entry = check_entry(parse_json(line.rstrip("\n").rstrip(","), where), where)
             key = sort_key(entry)
             if last is not None and key <= last:

@@ -82,4 +82,4 @@ def _read(path: Path) -> tuple[dict[str, str], list[tuple[dict[str, str], ModelI
     except OSError as error:
         raise HubError(f"cannot read {path}: {error.strerror or error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, VectorError):
-        raise HubError(f"{path} is no lock file of steer hub's: write one with: steer hub lock") from None
+        raise HubError(f"{path} is not a lock file of steer hub: write one with: steer hub lock") from None

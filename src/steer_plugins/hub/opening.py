@@ -26,7 +26,7 @@ def open_source(url: str, cache: Path) -> Source:
     if url.startswith("file://"):
         return FolderSource(_file_path(url))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url):
-        raise HubError(f"{url!r:.200} is no hub's address: use a folder, http(s)://, git+https://, or hf://owner/name")
+        raise HubError(f"{url!r:.200} is not a hub's address: use a folder, http(s)://, git+https://, or hf://owner/name")
     return FolderSource(Path(url).expanduser())
 
 

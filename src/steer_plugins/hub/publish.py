@@ -63,7 +63,9 @@ def draft(
     Raises HubError, VectorError: a file that is none, a name that is none.
     """
     if not is_hub_name(name):
-        raise SpecError(f"{name!r:.120} is no name of a hub's: write owner/name in a-z, 0-9 and -, such as ann/mood")
+        raise SpecError(
+            f"{name!r:.120} is not the name of something on a hub: write owner/name in a-z, 0-9 and -, such as ann/mood"
+        )
     role = next(iter(contents))
     facts: dict[str, Any] = {"kind": role, "model": None, "method": None, "layers": [], "op": None, "scope": None}
     card: dict[str, Any] = {"trait": None, "calibration": None, "samples": []}

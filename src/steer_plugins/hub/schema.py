@@ -57,9 +57,9 @@ def parse_json(text: bytes | str, what: str) -> dict[str, Any]:
     try:
         data = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError):
-        raise HubError(f"{what} is no JSON of a hub's") from None
+        raise HubError(f"{what} is not a hub's JSON") from None
     if not isinstance(data, dict):
-        raise HubError(f"{what} is no JSON object")
+        raise HubError(f"{what} is not a JSON object")
     return data
 
 

@@ -43,7 +43,7 @@ class PublicKey:
         """A key as minisign prints it (``RW...``). Raises HubError."""
         data = _decoded(text, 42) if isinstance(text, str) and len(text) < 100 else None
         if data is None or data[:2] != b"Ed":
-            raise HubError(f"{text!r:.80} is no public key: keys look like RW..., 56 characters long")
+            raise HubError(f"{text!r:.80} is not a public key: keys look like RW..., 56 characters long")
         return cls(data[2:10], data[10:])
 
 
@@ -71,7 +71,7 @@ class SecretKey:
         if data is not None and data[:2] == b"Ed" and data[2:4] != b"\0\0":
             raise HubError(f"the key {path} has a password: make one without, with: minisign -G -W -s FILE")
         if data is None or data[:6] != _SECRET_HEAD:
-            raise HubError(f"{path} is no secret key of minisign's: make one with: steer hub key")
+            raise HubError(f"{path} is not a secret key of minisign: make one with: steer hub key")
         key = cls(data[54:62], data[62:94])
         if key.public.raw != data[94:126]:
             raise HubError(f"the key {path} is damaged: restore it from a copy, or make another with: steer hub key")

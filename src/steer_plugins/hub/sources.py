@@ -73,7 +73,7 @@ class FolderSource(Source):
             with open(os.open(path, flags), "rb") as file:
                 facts = os.fstat(file.fileno())
                 if not stat.S_ISREG(facts.st_mode):
-                    raise HubError(f"{path} is no file")
+                    raise HubError(f"{path} is not a file")
                 if facts.st_size > most:
                     raise HubError(f"{path} has {facts.st_size} bytes: at most {most} are taken")
                 copy_bounded(iter(lambda: file.read(_BLOCK), b""), target, most, facts.st_size, str(path), progress)

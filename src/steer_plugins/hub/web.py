@@ -22,7 +22,7 @@ class WebSource(Source):
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         if not parts.hostname or parts.query or parts.fragment or parts.username or parts.password:
-            raise HubError(f"{url!r:.200} is no hub's address: write http(s)://host/folder/ without a name, password or query")
+            raise HubError(f"{url!r:.200} is not a hub's address: write http(s)://host/folder/ without a name, password or query")
         self.url = url.removesuffix("index.json").rstrip("/") + "/"
         self._session = requests.Session()
 
