@@ -48,6 +48,8 @@ print("load_model: using device FAKE0 (Fake GPU (TM)) - 24 GB free", flush=True)
 if mode == "crash":
     print("error: no such tensor", file=sys.stderr, flush=True)
     sys.exit(3)
+if mode == "left out":
+    print("common_init_from_params: failed to load control vector file from x.gguf", flush=True)
 if mode == "bind":
     print("couldn't bind HTTP server socket, hostname: x", flush=True)
     sys.exit(1)
@@ -515,3 +517,11 @@ def test_server_or_model(model: Path) -> None:
     assert "no server answers at http://127.0.0.1:1" in run("generate", "go", STEER_SERVER="127.0.0.1:1")[2]
     for command in (["train", "mood"], ["read", "x", "-o", "nothing.safetensors"], ["demo"]):
         assert "no server answers" in run(*command, "--server", "http://127.0.0.1:1")[2]
+
+
+@posix
+@pytest.mark.parametrize("flag", ["--steering-dir", "--steering_dir"])
+def test_flags_that_contradict_ours(binary: Path, model: Path, tmp_path: Path, flag: str) -> None:
+    done = CliRunner().invoke(cli, ["serve", str(model), flag, str(tmp_path)])
+    assert done.exit_code != 0 and "--vector NAME=FILE" in str(done.exception)
+    assert not (tmp_path / "said.json").exists()

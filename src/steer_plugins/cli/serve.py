@@ -84,6 +84,8 @@ def serve(
     if combining and steering is None:
         raise SpecError("--orthogonalise and --max-dose are about the vectors of --steering: give that, too")
     model, rest = split_flags(flags)
+    if "--steering-dir" in (flag.replace("_", "-") for flag in rest):
+        raise SpecError("--steering-dir is where this command puts the vectors itself: give each as --vector NAME=FILE")
     binary = ensure_runtime(need_server=True).server
     err = console(stderr=True)
 

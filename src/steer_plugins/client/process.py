@@ -19,12 +19,14 @@ from types import TracebackType
 from ..errors import EngineError, RuntimeMissing, SteerError
 from ..runtime.waiting import with_short_waits
 from .connection import Connection, ServerRefusal
+from .controlvectors import check_control_vectors, flag_name
 from .facts import device_of
 
 LOG_LINES = 400
 """Lines of the server's log that are kept."""
 
 _DEVICE = re.compile(r"using device (\S+) \(([^()]*(?:\([^()]*\)[^()]*)*)\)")
+_LEFT_OUT = re.compile(r"failed to load control vector|no valid control vector|control vector n_embd|buffer for control vector")
 _PORT_TAKEN = re.compile(r"couldn't bind|address already in use", re.IGNORECASE)
 
 
@@ -74,6 +76,7 @@ class ServerProcess:
         self.api_key: str | None = None
         """The key that the server asks for, once it is started: the first of ``--api-key`` or ``LLAMA_API_KEY``."""
         self._prefix = ""
+        self._left_out = ""  # what it said of a file that it serves on without
 
     # ---- life ----
 
@@ -88,8 +91,8 @@ class ServerProcess:
             env: variables on top of this process's own, and of :mod:`..runtime.waiting`; None takes one away.
 
         Raises:
-            EngineError: it runs already, the port is taken, flags or variables have it listen where it could not be found, or
-                the program cannot be started.
+            EngineError: it runs already, the port is taken, flags or variables have it listen where it could not be found, a
+                control vector among the flags would be left out, or the program cannot be started.
         """
         if self.running:
             raise EngineError(f"the server at {self.url} runs already: stop it first")
@@ -103,9 +106,11 @@ class ServerProcess:
         command += args
         environment = with_short_waits(_environment(env or {}))
         _check_address(args, environment)
+        check_control_vectors(args, model)
         self.api_key = _api_key(args, environment)
         self._prefix = _setting(args, environment, "--api-prefix", "LLAMA_ARG_API_PREFIX") or ""
         self._lines.clear()
+        self._left_out = ""
         self._device = ""
         guard = Path(__file__).with_name("guard.py")
         try:
@@ -132,7 +137,7 @@ class ServerProcess:
             on_wait: called about four times a second with the seconds that have passed.
 
         Raises:
-            EngineError: the server ended (with its exit code and what it said last), or took too long.
+            EngineError: the server ended (with its exit code and what it said last), took too long, or left out a control vector.
         """
         self._check_alive()
         started = time.monotonic()
@@ -143,7 +148,7 @@ class ServerProcess:
                 self._check_alive()
                 try:
                     connection.get("/health")
-                    return
+                    break
                 except ServerRefusal as refusal:
                     raise EngineError(f"what answers at {self.url} is not the llama-server that was started: {refusal}") from None
                 except EngineError:
@@ -159,6 +164,9 @@ class ServerProcess:
                 time.sleep(0.05 if passed < 2 else 0.25)
         finally:
             connection.close()
+        if self._left_out:
+            self.stop()
+            raise EngineError(f"llama-server would serve without a control vector, so it was ended: {self._left_out}")
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the server to end: its exit code (128 + N after signal N), or None if it still runs after ``timeout`` s."""
@@ -238,6 +246,8 @@ class ServerProcess:
             for raw in out:  # always drained: a full pipe would stop the server
                 line = raw.decode(errors="replace").rstrip("\r\n")
                 self._lines.append(line)
+                if not self._left_out and _LEFT_OUT.search(line):
+                    self._left_out = " ".join(line.split())[:300]
                 if self._on_line is not None:
                     with contextlib.suppress(Exception):  # whatever a listener does, the log goes on
                         self._on_line(line)
@@ -321,12 +331,13 @@ def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
 
 def _check_address(args: Sequence[str], environment: Mapping[str, str]) -> None:
     """Raise EngineError for what would have the server listen elsewhere than it is looked for."""
+    given = [flag_name(arg) for arg in args]
     for flag in ("--host", "--port"):
-        if flag in args:
+        if flag in given:
             raise EngineError(f"{flag} cannot be among the flags of llama-server here: give it to the program that starts it")
     for flag, variable in (("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE"), ("--ssl-cert-file", "LLAMA_ARG_SSL_CERT_FILE")):
         if _setting(args, environment, flag, variable) is not None:
-            named = flag if flag in args else variable
+            named = flag if flag in given else variable
             raise EngineError(
                 f"{named}: the server is asked over plain HTTP, so leave this out and put a TLS proxy in front of it"
             )
@@ -350,5 +361,5 @@ def _api_key(args: Sequence[str], environment: Mapping[str, str]) -> str | None:
 
 def _setting(args: Sequence[str], environment: Mapping[str, str], flag: str, variable: str) -> str | None:
     """What a flag of llama-server's is set to, or else its variable; None where it is not set."""
-    found = [following for one, following in zip(args, args[1:], strict=False) if one == flag]
+    found = [following for one, following in zip(args, args[1:], strict=False) if flag_name(one) == flag]
     return found[-1] if found else environment.get(variable) or None
