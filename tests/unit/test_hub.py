@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -234,3 +235,20 @@ def test_the_command_line(world: World, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "ann/mood@1" in run("pull", "--locked", str(tmp_path / "lock"))
     run("forget", "hub")
     assert isinstance(CliRunner().invoke(cli, ["hub", "search", "x"]).exception, HubError)
+
+
+def test_the_site(world: World, tmp_path: Path) -> None:
+    from steer_plugins.hub.site import write_site
+
+    world.publish(description="<script>alert(1)</script> & more")
+    world.publish(make(OTHER), name="ann/calm", tags=["rest"])
+    assert write_site(world.there, tmp_path / "site", "https://example.org/v/?a='b'") == 3
+    front = (tmp_path / "site" / "index.html").read_text("utf-8")
+    page = (tmp_path / "site" / "ann__mood.html").read_text("utf-8")
+    for text in (front, page):
+        assert "<script>alert" not in text
+        # nothing is loaded from elsewhere
+        assert not re.search(r"(?:src|href)=.?(?:https?:)?//|@import|url\(", text)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in front and "&#x27;b&#x27;" not in front.split("steer hub add")[0]
+    assert 'href="ann__calm.html"' in front and "Tiny Qwen" in front
+    assert "<svg" in page and "steer hub pull ann/mood" in page and "What a day!" in page

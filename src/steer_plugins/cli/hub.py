@@ -439,3 +439,15 @@ def sign(folder: Path, days: int | None) -> None:
     click.echo(
         f"{cell_text(header['name'])}: serial {header['serial']}, {header['count']} entries, until {header['expires'] or 'ever'}."
     )
+
+
+@hub.command()
+@click.argument("folder", type=click.Path(file_okay=False, exists=True, path_type=Path))
+@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where the pages go.")
+@click.option("--url", metavar="URL", help="The address that the pages tell people to add (default: FOLDER).")
+def site(folder: Path, out: Path, url: str | None) -> None:
+    """Render the hub in FOLDER as a static page with search, cards and curves, which loads nothing from elsewhere."""
+    from ..hub.site import write_site
+
+    count = write_site(folder, out, url or str(folder))
+    click.echo(f"{out / 'index.html'}: {count} pages")

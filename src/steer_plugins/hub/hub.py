@@ -378,6 +378,9 @@ class Hub:
 
     def _write(self, state: dict[str, Any]) -> None:
         self.pulled.write(state)
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self._incoming()):
+                os.unlink(entry.path)
         kept = {self._table(record["sha256"]).name for record in state["indexes"].values()}
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.root / "index"):

@@ -162,12 +162,12 @@ class Folder:
             for entry in entries():
                 if entry["key"] == old:
                     ref = Ref.from_dict(entry["card"], MAX_SIGNATURE_BYTES << 10)
-                    verify(
-                        self._signature(ref), blake2b(self.folder / file_name(ref.sha256, ref.type)), signer.public, entry["name"]
-                    )
-                    self._put_signature(
-                        ref.sha256, blake2b(self.folder / file_name(ref.sha256, ref.type)), entry["name"], again=True
-                    )
+                    digest = blake2b(self.folder / file_name(ref.sha256, ref.type))
+                    try:
+                        verify(self._signature(ref), digest, signer.public, entry["name"])
+                    except HubError:  # signed anew by a rotation that did not get to its end
+                        verify(self._signature(ref), digest, new.public, entry["name"])
+                    self._put_signature(ref.sha256, digest, entry["name"], again=True)
                     entry, count = {**entry, "key": str(new.public)}, count + 1
                 changed.append(entry)
             self._write({**header, "rotations": steps}, changed, days)
