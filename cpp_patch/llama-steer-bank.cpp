@@ -1,5 +1,4 @@
-// llama-steer-bank.cpp - directions on the device, and the one place where strength, scale, window, op and stream become
-// coefficients.
+// llama-steer-bank.cpp - the device side: directions of vectors that project, and a row for each distinct sum of what is added.
 
 #include "llama-steer-state.h"
 
@@ -29,6 +28,27 @@ ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t 
     ggml_backend_buffer_set_usage(buf.get(), weights ? GGML_BACKEND_BUFFER_USAGE_WEIGHTS : GGML_BACKEND_BUFFER_USAGE_ANY);
     ggml_backend_buffer_clear(buf.get(), 0);
     return buf;
+}
+
+// Where the directions of a layer are kept: with its weights, if that device can gather and scatter rows.
+static ggml_backend_buffer_type_t buft_of(const llama_steer_state & st, int32_t il) {
+    auto * buft = st.model.select_buft(il);
+    auto * dev  = ggml_backend_buft_get_device(buft);
+    if (!dev) {
+        return buft; // the CPU's own
+    }
+    auto ctx = new_tensor_context(8);
+    ggml_tensor * rows = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, st.n_embd, 4);
+    ggml_tensor * some = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, st.n_embd, 2);
+    ggml_tensor * get  = ggml_get_rows(ctx.get(), rows, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 2));
+    ggml_tensor * set  = ggml_set_rows(ctx.get(), rows, some, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 2));
+    for (const auto * op : { get, set }) {
+        if (!ggml_backend_dev_supports_op(dev, op)) {
+            throw steer_error(LLAMA_STEER_ERR_ARCH, format("the device of layer %d (%s) cannot %s: keep this layer on another one", il,
+                        ggml_backend_dev_name(dev), ggml_op_desc(op)));
+        }
+    }
+    return buft;
 }
 
 void drop_rows(llama_steer_state & st) {
@@ -71,7 +91,7 @@ void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups,
 }
 
 static void allocate_dyn(const llama_steer_state & st, std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn,
-        const std::vector<int32_t> & dyn_cols, const std::map<int32_t, steer_vector> & vectors) {
+        const std::vector<int32_t> & dyn_cols, const vectors_by_id & vectors) {
     if (n_dyn == 0) {
         return;
     }
@@ -98,7 +118,7 @@ static void allocate_dyn(const llama_steer_state & st, std::vector<group> & grou
 // Bring the device side to the given places, row capacity and projecting vectors, reserve compute buffers for the new graph,
 // and only then let go of the old side. On any failure the old side is in force again.
 void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
-        const std::map<int32_t, steer_vector> & vectors) {
+        const vectors_by_id & vectors) {
     st.not_in_callback("making room for new layers or a new projecting vector");
 
     std::vector<slot>        slots;
@@ -108,9 +128,9 @@ void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int
     for (const auto & at : places) {
         slot sl;
         sl.at = at;
-        auto * buft = st.model.select_buft(at.first);
-        const int32_t n_streams = st.streams_at(at.second);
-        const bool    last      = st.is_last(at);
+        auto * buft = buft_of(st, at.first);
+        const int32_t n_streams = st.streams_at(at);
+        const bool    last      = st.gathered(at);
         int32_t gi = 0;
         while (gi < (int32_t) groups.size() &&
                !(groups[gi].buft == buft && groups[gi].n_streams == n_streams && groups[gi].last == last)) {
@@ -131,7 +151,7 @@ void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int
 
     st.ctx.synchronize(); // an earlier decode may still be reading the old tensors
 
-    const int32_t n_rows = std::max(st.n_rows, 8);
+    const int32_t n_rows = std::max(st.n_rows, MIN_ROWS);
     allocate_sums(st, groups, n_rows);
     allocate_dyn(st, groups, slots, n_dyn, dyn_cols, vectors);
 
@@ -139,6 +159,7 @@ void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int
         std::swap(st.slots,   slots);
         std::swap(st.slot_of, slot_of);
         std::swap(st.groups,  groups);
+        st.kind_used.assign(st.slots.size(), {});
         st.generation++;
     };
     const int32_t n_rows_old = st.n_rows;
@@ -149,7 +170,7 @@ void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int
     st.n_dyn  = n_dyn;
     drop_rows(st);
     try {
-        st.mode = MODE_ALL;
+        st.want_all();
         llama_steer_access::reserve(st.ctx);
         st.stats.n_reserves++;
     } catch (...) {
@@ -157,21 +178,28 @@ void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int
         st.n_rows = n_rows_old;
         st.n_dyn  = n_dyn_old;
         drop_rows(st);
+        st.want_all();
         llama_steer_access::reserve_again(st.ctx);
         throw steer_error(LLAMA_STEER_ERR_MEMORY, "not enough memory to compute with steering: use fewer layers, a smaller n_ubatch or a smaller context");
     }
 }
 
-std::vector<place> places_of(const llama_steer_state & st) {
-    std::vector<place> res;
-    for (const auto & sl : st.slots) {
-        res.push_back(sl.at);
-    }
-    return res;
+bool has_places(const llama_steer_state & st, const std::vector<place> & places) {
+    return std::all_of(places.begin(), places.end(), [&](const place & at) { return st.slot_of.count(at) > 0; });
 }
 
-// More distinct combinations than rows: make room without touching the compute buffers, whose size does not depend on it.
-static void grow_rows(llama_steer_state & st, int32_t n_rows) {
+void make_room(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols, const vectors_by_id & vectors) {
+    std::set<place> all(places.begin(), places.end());
+    for (const auto & sl : st.slots) {
+        all.insert(sl.at);
+    }
+    rebuild_bank(st, { all.begin(), all.end() }, n_dyn, dyn_cols, vectors);
+}
+
+// ---- rows ----
+
+// Another number of rows, without touching the compute buffers, whose size does not depend on it. `keep`: the old ones stay valid.
+static void resize_rows(llama_steer_state & st, int32_t n_rows, bool keep) {
     std::vector<group> groups;
     for (const auto & g : st.groups) {
         groups.emplace_back();
@@ -182,7 +210,9 @@ static void grow_rows(llama_steer_state & st, int32_t n_rows) {
     }
     allocate_sums(st, groups, n_rows);
     for (size_t i = 0; i < groups.size(); ++i) {
-        // the old rows move over, so that rows this ubatch has already been given stay valid
+        if (!keep) {
+            break;
+        }
         const auto * src = st.groups[i].sum;
         std::vector<float> tmp((size_t) st.n_embd*st.n_rows);
         for (int64_t s = 0; s < src->ne[2]; ++s) {
@@ -196,96 +226,55 @@ static void grow_rows(llama_steer_state & st, int32_t n_rows) {
         std::swap(st.groups[i].buf, groups[i].buf);
     }
     st.n_rows = n_rows;
-    st.rows.resize(n_rows);
+    if (keep) {
+        st.rows.resize(n_rows);
+    } else {
+        drop_rows(st);
+    }
     st.generation++;
 }
 
-// ---- coefficients: the one place where strength, scale, window, op and stream become c and g ----
-
-bool term_covers(const llama_steer_term & t, const place & at, int32_t stream) {
-    return (t.il_first < 0 || at.first >= t.il_first) && (t.il_last < 0 || at.first <= t.il_last) &&
-           (t.stream < 0 || stream < 0 || t.stream == stream);
+static int32_t max_rows(const llama_steer_state & st) {
+    const size_t row = std::max<size_t>(1, st.slots.size())*st.n_embd*sizeof(float);
+    return (int32_t) std::min<size_t>(MAX_ROWS, std::max<size_t>(MIN_MAX_ROWS, MAX_ROW_BYTES/row));
 }
 
-// stream < 0: any
-void term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g) {
-    c = 0.0;
-    g = 0.0;
-    if (t.strength == 0.0) {
+void reserve_rows(llama_steer_state & st, const std::map<llama_seq_id, interval_map<int32_t>> & ranges) {
+    if (st.slots.empty()) {
         return;
     }
-    switch (t.op) {
-        case LLAMA_STEER_ADD:
-        case LLAMA_STEER_RENORM:  c = t.strength*d.scale;           break;
-        case LLAMA_STEER_PROJECT: g = -t.strength;                  break;
-        case LLAMA_STEER_CLAMP:   c = t.strength*d.scale; g = -1.0; break;
-        default: break;
+    std::set<int32_t> ahead; // configs that a token may still be computed with
+    for (const auto & [seq, range] : ranges) {
+        auto from = st.applied_from.find(seq);
+        auto it = range.starts.upper_bound(from == st.applied_from.end() ? 0 : from->second);
+        for (it = it == range.starts.begin() ? it : std::prev(it); it != range.starts.end(); ++it) {
+            ahead.insert(it->second);
+        }
+    }
+    int32_t need = 1;
+    for (int32_t id : ahead) {
+        auto c = st.configs.find(id);
+        need += c == st.configs.end() ? 0 : c->second.by_stream() ? st.n_streams : 1;
+    }
+    int32_t n_rows = st.n_rows;
+    while (n_rows < std::min(need, max_rows(st))) {
+        n_rows *= 2;
+    }
+    if (n_rows > st.n_rows) {
+        st.ctx.synchronize();
+        resize_rows(st, n_rows, true);
     }
 }
 
-void check_renorm(const std::map<int32_t, steer_vector> & vectors, const std::vector<llama_steer_term> & terms) {
-    for (const auto & t : terms) {
-        for (const auto & other : terms) {
-            const bool apart = t.stream >= 0 && other.stream >= 0 && t.stream != other.stream;
-            if (t.op != LLAMA_STEER_RENORM || other.op == LLAMA_STEER_RENORM || t.strength == 0.0 || other.strength == 0.0 || apart) {
-                continue;
-            }
-            for (const auto & [at, d] : vectors.at(t.vector).dirs) {
-                if (term_covers(t, at, -1) && term_covers(other, at, -1) && vectors.at(other.vector).dirs.count(at)) {
-                    throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d restores the length at layer %d, where vector %d acts with another op: "
-                                "what comes first is not defined", t.vector, at.first, other.vector));
-                }
-            }
+void give_back_rows(llama_steer_state & st) {
+    if (st.n_rows > MIN_ROWS && !st.in_callback) {
+        try {
+            st.ctx.synchronize();
+            resize_rows(st, MIN_ROWS, false);
+        } catch (const steer_error &) {
+            // then it stays as it is
         }
     }
-}
-
-void check_finite(const std::map<int32_t, steer_vector> & vectors, const std::vector<llama_steer_term> & terms) {
-    std::map<place, std::pair<double, double>> sums; // bounds of what the terms can add up to
-    for (const auto & t : terms) {
-        for (const auto & [at, d] : vectors.at(t.vector).dirs) {
-            if (term_covers(t, at, -1)) {
-                double c, g;
-                term_coefficients(t, d, c, g);
-                auto & [sum_c, sum_g] = sums[at];
-                sum_c += std::fabs(c);
-                sum_g += std::fabs(g);
-                if (!std::isfinite((float) sum_c) || !std::isfinite((float) sum_g)) {
-                    throw steer_error(LLAMA_STEER_ERR_ARG, format("strength %g of vector %d is too large at layer %d", t.strength, t.vector, at.first));
-                }
-            }
-        }
-    }
-}
-
-uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms, const place * only) {
-    // merged by direction content first: v - v is nothing, whatever the vectors are called
-    struct item { double c = 0.0; double g = 0.0; };
-    std::map<std::array<uint64_t, 4>, item> items;
-    for (const auto & t : terms) {
-        auto it = st.vectors.find(t.vector);
-        if (it == st.vectors.end()) {
-            continue;
-        }
-        for (const auto & [at, d] : it->second.dirs) {
-            if (!term_covers(t, at, -1) || (only && at != *only)) {
-                continue;
-            }
-            double c, g;
-            term_coefficients(t, d, c, g);
-            auto & i = items[{ d.hash, (uint64_t) at.first, (uint64_t) at.second, (uint64_t) (t.stream + 1) | (t.op == LLAMA_STEER_RENORM ? 1ull << 32 : 0) }];
-            i.c += c;
-            i.g += g;
-        }
-    }
-    uint64_t id = 0;
-    for (const auto & [key, i] : items) {
-        if (i.c != 0.0 || i.g != 0.0) {
-            id += mix64(hash_double(i.g, hash_double(i.c, hash_bytes(key.data(), sizeof(key), 0x57ee9))));
-        }
-    }
-    const bool any = std::any_of(items.begin(), items.end(), [](const auto & kv) { return kv.second.c != 0.0 || kv.second.g != 0.0; });
-    return any && id == 0 ? 1 : id;
 }
 
 // Fill row r for (terms, callback values) at one stream (-1: all streams alike) and write it to the device.
@@ -294,17 +283,24 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
     auto & row = st.rows[r];
     row.zero = true;
     row.g.assign(st.slots.size()*st.n_dyn, 0.0f);
-    row.active.assign(st.slots.size(), false);
-    row.renorm.assign(st.slots.size(), false);
+    row.kinds.assign(st.slots.size(), 0);
 
     std::vector<float> packed(st.slots.size()*(size_t) st.n_embd, 0.0f);
     std::vector<double> acc(st.n_embd);
     std::map<uint64_t, std::pair<double, const direction *>> sums;
+    growth_bound bound; // of a config it was checked when it was set; what a callback adds comes on top
 
     for (size_t s = 0; s < st.slots.size(); ++s) {
         const place & at = st.slots[s].at;
         sums.clear();
+        bool   renorm = false;
+        double added  = 0.0;
+        std::vector<std::pair<const direction *, double>> parts;
         auto take = [&](const steer_vector & col, const direction & d, double c, double g) {
+            added += std::fabs(c);
+            if (g != 0.0) {
+                parts.emplace_back(&d, g);
+            }
             if (c != 0.0) {
                 auto & e = sums[d.hash];
                 e.first += c;
@@ -324,7 +320,7 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             double c, g;
             term_coefficients(t, it->second, c, g);
             take(col, it->second, c, g);
-            row.renorm[s] = row.renorm[s] || (t.op == LLAMA_STEER_RENORM && t.strength != 0.0);
+            renorm = renorm || (t.op == LLAMA_STEER_RENORM && t.strength != 0.0);
         }
         for (int32_t k = 0; k < n_cb; ++k) {
             if (cb_c[k] == 0.0f && cb_g[k] == 0.0f) {
@@ -333,11 +329,19 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             const auto & col = st.vectors.at(k);
             auto it = col.dirs.find(at);
             if (it != col.dirs.end()) {
-                if (row.renorm[s]) {
+                if (renorm) {
                     throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave a coefficient to vector %d at layer %d, where a config restores the length", k, at.first));
                 }
-                take(col, it->second, (double) cb_c[k]*it->second.scale, cb_g[k]);
+                const double c = (double) cb_c[k]*it->second.scale;
+                if (!(std::fabs(c) <= LLAMA_STEER_MAX_DOSE)) {
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave vector %d a coefficient of %g, which is too large at layer %d: a dose of %g is the limit",
+                                k, cb_c[k], at.first, LLAMA_STEER_MAX_DOSE));
+                }
+                take(col, it->second, c, cb_g[k]);
             }
+        }
+        if (n_cb > 0) {
+            bound.pass(at, added, parts);
         }
         std::fill(acc.begin(), acc.end(), 0.0);
         bool any = false;
@@ -352,24 +356,11 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             }
         }
         if (any) {
-            float * dst = packed.data() + s*st.n_embd;
-            for (int32_t i = 0; i < st.n_embd; ++i) {
-                dst[i] = (float) acc[i];
-                if (!std::isfinite(dst[i])) {
-                    throw steer_error(LLAMA_STEER_ERR_ARG, format("the coefficients at layer %d add up to more than float32 can hold", at.first));
-                }
-            }
+            std::transform(acc.begin(), acc.end(), packed.data() + s*st.n_embd, [](double x) { return (float) x; });
         }
-        for (int32_t d = 0; d < st.n_dyn; ++d) {
-            const float g = row.g[s*st.n_dyn + d];
-            if (!std::isfinite(g)) {
-                throw steer_error(LLAMA_STEER_ERR_ARG, format("the coefficients at layer %d add up to more than float32 can hold", at.first));
-            }
-            any = any || g != 0.0f;
-        }
-        row.active[s] = any;
-        row.renorm[s] = row.renorm[s] && any;
-        row.zero      = row.zero && !any;
+        const bool dyn = std::any_of(row.g.begin() + s*st.n_dyn, row.g.begin() + (s + 1)*st.n_dyn, [](float g) { return g != 0.0f; });
+        row.kinds[s] = (any ? KIND_ADD : 0) | (dyn ? KIND_DYN : 0) | (renorm && any ? KIND_RENORM : 0);
+        row.zero     = row.zero && row.kinds[s] == 0;
     }
 
     if (row.zero) {
@@ -382,7 +373,15 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
     st.stats.n_row_uploads++;
 }
 
-// The row for a combination: resident, or put there in place of the one that was used longest ago.
+// Rows are written before the graph runs: no earlier compute may still read them. Most ubatches find theirs resident, and need not wait.
+static void wait_for_rows(llama_steer_state & st) {
+    if (!st.row_waited) {
+        ggml_backend_sched_synchronize(st.ctx.get_sched());
+        st.row_waited = true;
+        st.stats.n_row_waits++;
+    }
+}
+
 int32_t row_for(llama_steer_state & st, int32_t cfg, int32_t stream, const float * cb_c, const float * cb_g, int32_t n_cb) {
     static const std::vector<llama_steer_term> no_terms;
 
@@ -406,9 +405,13 @@ int32_t row_for(llama_steer_state & st, int32_t cfg, int32_t stream, const float
                 best = r;
             }
         }
+        wait_for_rows(st);
         if (best < 0) {
+            if (st.n_rows >= max_rows(st)) {
+                throw steer_error(LLAMA_STEER_ERR_LIMIT, format("more than %d different steerings meet in one batch: use a smaller n_ubatch, or fewer at once", st.n_rows - 1));
+            }
             best = st.n_rows;
-            grow_rows(st, st.n_rows*2);
+            resize_rows(st, st.n_rows*2, true);
         }
         if (!st.rows[best].key.empty()) {
             st.row_of.erase(st.rows[best].key);
@@ -441,36 +444,6 @@ void drop_kept(llama_steer_state & st) {
         std::vector<float>().swap(tp.kept);
     }
     st.kept_at.clear();
-}
-
-void refresh_ids(llama_steer_state & st) {
-    for (auto & [_, c] : st.configs) {
-        set_acting(st, c);
-    }
-}
-
-// What a config is remembered by, and where it has to be seen to act.
-void set_acting(llama_steer_state & st, config & c) {
-    c.id = config_hash(st, c.terms);
-    c.fired.clear();
-    for (const auto & t : c.terms) {
-        for (const auto & [at, d] : st.vectors.at(t.vector).dirs) {
-            if (!c.fired.count(at) && term_covers(t, at, -1) && config_hash(st, c.terms, &at) != 0) {
-                c.fired[at] = 0;
-            }
-        }
-    }
-}
-
-bool in_use(const llama_steer_state & st, int32_t vector) {
-    for (const auto & [_, c] : st.configs) {
-        for (const auto & t : c.terms) {
-            if (t.vector == vector) {
-                return true;
-            }
-        }
-    }
-    return false;
 }
 
 } // namespace llama_steer

@@ -16,6 +16,8 @@ public:
         ggml_tensor * g     = nullptr; // F32 [n_dyn, rows, n_slots]
         ggml_tensor * w     = nullptr; // F32 [1, rows, n_slots]: 1 where the length is restored
         ggml_tensor * fused = nullptr; // F32 [n_embd, rows, n_slots]
+        ggml_tensor * all   = nullptr; // view of idx: [rows]
+        std::vector<ggml_tensor *> deltas; // [n_slots] views of fused
         bool outputs_only = false;
     };
     struct capture_input {
@@ -25,7 +27,7 @@ public:
     };
 
     input_steer(llama_steer_state * st, int mode, uint32_t n_tokens, uint32_t n_outputs) :
-        st(st), mode(mode), generation(st->generation), n_tokens(n_tokens), n_outputs(n_outputs),
+        st(st), mode(mode), kinds(st->kinds), generation(st->generation), n_tokens(n_tokens), n_outputs(n_outputs),
         groups(st->groups.size()), captures(st->captures.size()) {}
 
     // the token behind each row of a node: all tokens, or the outputs in batch order (as llm_graph_input_out_ids has them)
@@ -83,7 +85,7 @@ public:
                 g.assign(n_slots*n_rows, 0.0f);
                 for (size_t k = 0; live && k < n_slots; ++k) {
                     for (size_t r = 0; r < n_rows; ++r) {
-                        g[k*n_rows + r] = idx[r] != 0 && st->rows[idx[r]].renorm[gr.slots[k]] ? 1.0f : 0.0f;
+                        g[k*n_rows + r] = idx[r] != 0 && (st->rows[idx[r]].kinds[gr.slots[k]] & KIND_RENORM) != 0 ? 1.0f : 0.0f;
                     }
                 }
                 ggml_backend_tensor_set(in.w, g.data(), 0, g.size()*sizeof(float));
@@ -95,7 +97,7 @@ public:
                     }
                     std::set<int32_t> acting;
                     for (size_t r = 0; r < n_rows; ++r) {
-                        if (idx[r] != 0 && (r == 0 || idx[r] != idx[r - 1]) && st->rows[idx[r]].active[k]) {
+                        if (idx[r] != 0 && (r == 0 || idx[r] != idx[r - 1]) && st->rows[idx[r]].kinds[k] != 0) {
                             acting.insert(st->rows[idx[r]].config);
                         }
                     }
@@ -109,8 +111,10 @@ public:
                 }
             }
         }
+        st->capture_built = mode & MODE_CAPTURE ? true : st->capture_built;
         for (const auto & in : captures) {
             if (!in.idx || !in.idx->buffer) {
+                st->capture_built = st->capture_built && !(mode & MODE_CAPTURE);
                 continue;
             }
             const auto toks = tokens_of(ub, in.outputs_only, n_outputs);
@@ -127,12 +131,13 @@ public:
     }
 
     bool can_reuse(const llm_graph_params & params) override {
-        return st->mode == mode && (mode == 0 || st->generation == generation) &&
+        return st->mode == mode && (mode == 0 || st->generation == generation) && (!(mode & MODE_EDIT) || st->kinds == kinds) &&
             params.ubatch.n_tokens == n_tokens && params.n_outputs == n_outputs;
     }
 
     llama_steer_state * st;
     const int      mode;
+    const std::vector<uint8_t> kinds; // of edits, by slot
     const uint64_t generation;
     const uint32_t n_tokens;
     const uint32_t n_outputs;
@@ -140,6 +145,7 @@ public:
     std::vector<group_input> groups;
     std::vector<capture_input>   captures;
     std::map<place, bool>    hooked; // places whose edit is in this graph
+    uint64_t n_nodes = 0;            // of edits
 
 private:
     std::vector<int32_t> idx;
@@ -162,85 +168,108 @@ input_steer * input_of(const llm_graph_context & graph, llama_steer_state * st) 
     return static_cast<input_steer *>(graph.res->add_input(std::move(in)));
 }
 
-// Does the node hold output tokens only? -1: it has a shape that this architecture should not have.
-int rows_are_outputs(const llm_graph_context & graph, const ggml_tensor * cur, int token_axis, bool may_gather) {
-    if (may_gather && cur->ne[token_axis] == graph.n_outputs) {
-        return 1;
-    }
-    return cur->ne[token_axis] == graph.n_tokens ? 0 : -1;
+// Is the node what was found out of its place?
+bool is_as_found(const llm_graph_context & graph, const ggml_tensor * cur, const place_facts & facts) {
+    const int64_t n = facts.gathered ? graph.n_outputs : graph.n_tokens;
+    const bool streams = facts.n_streams > 1;
+    return cur->type == GGML_TYPE_F32 && cur->ne[3] == 1 && cur->ne[streams ? 2 : 1] == n && (streams ? cur->ne[1] == facts.n_streams : cur->ne[2] == 1);
 }
 
 ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st, input_steer * in, ggml_tensor * cur, int32_t si, bool outputs_only) {
     ggml_context * ctx0 = graph.ctx0;
+    const auto op = [&](ggml_tensor * t) { // counted
+        in->n_nodes++;
+        return t;
+    };
 
     const auto & sl = st->slots[si];
     const auto & gr = st->groups[sl.group];
     auto & gin = in->groups[sl.group];
 
+    const uint8_t kinds   = in->kinds[si];
     const int64_t n_embd  = cur->ne[0];
     const int64_t n_rows  = ggml_nrows(cur);
     const int64_t n_slots = (int64_t) gr.slots.size();
-    // a lone slot needs no fusing, and the last layer of most models has rows of its own
-    const bool fuse = n_slots > 1 && (size_t) (n_embd*n_rows*n_slots)*sizeof(float) <= FUSE_MAX_BYTES;
 
     if (!gin.idx) {
+        const auto count = [&](kind_bits kind) {
+            return std::count_if(gr.slots.begin(), gr.slots.end(), [&](int32_t k) { return (in->kinds[k] & kind) != 0; });
+        };
+        // one gather for all, unless most of it would be for nothing, or too large
+        const int64_t n_adds = count(KIND_ADD);
+        const bool fuse = n_adds > 1 && 2*n_adds > n_slots && (size_t) (n_embd*n_rows*n_slots)*sizeof(float) <= FUSE_MAX_BYTES;
+
         gin.outputs_only = outputs_only;
         gin.idx = ggml_new_tensor_2d(ctx0, GGML_TYPE_I32, n_rows, fuse ? n_slots : 1);
         ggml_set_input(gin.idx);
         ggml_set_name(gin.idx, "steer_idx");
-        if (st->n_dyn > 0) {
+        if (count(KIND_DYN) > 0) {
             gin.g = ggml_new_tensor_3d(ctx0, GGML_TYPE_F32, st->n_dyn, n_rows, n_slots);
             ggml_set_input(gin.g);
             ggml_set_name(gin.g, "steer_g");
         }
-        if (st->norms) {
+        if (count(KIND_RENORM) > 0) {
             gin.w = ggml_new_tensor_3d(ctx0, GGML_TYPE_F32, 1, n_rows, n_slots);
             ggml_set_input(gin.w);
             ggml_set_name(gin.w, "steer_w");
         }
         if (fuse) {
-            gin.fused = ggml_get_rows(ctx0, gr.sum, gin.idx);
+            gin.fused = op(ggml_get_rows(ctx0, gr.sum, gin.idx));
             ggml_set_name(gin.fused, "steer_rows");
+            gin.deltas.resize(n_slots);
+            for (int64_t k = 0; k < n_slots; ++k) { // now, so that each add stands next to what it adds to
+                if (in->kinds[gr.slots[k]] & KIND_ADD) {
+                    gin.deltas[k] = ggml_view_2d(ctx0, gin.fused, n_embd, n_rows, gin.fused->nb[1], k*gin.fused->nb[2]);
+                    ggml_build_forward_expand(graph.gf, gin.deltas[k]);
+                }
+            }
+        } else {
+            // in the graph even where nothing is gathered with it: an input that no node uses is not allocated
+            gin.all = ggml_view_1d(ctx0, gin.idx, n_rows, 0);
+            ggml_build_forward_expand(graph.gf, gin.all);
         }
     }
 
-    ggml_tensor * h = ggml_is_contiguous(cur) ? cur : ggml_cont(ctx0, cur);
-    h = ggml_reshape_2d(ctx0, h, n_embd, n_rows);
+    const bool flat = ggml_is_contiguous(cur) && cur->ne[2] == 1 && cur->ne[3] == 1;
+    ggml_tensor * h = flat ? cur : ggml_reshape_2d(ctx0, ggml_is_contiguous(cur) ? cur : op(ggml_cont(ctx0, cur)), n_embd, n_rows);
 
-    ggml_tensor * delta;
-    if (gin.fused) {
-        delta = ggml_view_2d(ctx0, gin.fused, n_embd, n_rows, gin.fused->nb[1], sl.index*gin.fused->nb[2]);
-    } else {
-        ggml_tensor * sum = ggml_view_2d(ctx0, gr.sum, n_embd, gr.sum->ne[1], gr.sum->nb[1], sl.index*gr.sum->nb[2]);
-        delta = ggml_get_rows(ctx0, sum, ggml_view_1d(ctx0, gin.idx, n_rows, 0));
+    ggml_tensor * out = h;
+    if (kinds & KIND_ADD) {
+        ggml_tensor * delta = gin.fused ? gin.deltas[sl.index] : nullptr;
+        if (!delta) {
+            ggml_tensor * sum = ggml_view_2d(ctx0, gr.sum, n_embd, gr.sum->ne[1], gr.sum->nb[1], sl.index*gr.sum->nb[2]);
+            delta = op(ggml_get_rows(ctx0, sum, gin.all));
+        }
+        out = op(ggml_add(ctx0, h, delta));
     }
-
-    ggml_tensor * out = ggml_add(ctx0, h, delta);
-    if (st->n_dyn > 0) {
+    if (kinds & KIND_DYN) {
         ggml_tensor * v  = ggml_view_2d(ctx0, gr.v,  n_embd, st->n_dyn, gr.v->nb[1],  sl.index*gr.v->nb[2]);
         ggml_tensor * vt = ggml_view_2d(ctx0, gr.vt, st->n_dyn, n_embd, gr.vt->nb[1], sl.index*gr.vt->nb[2]);
         ggml_tensor * g  = ggml_view_2d(ctx0, gin.g, st->n_dyn, n_rows, gin.g->nb[1], sl.index*gin.g->nb[2]);
 
-        ggml_tensor * t = ggml_mul_mat(ctx0, v, h);  // V^T h: [n_dyn, rows]
-        ggml_prec_set_acc(t, GGML_PREC_F32);         // some back ends would round to TF32
-        t = ggml_mul(ctx0, t, g);
-        t = ggml_mul_mat(ctx0, vt, t);               // V (g o V^T h)
+        ggml_tensor * t = op(ggml_mul_mat(ctx0, v, h)); // V^T h: [n_dyn, rows]
+        ggml_prec_set_acc(t, GGML_PREC_F32);            // some back ends would round to TF32
+        t = op(ggml_mul(ctx0, t, g));
+        t = op(ggml_mul_mat(ctx0, vt, t));              // V (g o V^T h)
         ggml_prec_set_acc(t, GGML_PREC_F32);
-        out = ggml_add(ctx0, out, t);
+        out = op(ggml_add(ctx0, out, t));
     }
-    if (st->norms) {
+    if (kinds & KIND_RENORM) {
         // out * (1 + w (|h| / |out| - 1)): with w = 0 not a bit changes
         ggml_tensor * w = ggml_view_2d(ctx0, gin.w, 1, n_rows, gin.w->nb[1], sl.index*gin.w->nb[2]);
-        ggml_tensor * before = ggml_sqrt(ctx0, ggml_sum_rows(ctx0, ggml_sqr(ctx0, h)));
-        ggml_tensor * after  = ggml_sum_rows(ctx0, ggml_sqr(ctx0, out));
-        after = ggml_sqrt(ctx0, ggml_scale_bias(ctx0, after, 1.0f, 1e-30f)); // a state of zero stays what it is
-        ggml_tensor * f = ggml_scale_bias(ctx0, ggml_div(ctx0, before, after), 1.0f, -1.0f);
-        f   = ggml_scale_bias(ctx0, ggml_mul(ctx0, f, w), 1.0f, 1.0f);
-        out = ggml_mul(ctx0, out, f);
+        ggml_tensor * before = op(ggml_sqrt(ctx0, op(ggml_sum_rows(ctx0, op(ggml_sqr(ctx0, h))))));
+        ggml_tensor * after  = op(ggml_sum_rows(ctx0, op(ggml_sqr(ctx0, out))));
+        after = op(ggml_sqrt(ctx0, op(ggml_scale_bias(ctx0, after, 1.0f, 1e-30f)))); // a state of zero stays what it is
+        ggml_tensor * f = op(ggml_scale_bias(ctx0, op(ggml_div(ctx0, before, after)), 1.0f, -1.0f));
+        f   = op(ggml_scale_bias(ctx0, op(ggml_mul(ctx0, f, w)), 1.0f, 1.0f));
+        out = op(ggml_mul(ctx0, out, f));
     }
 
     in->hooked[sl.at] = true;
-    return ggml_reshape_4d(ctx0, out, cur->ne[0], cur->ne[1], cur->ne[2], cur->ne[3]);
+    if (st->live) {
+        st->stats.n_edit_nodes = in->n_nodes;
+    }
+    return flat ? out : ggml_reshape_4d(ctx0, out, cur->ne[0], cur->ne[1], cur->ne[2], cur->ne[3]);
 }
 
 void build_capture(const llm_graph_context & graph, llama_steer_state * st, input_steer * in, ggml_tensor * cur, size_t ti, bool outputs_only) {
@@ -286,34 +315,36 @@ ggml_tensor * llama_steer_build(const llm_graph_context & graph, ggml_tensor * c
     if (!st || il < 0 || il >= st->n_layer) { // MTP blocks count on from n_layer
         return cur;
     }
+    const place at(il, site);
+    if (st->probing) {
+        note_facts(*st, at, cur, graph.n_tokens, graph.n_outputs);
+        return cur;
+    }
     auto * in = input_of(graph, st);
     if (in->mode == 0) {
         return cur;
     }
-
-    const place at(il, site);
-    const int token_axis = st->streams_at(site) > 1 ? 2 : 1;
 
     const auto slot_it = st->slot_of.find(at);
     size_t ti = 0;
     while (ti < st->captures.size() && st->captures[ti].at != at) {
         ti++;
     }
-    const bool edit = (in->mode & MODE_EDIT) && slot_it != st->slot_of.end();
+    const bool edit = (in->mode & MODE_EDIT) && slot_it != st->slot_of.end() && in->kinds[slot_it->second] != 0;
     const bool read = (in->mode & MODE_CAPTURE)  && ti < st->captures.size();
     if (!edit && !read) {
         return cur;
     }
 
-    const int gathered = rows_are_outputs(graph, cur, token_axis, st->is_last(at));
-    if (gathered < 0 || cur->type != GGML_TYPE_F32 || cur->ne[0] != st->n_embd) {
-        return cur; // the place then never counts as fired, which the caller's probe reports
+    const auto & facts = st->facts.at(at);
+    if (!is_as_found(graph, cur, facts)) {
+        return cur; // the place then does not count as fired or built, which the sequences concerned are told
     }
     if (edit) {
-        cur = build_edit(graph, st, in, cur, slot_it->second, gathered == 1);
+        cur = build_edit(graph, st, in, cur, slot_it->second, facts.gathered);
     }
     if (read) {
-        build_capture(graph, st, in, cur, ti, gathered == 1);
+        build_capture(graph, st, in, cur, ti, facts.gathered);
     }
     return cur;
 }
@@ -356,6 +387,10 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
             if (!std::isfinite(cb_c[i]) || !std::isfinite(cb_g[i])) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave vector %d a coefficient that is not finite", k));
             }
+            if (!(cb_g[i] >= -LLAMA_STEER_MAX_PROJECT && cb_g[i] <= -LLAMA_STEER_MIN_PROJECT)) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave vector %d a g of %g: %g to %g are possible", k, cb_g[i],
+                            -LLAMA_STEER_MAX_PROJECT, -LLAMA_STEER_MIN_PROJECT));
+            }
             if (cb_c[i] == 0.0f && cb_g[i] == 0.0f) {
                 continue;
             }
@@ -378,8 +413,12 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
         return it != st.wanted.end() && it->second.at(pos);
     };
 
-    // rows are written before the graph runs: no earlier compute may still read them
-    bool synced = false;
+    const auto fail = [&](uint32_t i, int32_t code, const std::string & what) { // of one token: others are computed as they should be
+        for (int32_t s = 0; s < ub.n_seq_id[i]; ++s) {
+            st.seq_error(ub.seq_id[i][s], code, what);
+        }
+    };
+    st.row_waited = false;
     st.row_idx.assign((size_t) n*st.n_streams, 0);
     st.capture_idx.assign(n, -1);
     st.capture_at.clear();
@@ -395,7 +434,7 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
             const int32_t other = config_of(ub.seq_id[i][s], st.ub_pos[i]);
             const auto id = [&](int32_t c) { auto it = st.configs.find(c); return it == st.configs.end() ? 0 : it->second.id; };
             if (other != cfg && id(other) != id(cfg)) {
-                throw steer_error(LLAMA_STEER_ERR_ARG, format("sequences %d and %d share the token at position %d but not its steering",
+                fail(i, LLAMA_STEER_ERR_ARG, format("sequences %d and %d share the token at position %d but not its steering",
                             st.ub_seq[i], ub.seq_id[i][s], st.ub_pos[i]));
             }
         }
@@ -418,34 +457,55 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
             use.sequences.insert(ub.seq_id[i], ub.seq_id[i] + ub.n_seq_id[i]);
         }
         if ((!none || n_cb > 0) && !st.slots.empty()) {
-            if (!synced) {
-                ggml_backend_sched_synchronize(st.ctx.get_sched());
-                synced = true;
-            }
-            const bool by_stream = it != st.configs.end() && std::any_of(it->second.terms.begin(), it->second.terms.end(),
-                    [](const llama_steer_term & t) { return t.stream >= 0; });
-            for (int32_t s = 0; s < st.n_streams; ++s) {
-                const int32_t r = by_stream || s == 0 ? row_for(st, cfg, by_stream ? s : -1, c, g, n_cb) : st.row_idx[(size_t) i*st.n_streams];
-                st.row_idx[(size_t) i*st.n_streams + s] = r;
-                any_edit = any_edit || r != 0;
+            const bool by_stream = it != st.configs.end() && it->second.by_stream();
+            try {
+                for (int32_t s = 0; s < st.n_streams; ++s) {
+                    const int32_t r = by_stream || s == 0 ? row_for(st, cfg, by_stream ? s : -1, c, g, n_cb) : st.row_idx[(size_t) i*st.n_streams];
+                    st.row_idx[(size_t) i*st.n_streams + s] = r;
+                    any_edit = any_edit || r != 0;
+                }
+            } catch (const steer_error & e) {
+                if (n_cb > 0) {
+                    throw; // the callback is the context's own, and so is its fault
+                }
+                std::fill_n(st.row_idx.begin() + (size_t) i*st.n_streams, st.n_streams, 0);
+                st.uses.erase(cfg);
+                fail(i, e.code, e.what());
             }
         }
 
+        if (reader >= 0 && (int32_t) st.capture_at.size() >= st.capture_rows) {
+            st.seq_error(reader, LLAMA_STEER_ERR_LIMIT, format("more than %d tokens of one ubatch are to be read: give the captures more rows", st.capture_rows));
+            reader = -1;
+        }
+        for (const auto & tp : st.captures) {
+            if (reader >= 0 && tp.last && n_outputs != n && !ub.output[i]) {
+                st.seq_error(reader, LLAMA_STEER_ERR_ARG, format("layer %d holds output tokens only: position %d of sequence %d is no output and cannot be read there",
+                            tp.at.first, st.ub_pos[i], st.ub_seq[i]));
+                reader = -1;
+            }
+        }
         if (reader >= 0) {
-            if ((int32_t) st.capture_at.size() >= st.capture_rows) {
-                throw steer_error(LLAMA_STEER_ERR_LIMIT, format("more than %d tokens of one ubatch are to be read: give the captures more rows", st.capture_rows));
-            }
-            for (const auto & tp : st.captures) {
-                if (tp.last && n_outputs != n && !ub.output[i]) {
-                    throw steer_error(LLAMA_STEER_ERR_ARG, format("layer %d holds output tokens only: position %d of sequence %d is no output and cannot be read there",
-                                tp.at.first, st.ub_pos[i], st.ub_seq[i]));
-                }
-            }
             st.capture_idx[i] = (int32_t) st.capture_at.size();
             st.capture_at.emplace_back(reader, st.ub_pos[i]);
         }
     }
 
+    // The graph does what the rows ask for, and what the last ones did: requests that take turns must not rebuild it each time.
+    st.n_edits += any_edit;
+    st.kinds.assign(st.slots.size(), 0);
+    st.kind_used.resize(st.slots.size());
+    const std::set<int32_t> rows(st.row_idx.begin(), st.row_idx.end());
+    for (size_t k = 0; any_edit && k < st.slots.size(); ++k) {
+        for (size_t b = 0; b < st.kind_used[k].size(); ++b) {
+            uint64_t & used = st.kind_used[k][b];
+            for (const int32_t r : rows) {
+                used = r != 0 && (st.rows[r].kinds[k] >> b & 1) ? st.n_edits : used;
+            }
+            st.kinds[k] |= used != 0 && st.n_edits - used < KIND_KEPT ? 1 << b : 0;
+        }
+    }
+    st.capture_built = true;
     st.mode = (any_edit ? MODE_EDIT : 0) | (st.capture_at.empty() ? 0 : MODE_CAPTURE);
     st.live = true;
 }
@@ -458,7 +518,7 @@ void prove(llama_steer_state & st) {
             continue; // a callback took it away
         }
         for (const auto & [at, n] : c->second.fired) {
-            if (n == 0 && (use.output || !st.is_last(at))) {
+            if (n == 0 && (use.output || !st.gathered(at))) {
                 for (llama_seq_id seq : use.sequences) {
                     st.seq_error(seq, LLAMA_STEER_ERR_ARCH, format("steering was asked for at layer %d (%s), but this model never passed through that hook: "
                                 "leave the layer out, and please report the architecture", at.first, site_name(at.second)));
@@ -471,6 +531,13 @@ void prove(llama_steer_state & st) {
 void finish_ubatch(llama_steer_state & st) {
     prove(st);
     if (st.capture_at.empty()) {
+        return;
+    }
+    if (!st.capture_built) {
+        for (const auto & [seq, pos] : st.capture_at) {
+            st.seq_error(seq, LLAMA_STEER_ERR_ARCH, format("position %d was to be read at a layer that this model did not pass through: leave the layer out, and please "
+                        "report the architecture", pos));
+        }
         return;
     }
     ggml_backend_sched_synchronize(st.ctx.get_sched());
@@ -528,7 +595,7 @@ llama_steer_ubatch::llama_steer_ubatch(llama_context & ctx, const llama_ubatch &
 llama_steer_ubatch::~llama_steer_ubatch() {
     if (state) {
         state->live = false;
-        state->mode = MODE_ALL;
+        state->want_all();
     }
 }
 

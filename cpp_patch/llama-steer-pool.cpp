@@ -54,11 +54,22 @@ int32_t vector_for(llama_steer_state & st, const llama_steer_vector & v) {
         while (st.vectors.count(id)) {
             id++;
         }
-        set_vector(st, id, v.n, v.layers, v.sites, v.dirs, v.scales);
+        set_vector(st, id, v.n, v.layers, v.sites, v.dirs, v.scales, false);
         it = st.pool.vectors.emplace(v.key, pooled { id, 0, 0 }).first;
     }
     it->second.last = ++st.pool.clock;
     return it->second.id;
+}
+
+// A place on the device for each direction of a vector.
+void make_room(llama_steer_state & st, int32_t id) {
+    std::vector<place> places;
+    for (const auto & [at, _] : st.vectors.at(id).dirs) {
+        places.push_back(at);
+    }
+    if (!has_places(st, places)) {
+        make_room(st, places, st.n_dyn, st.dyn_cols, st.vectors);
+    }
 }
 
 // What a segment applies, in terms of this context.
@@ -148,13 +159,23 @@ int32_t llama_steer_plan_apply(llama_context * ctx, const llama_steer_plan * pla
         if (n_parts == 0 || parts[0].first > from) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("position %d lies before the last change of the plan", from));
         }
-        auto range = st.ranges.count(seq) ? st.ranges.at(seq) : interval_map<int32_t>();
+        auto ranges = st.ranges;
         for (int attempt = 0;; ++attempt) {
             try {
                 for (int32_t i = 0; i < n_parts; ++i) {
                     if (parts[i].end < 0 || parts[i].end > from) {
-                        range.set(std::max(from, parts[i].first), parts[i].end, config_for(st, terms_of(st, parts[i], n_terms, terms)));
+                        const int32_t config = config_for(st, terms_of(st, parts[i], n_terms, terms));
+                        ranges[seq].set(std::max(from, parts[i].first), parts[i].end, config);
                     }
+                }
+                auto before = st.applied_from;
+                before[seq] = from;
+                std::swap(before, st.applied_from);
+                try {
+                    reserve_rows(st, ranges);
+                } catch (...) {
+                    std::swap(before, st.applied_from);
+                    throw;
                 }
                 break;
             } catch (const steer_error & e) {
@@ -162,10 +183,10 @@ int32_t llama_steer_plan_apply(llama_context * ctx, const llama_steer_plan * pla
                     throw;
                 }
                 give_up(st, 0, 0); // what is idle makes room
-                range = st.ranges.count(seq) ? st.ranges.at(seq) : interval_map<int32_t>();
+                ranges = st.ranges;
             }
         }
-        st.ranges[seq] = std::move(range);
+        st.ranges = std::move(ranges);
         give_up(st, IDLE_CONFIGS, IDLE_VECTORS);
     });
 }
@@ -177,6 +198,7 @@ int32_t llama_steer_vector_pin(llama_context * ctx, const llama_steer_vector * v
             throw steer_error(LLAMA_STEER_ERR_ARG, "the vector or the result is NULL");
         }
         *id = vector_for(st, *vector);
+        make_room(st, *id);
         auto & pins = st.pool.vectors.at(vector->key).pins;
         pins++;
         if (op == LLAMA_STEER_PROJECT || op == LLAMA_STEER_CLAMP) {

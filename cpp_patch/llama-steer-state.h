@@ -24,13 +24,13 @@
 
 namespace llama_steer {
 
-// The token axis cannot be guessed from a shape, so each architecture is listed with its own, and only after a test.
-struct arch_rule {
-    llm_arch arch;
-    bool     streams;             // resid_post is [n_embd, streams, n_tokens]; otherwise [n_embd, n_tokens]
-    bool     last_layer_outputs;  // the output rows are gathered inside the last block
-    bool     writer_sites;        // attn_out and ffn_out are hooked
-};
+constexpr int32_t MIN_ROWS      = 8;   // distinct sums on the device, row 0 included; what an idle context keeps
+constexpr size_t  MAX_ROWS      = 1024;
+constexpr size_t  MIN_MAX_ROWS  = 128; // however large a row is
+constexpr size_t  MAX_ROW_BYTES = (size_t) 512 << 20;
+
+constexpr double MAX_STATE  = 1e18; // its square is still far from the largest float32
+constexpr double ANY_STATE  = 1e6;  // longer than the states of models are
 
 inline const char * site_name(int site) {
     switch (site) {
@@ -110,9 +110,16 @@ struct steer_vector {
     int32_t dyn = -1;         // its index among the vectors that project or clamp
 };
 
+using vectors_by_id = std::map<int32_t, steer_vector>;
+
 struct config {
     std::vector<llama_steer_term> terms;
     uint64_t id = 0;
+
+    bool by_stream() const {
+        return std::any_of(terms.begin(), terms.end(), [](const llama_steer_term & t) { return t.stream >= 0; });
+    }
+
     std::map<place, int64_t> fired; // ubatches in which it edited a place that it acts at
 };
 
@@ -165,8 +172,7 @@ struct row_info {
     uint64_t           used = 0;     // ubatch that used it last
     bool               zero = true;  // nothing to apply: row 0 stands for it
     std::vector<float> g;            // [n_slots][n_dyn]
-    std::vector<bool>  active;       // [n_slots]
-    std::vector<bool>  renorm;       // [n_slots] the length is restored
+    std::vector<uint8_t> kinds;      // [n_slots] kind_bits: what it does there
     int32_t            config = 0;
 };
 
@@ -179,6 +185,16 @@ struct pooled {
 
 enum mode_bits { MODE_EDIT = 1, MODE_CAPTURE = 2, MODE_ALL = 3 };
 
+enum kind_bits { KIND_ADD = 1, KIND_DYN = 2, KIND_RENORM = 4 };
+constexpr uint64_t KIND_KEPT = 64; // edited ubatches for which a graph keeps doing what none of them needs
+
+// What is known of a place in this model's graphs. Found out, not listed: see llama-steer-facts.cpp.
+struct place_facts {
+    int32_t n_streams = 1;     // the node is [n_embd, n_streams, n_tokens]; with 1: [n_embd, n_tokens]
+    bool    gathered  = false; // it holds output tokens only
+    int32_t n_seen    = 0;     // nodes that passed; more than one cannot be told apart
+};
+
 } // namespace llama_steer
 
 using namespace llama_steer; // this header is private to three files
@@ -186,7 +202,8 @@ using namespace llama_steer; // this header is private to three files
 struct llama_steer_state {
     llama_context     & ctx;
     const llama_model & model;
-    arch_rule           rule;
+    std::map<place, place_facts> facts;
+    bool probing = false; // facts are being found out
     int32_t n_embd    = 0;
     int32_t n_layer   = 0;
     int32_t n_streams = 1;
@@ -195,6 +212,7 @@ struct llama_steer_state {
     std::map<int32_t, config>                       configs;
     std::map<llama_seq_id, interval_map<int32_t>>   ranges;
     std::map<llama_seq_id, interval_map<bool>>      wanted;
+    std::map<llama_seq_id, llama_pos> applied_from; // what lies before was computed
     std::map<llama_seq_id, std::pair<int32_t, std::string>> seq_errors; // what the caller has not been told yet
 
     struct {
@@ -230,6 +248,11 @@ struct llama_steer_state {
     // the ubatch that is being computed
     int      mode     = MODE_ALL; // what the next graph must carry; reserve passes must see everything
     bool     live     = false;
+    std::vector<uint8_t> kinds;                // [n_slots] of the rows in use: what the graph has to do there
+    std::vector<std::array<uint64_t, 3>> kind_used; // [n_slots][bit of kind_bits]: the edited ubatch that needed it last, 0 for none
+    uint64_t n_edits    = 0;                   // edited ubatches so far
+    bool     row_waited = false;
+    bool     capture_built = true;             // every capture is in the graph
     uint32_t n_tokens = 0;
     std::vector<int32_t> row_idx;              // [n_tokens][n_streams]
     std::vector<int32_t> capture_idx;              // [n_tokens], -1 not wanted
@@ -243,14 +266,19 @@ struct llama_steer_state {
     llama_steer_stats stats = {};
     std::string error = "no error";
 
-    llama_steer_state(llama_context & ctx, const arch_rule & rule) : ctx(ctx), model(ctx.get_model()), rule(rule) {
-        n_embd    = (int32_t) model.hparams.n_embd;
-        n_layer   = (int32_t) model.hparams.n_layer();
-        n_streams = rule.streams ? (int32_t) model.hparams.dsv4_hc_mult : 1;
+    explicit llama_steer_state(llama_context & ctx) : ctx(ctx), model(ctx.get_model()) {
+        n_embd  = (int32_t) model.hparams.n_embd;
+        n_layer = (int32_t) model.hparams.n_layer();
     }
 
-    int32_t streams_at(int32_t site) const { return site == LLAMA_STEER_RESID_POST ? n_streams : 1; }
-    bool    is_last(const place & at) const { return rule.last_layer_outputs && at.first == n_layer - 1; }
+    int32_t streams_at(const place & at) const { return facts.at(at).n_streams; }
+    bool    gathered  (const place & at) const { return facts.at(at).gathered; } // only output tokens get there
+
+    // Graphs of reserve passes have to hold everything.
+    void want_all() {
+        mode = MODE_ALL;
+        kinds.assign(slots.size(), KIND_ADD | (n_dyn > 0 ? KIND_DYN : 0) | (norms ? KIND_RENORM : 0));
+    }
 
     // For one sequence; the others are computed as they should be.
     void seq_error(llama_seq_id seq, int32_t code, const std::string & what) {
@@ -264,8 +292,7 @@ struct llama_steer_state {
     }
 
     bool site_ok(int32_t site) const {
-        return site == LLAMA_STEER_RESID_POST ||
-            (rule.writer_sites && (site == LLAMA_STEER_ATTN_OUT || site == LLAMA_STEER_FFN_OUT));
+        return std::any_of(facts.begin(), facts.end(), [&](const auto & f) { return f.first.second == site; });
     }
 
     void check_place(int32_t il, int32_t site) const {
@@ -279,6 +306,9 @@ struct llama_steer_state {
         if (il < 0 || il >= n_layer) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("layer %d is out of range: this model has layers 0 to %d", il, n_layer - 1));
         }
+        if (!facts.count(place(il, site))) {
+            throw steer_error(LLAMA_STEER_ERR_ARCH, format("layer %d of this model has no hook at %s: leave it out", il, site_name(site)));
+        }
     }
 };
 
@@ -290,6 +320,13 @@ struct llama_steer_access {
 
     static const llama_steer_cvec & cvec(const llama_context & ctx) {
         return static_cast<const llama_steer_cvec &>(*ctx.cvec);
+    }
+
+    // Build a graph of at least n_tokens, and no more. The scheduler and the graphs before are as if new.
+    static void build_once(llama_context & ctx, uint32_t n_tokens, uint32_t n_outputs) {
+        auto memory = ctx.memory ? ctx.memory->init_full() : nullptr;
+        const uint32_t n_seqs = ctx.n_seq_max(); // a cache with a buffer for each sequence knows graphs over all of them only
+        ctx.graph_reserve((n_tokens + n_seqs - 1)/n_seqs*n_seqs, n_seqs, n_outputs, memory.get(), /*split_only=*/ true);
     }
 
     // Reserve the compute buffers for the graph with everything on. Throws when there is not enough memory.
@@ -314,16 +351,22 @@ struct llama_steer_access {
 
 namespace llama_steer {
 
-const arch_rule * rule_for(llm_arch arch);
+// llama-steer-facts.cpp
+
+bool is_tested(llm_arch arch);
+void find_facts(llama_steer_state & st);
+void note_facts(llama_steer_state & st, const place & at, const ggml_tensor * cur, int64_t n_tokens, int64_t n_outputs);
 
 llama_steer_state * state_of(const llama_context * ctx);
 
 // Create the state on first use. Throws when the context cannot be steered at all.
 llama_steer_state & state_for(llama_context * ctx);
 
-// llama-steer.cpp: the calls of the C API behind their guards
+// llama-steer-config.cpp
 
-void set_vector  (llama_steer_state & st, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites, const float * dirs, const double * scales);
+// room: there is a place on the device for each of its directions; else for those that a config uses.
+void set_vector  (llama_steer_state & st, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites, const float * dirs,
+        const double * scales, bool room);
 void clear_vector(llama_steer_state & st, int32_t vector_id);
 void set_config  (llama_steer_state & st, int32_t config_id, int32_t n_terms, const llama_steer_term * terms);
 void clear_config(llama_steer_state & st, int32_t config_id);
@@ -355,16 +398,12 @@ int32_t guarded(llama_context * ctx, F && body) {
 
 // llama-steer-bank.cpp
 
-using vectors_by_id = std::map<int32_t, steer_vector>;
-
 ggml_context_ptr        new_tensor_context(size_t n_tensors);
 ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t buft, bool weights, const char * what);
 
 void drop_rows(llama_steer_state & st);
 void drop_kept(llama_steer_state & st);
 void forget_rows_of(llama_steer_state & st, int32_t config_id);
-void refresh_ids(llama_steer_state & st);
-void set_acting(llama_steer_state & st, config & c);
 
 // Write direction dyn of the projecting vectors, or zeros for col == nullptr.
 void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn,
@@ -373,20 +412,34 @@ void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups,
 void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
         const vectors_by_id & vectors);
 
-std::vector<place> places_of(const llama_steer_state & st);
+bool has_places(const llama_steer_state & st, const std::vector<place> & places);
+void make_room (llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols, const vectors_by_id & vectors);
 
+// Have rows for what sequences may still need, as far as the limits go. Throws when there is no memory.
+void reserve_rows  (llama_steer_state & st, const std::map<llama_seq_id, interval_map<int32_t>> & ranges);
+void give_back_rows(llama_steer_state & st);
+
+// The row of group::sum for a combination: resident, or put there in place of the one that was used longest ago.
+int32_t row_for(llama_steer_state & st, int32_t config_id, int32_t stream, const float * cb_c, const float * cb_g, int32_t n_cb);
+
+// llama-steer-config.cpp
+
+void     set_acting(llama_steer_state & st, config & c);
 bool     in_use(const llama_steer_state & st, int32_t vector_id);
 bool     term_covers(const llama_steer_term & t, const place & at, int32_t stream);
 void     term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g);
 // Throws when a term renorms where another op acts.
 void check_renorm(const vectors_by_id & vectors, const std::vector<llama_steer_term> & terms);
-// Throws when terms add up to coefficients that float32 cannot hold.
-void check_finite(const vectors_by_id & vectors, const std::vector<llama_steer_term> & terms);
+// Throws when a term, or all of them over all layers, could make a state that float32 does not hold: NaN in a cache is everybody's.
+void check_bounds(const llama_steer_state & st, const vectors_by_id & vectors, const std::vector<llama_steer_term> & terms);
+
+// How long a state can become on its way through edited places.
+struct growth_bound {
+    double size = ANY_STATE;
+    void pass(const place & at, double added, const std::vector<std::pair<const direction *, double>> & parts); // throws
+};
 
 // Content hash of what terms apply (at one place only, if given); 0 = nothing.
 uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms, const place * only = nullptr);
-
-// The row of group::sum for a combination: resident, or put there in place of the one that was used longest ago.
-int32_t row_for(llama_steer_state & st, int32_t config_id, int32_t stream, const float * cb_c, const float * cb_g, int32_t n_cb);
 
 } // namespace llama_steer

@@ -11,47 +11,6 @@ std::shared_ptr<llama_adapter_cvec> llama_steer_make_cvec() {
 
 namespace llama_steer {
 
-const arch_rule ARCH_RULES[] = {
-    { LLM_ARCH_LLAMA,       false, true,  false },
-    { LLM_ARCH_QWEN2,       false, true,  false },
-    { LLM_ARCH_QWEN3,       false, true,  false },
-    { LLM_ARCH_GEMMA3,      false, true,  false },
-    { LLM_ARCH_DEEPSEEK2,   false, true,  false },
-    { LLM_ARCH_DEEPSEEK4,   true,  false, true  },
-    { LLM_ARCH_LLAMA4,      false, true,  false },
-    { LLM_ARCH_MISTRAL3,    false, true,  false },
-    { LLM_ARCH_MISTRAL4,    false, true,  false },
-    { LLM_ARCH_QWEN2MOE,    false, true,  false },
-    { LLM_ARCH_QWEN3MOE,    false, true,  false },
-    { LLM_ARCH_QWEN3NEXT,   false, false, false },
-    { LLM_ARCH_QWEN35,      false, false, false },
-    { LLM_ARCH_QWEN35MOE,   false, false, false },
-    { LLM_ARCH_GEMMA,       false, true,  false },
-    { LLM_ARCH_GEMMA2,      false, true,  false },
-    { LLM_ARCH_PHI3,        false, true,  false },
-    { LLM_ARCH_GLM4,        false, true,  false },
-    { LLM_ARCH_OPENAI_MOE,  false, false, false },
-    { LLM_ARCH_GRANITE,     false, true,  false },
-    { LLM_ARCH_GRANITE_MOE, false, true,  false },
-    { LLM_ARCH_OLMO2,       false, true,  false },
-    { LLM_ARCH_SMOLLM3,     false, true,  false },
-    { LLM_ARCH_COMMAND_R,   false, true,  false },
-    { LLM_ARCH_COHERE2,     false, true,  false },
-    { LLM_ARCH_STARCODER2,  false, true,  false },
-    { LLM_ARCH_EXAONE,      false, true,  false },
-    { LLM_ARCH_EXAONE4,     false, true,  false },
-    { LLM_ARCH_STABLELM,    false, true,  false },
-};
-
-const arch_rule * rule_for(llm_arch arch) {
-    for (const auto & rule : ARCH_RULES) {
-        if (rule.arch == arch) {
-            return &rule;
-        }
-    }
-    return nullptr;
-}
-
 static thread_local std::string error_without_context = "no error";
 
 llama_steer_state * state_of(const llama_context * ctx) {
@@ -72,8 +31,7 @@ llama_steer_state & state_for(llama_context * ctx) {
     auto & cvec = llama_steer_access::cvec(*ctx);
     if (!cvec.state) {
         const auto & model = ctx->get_model();
-        const auto * rule  = rule_for(model.arch);
-        if (!rule) {
+        if (!is_tested(model.arch)) {
             throw steer_error(LLAMA_STEER_ERR_ARCH, format("architecture '%s' has not been tested with steering", llm_arch_name(model.arch)));
         }
         if (ctx->get_cparams().ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
@@ -82,233 +40,18 @@ llama_steer_state & state_for(llama_context * ctx) {
         if (model.hparams.no_alloc) {
             throw steer_error(LLAMA_STEER_ERR_ARCH, "the model was loaded without its weights (no_alloc), so nothing can be steered");
         }
-        cvec.state = std::make_unique<llama_steer_state>(*ctx, *rule);
-        // graphs built so far do not know that they may have to give way to a steered one
-        llama_steer_access::reserve_later(*ctx);
-    }
-    return *cvec.state;
-}
-
-void set_vector(llama_steer_state & st, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites,
-        const float * dirs, const double * scales) {
-    st.not_in_callback("changing a vector");
-    if (vector_id < 0 || vector_id >= LLAMA_STEER_MAX_VECTORS) {
-        throw steer_error(LLAMA_STEER_ERR_LIMIT, format("vector %d is out of range: 0 to %d", vector_id, LLAMA_STEER_MAX_VECTORS - 1));
-    }
-    if (n <= 0 || n > st.n_layer*LLAMA_STEER_SITE_COUNT || !layers || !sites || !dirs || !scales) {
-        throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d needs 1 to %d directions with layers, sites and scales", vector_id, st.n_layer*LLAMA_STEER_SITE_COUNT));
-    }
-    steer_vector col;
-    for (int32_t i = 0; i < n; ++i) {
-        st.check_place(layers[i], sites[i]);
-        if (!std::isfinite(scales[i])) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("the scale of vector %d at layer %d is not finite", vector_id, layers[i]));
-        }
-        const float * v = dirs + (size_t) i*st.n_embd;
-        double sq = 0.0;
-        for (int32_t j = 0; j < st.n_embd; ++j) {
-            sq += (double) v[j]*v[j];
-        }
-        if (!std::isfinite(sq)) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("the direction of vector %d at layer %d holds NaN or Inf", vector_id, layers[i]));
-        }
-        if (std::fabs(std::sqrt(sq) - 1.0) > 1e-3) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("the direction of vector %d at layer %d has norm %g instead of 1", vector_id, layers[i], std::sqrt(sq)));
-        }
-        direction d;
-        d.v.assign(v, v + st.n_embd);
-        d.scale = scales[i];
-        d.hash  = hash_bytes(v, st.n_embd*sizeof(float), 1);
-        if (!col.dirs.emplace(place(layers[i], sites[i]), std::move(d)).second) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d has two directions at layer %d, %s", vector_id, layers[i], site_name(sites[i])));
-        }
-    }
-    auto old = st.vectors.find(vector_id);
-    if (old != st.vectors.end()) {
-        col.dyn = old->second.dyn;
-        for (const auto & [_, c] : st.configs) {
-            for (const auto & t : c.terms) {
-                if (t.vector == vector_id && std::none_of(col.dirs.begin(), col.dirs.end(), [&](const auto & d) { return term_covers(t, d.first, -1); })) {
-                    throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d is used by a config whose layer window holds none of its new layers", vector_id));
-                }
-            }
-        }
-        auto vectors = st.vectors;
-        vectors[vector_id] = col;
-        for (const auto & [_, c] : st.configs) {
-            check_finite(vectors, c.terms);
-        }
-    }
-
-    auto places = places_of(st);
-    bool grown = false;
-    for (const auto & [at, _] : col.dirs) {
-        if (!st.slot_of.count(at)) {
-            places.push_back(at);
-            grown = true;
-        }
-    }
-    if (grown) {
-        std::sort(places.begin(), places.end());
-        auto vectors = st.vectors;
-        vectors[vector_id] = col;
-        rebuild_bank(st, places, st.n_dyn, st.dyn_cols, vectors);
-    } else {
-        st.ctx.synchronize();
-        if (col.dyn >= 0) {
-            upload_dyn(st, st.groups, st.slots, st.n_dyn, col.dyn, &col);
-        }
-        drop_rows(st);
-    }
-    st.vectors[vector_id] = std::move(col);
-    refresh_ids(st);
-}
-
-void clear_vector(llama_steer_state & st, int32_t vector_id) {
-    st.not_in_callback("clearing a vector");
-    auto it = st.vectors.find(vector_id);
-    if (it == st.vectors.end()) {
-        throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d is not set", vector_id));
-    }
-    if (in_use(st, vector_id)) {
-        throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d is in use by a config", vector_id));
-    }
-    st.ctx.synchronize();
-    if (it->second.dyn >= 0) {
-        upload_dyn(st, st.groups, st.slots, st.n_dyn, it->second.dyn, nullptr);
-        st.dyn_cols[it->second.dyn] = -1;
-    }
-    drop_rows(st);
-    st.vectors.erase(it);
-}
-
-void set_config(llama_steer_state & st, int32_t config_id, int32_t n_terms, const llama_steer_term * terms) {
-    if (config_id < 1) {
-        throw steer_error(LLAMA_STEER_ERR_ARG, format("config %d cannot be set: ids start at 1, 0 is no steering", config_id));
-    }
-    if (n_terms < 0 || n_terms > LLAMA_STEER_MAX_TERMS || (n_terms > 0 && !terms)) {
-        throw steer_error(LLAMA_STEER_ERR_LIMIT, format("a config takes 0 to %d terms, not %d", LLAMA_STEER_MAX_TERMS, n_terms));
-    }
-    std::vector<int32_t> promote; // vectors that now need V on the device
-    const auto is_dyn = [](const llama_steer_term & t) { return t.op == LLAMA_STEER_PROJECT || t.op == LLAMA_STEER_CLAMP; };
-    for (int32_t i = 0; i < n_terms; ++i) {
-        const auto & t = terms[i];
-        auto it = st.vectors.find(t.vector);
-        if (it == st.vectors.end()) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d is not set", t.vector));
-        }
-        if (t.op < LLAMA_STEER_ADD || t.op > LLAMA_STEER_RENORM) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("op %d does not exist", t.op));
-        }
-        if (!std::isfinite(t.strength)) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("the strength of vector %d is not finite", t.vector));
-        }
-        if (t.il_first >= 0 && t.il_last >= 0 && t.il_first > t.il_last) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("the layer window %d-%d is empty", t.il_first, t.il_last));
-        }
-        if (t.stream < LLAMA_STEER_STREAM_ALL || t.stream >= st.n_streams) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("stream %d does not exist: this model has %d", t.stream, st.n_streams));
-        }
-        bool covers = false;
-        for (const auto & [at, d] : it->second.dirs) {
-            const bool here = term_covers(t, at, -1);
-            covers = covers || here;
-            if (here && t.stream >= 0 && at.second != LLAMA_STEER_RESID_POST) {
-                throw steer_error(LLAMA_STEER_ERR_ARG, format("a stream cannot be named at %s", site_name(at.second)));
-            }
-        }
-        if (!covers) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("the layer window %d-%d holds none of the layers of vector %d", t.il_first, t.il_last, t.vector));
-        }
-        if (is_dyn(t) && it->second.dyn < 0 && std::find(promote.begin(), promote.end(), t.vector) == promote.end()) {
-            promote.push_back(t.vector);
-        }
-    }
-
-    const std::vector<llama_steer_term> wanted(terms, terms + n_terms);
-    check_finite(st.vectors, wanted);
-    check_renorm(st.vectors, wanted);
-
-    const bool renorms = std::any_of(wanted.begin(), wanted.end(), [](const llama_steer_term & t) { return t.op == LLAMA_STEER_RENORM; });
-    if (renorms && !st.norms) {
-        st.not_in_callback("the first renorm");
-        st.norms = true;
+        // graphs built so far, which do not know that they may have to give way to a steered one, are dropped by this
+        ctx->synchronize();
+        cvec.state = std::make_unique<llama_steer_state>(*ctx);
         try {
-            rebuild_bank(st, places_of(st), st.n_dyn, st.dyn_cols, st.vectors);
+            find_facts(*cvec.state);
         } catch (...) {
-            st.norms = false;
-            llama_steer_access::reserve_later(st.ctx);
+            cvec.state.reset();
+            llama_steer_access::reserve_later(*ctx);
             throw;
         }
     }
-
-    if (!promote.empty()) {
-        st.not_in_callback("a vector's first project or clamp");
-        auto dyn_cols = st.dyn_cols;
-        auto vectors  = st.vectors;
-        for (int32_t k : promote) {
-            auto free = std::find(dyn_cols.begin(), dyn_cols.end(), -1);
-            if (free == dyn_cols.end()) {
-                // take the place of a vector that projects no longer
-                for (auto it = dyn_cols.begin(); it != dyn_cols.end() && free == dyn_cols.end(); ++it) {
-                    bool used = std::find(promote.begin(), promote.end(), *it) != promote.end();
-                    for (const auto & [id, c] : st.configs) {
-                        for (const auto & t : c.terms) {
-                            used = used || (id != config_id && t.vector == *it && is_dyn(t));
-                        }
-                    }
-                    for (int32_t i = 0; i < n_terms; ++i) {
-                        used = used || (terms[i].vector == *it && is_dyn(terms[i]));
-                    }
-                    if (!used && (int32_t) dyn_cols.size() >= LLAMA_STEER_MAX_DYN) {
-                        vectors.at(*it).dyn = -1;
-                        free = it;
-                    }
-                }
-            }
-            if (free == dyn_cols.end()) {
-                if ((int32_t) dyn_cols.size() >= LLAMA_STEER_MAX_DYN) {
-                    throw steer_error(LLAMA_STEER_ERR_LIMIT, format("more than %d vectors project or clamp at once", LLAMA_STEER_MAX_DYN));
-                }
-                dyn_cols.push_back(-1);
-                free = dyn_cols.end() - 1;
-            }
-            *free = k;
-            vectors.at(k).dyn = (int32_t) (free - dyn_cols.begin());
-        }
-        int32_t n_dyn = std::max(st.n_dyn, 4);
-        while (n_dyn < (int32_t) dyn_cols.size()) {
-            n_dyn *= 2;
-        }
-        if (n_dyn != st.n_dyn) {
-            rebuild_bank(st, places_of(st), n_dyn, dyn_cols, vectors);
-        } else {
-            st.ctx.synchronize();
-            for (int32_t k : promote) {
-                upload_dyn(st, st.groups, st.slots, st.n_dyn, vectors.at(k).dyn, &vectors.at(k));
-            }
-            drop_rows(st);
-        }
-        st.dyn_cols = std::move(dyn_cols);
-        st.vectors  = std::move(vectors);
-    }
-
-    auto & c = st.configs[config_id];
-    c.terms = wanted;
-    set_acting(st, c);
-    forget_rows_of(st, config_id);
-}
-
-void clear_config(llama_steer_state & st, int32_t config_id) {
-    if (!st.configs.erase(config_id)) {
-        throw steer_error(LLAMA_STEER_ERR_ARG, format("config %d is not set", config_id));
-    }
-    forget_rows_of(st, config_id);
-    for (auto & [_, r] : st.ranges) {
-        for (auto & [p, id] : r.starts) {
-            id = id == config_id ? 0 : id;
-        }
-    }
+    return *cvec.state;
 }
 
 } // namespace llama_steer
@@ -323,34 +66,8 @@ const char * llama_steer_error(const llama_context * ctx) {
     return st ? st->error.c_str() : error_without_context.c_str();
 }
 
-const char * llama_steer_arch_name(int32_t i) {
-    const int32_t n = sizeof(ARCH_RULES)/sizeof(ARCH_RULES[0]);
-    return i >= 0 && i < n ? llm_arch_name(ARCH_RULES[i].arch) : nullptr;
-}
-
-int32_t llama_steer_model_info(const llama_model * model, llama_steer_info * out) {
-    return guarded(nullptr, [&]() {
-        if (!model || !out) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, "the model or the result is NULL");
-        }
-        *out = {};
-        out->n_layer   = (int32_t) model->hparams.n_layer();
-        out->n_embd    = (int32_t) model->hparams.n_embd;
-        out->n_streams = 1;
-        const auto * rule = rule_for(model->arch);
-        if (!rule) {
-            throw steer_error(LLAMA_STEER_ERR_ARCH, format("architecture '%s' has not been tested with steering", llm_arch_name(model->arch)));
-        }
-        out->n_streams = rule->streams ? (int32_t) model->hparams.dsv4_hc_mult : 1;
-        out->sites[LLAMA_STEER_RESID_POST] = true;
-        out->sites[LLAMA_STEER_ATTN_OUT]   = rule->writer_sites;
-        out->sites[LLAMA_STEER_FFN_OUT]    = rule->writer_sites;
-        out->last_layer_outputs_only       = rule->last_layer_outputs;
-    });
-}
-
 int32_t llama_steer_vector_set(llama_context * ctx, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites, const float * dirs, const double * scales) {
-    return guarded(ctx, [&]() { set_vector(state_for(ctx), vector_id, n, layers, sites, dirs, scales); });
+    return guarded(ctx, [&]() { set_vector(state_for(ctx), vector_id, n, layers, sites, dirs, scales, true); });
 }
 
 int32_t llama_steer_vector_clear(llama_context * ctx, int32_t vector_id) {
@@ -374,7 +91,15 @@ int32_t llama_steer_range(llama_context * ctx, llama_seq_id seq, llama_pos p0, l
         if (config_id != 0 && !st.configs.count(config_id)) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("config %d is not set", config_id));
         }
-        st.ranges[seq].set(p0, p1, config_id);
+        auto ranges = st.ranges;
+        ranges[seq].set(p0, p1, config_id);
+        if (auto from = st.applied_from.find(seq); from != st.applied_from.end()) {
+            from->second = std::min(from->second, p0);
+        }
+        if (config_id != 0) {
+            reserve_rows(st, ranges);
+        }
+        st.ranges = std::move(ranges);
     });
 }
 
@@ -383,12 +108,17 @@ int32_t llama_steer_seq_clear(llama_context * ctx, llama_seq_id seq) {
         auto & st = state_for(ctx);
         if (seq < 0) {
             st.ranges.clear();
+            st.applied_from.clear();
             st.wanted.clear();
             st.seq_errors.clear();
         } else {
             st.ranges.erase(seq);
+            st.applied_from.erase(seq);
             st.wanted.erase(seq);
             st.seq_errors.erase(seq);
+        }
+        if (st.ranges.empty()) {
+            give_back_rows(st);
         }
     });
 }
@@ -453,9 +183,9 @@ int32_t llama_steer_capture_set(llama_context * ctx, int32_t n, const int32_t * 
             st.check_place(layers[i], sites[i]);
             capture tp;
             tp.at        = place(layers[i], sites[i]);
-            tp.n_streams = st.streams_at(sites[i]);
+            tp.n_streams = st.streams_at(tp.at);
             tp.n_out     = stream_mode == LLAMA_STEER_STREAM_ALL ? tp.n_streams : 1;
-            tp.last      = st.is_last(tp.at);
+            tp.last      = st.gathered(tp.at);
             for (const auto & other : captures) {
                 if (other.at == tp.at) {
                     throw steer_error(LLAMA_STEER_ERR_ARG, format("layer %d, %s is captured twice", layers[i], site_name(sites[i])));
@@ -477,7 +207,7 @@ int32_t llama_steer_capture_set(llama_context * ctx, int32_t n, const int32_t * 
         st.generation++;
         if (n > 0) { // taking captures away needs no memory
             try {
-                st.mode = MODE_ALL;
+                st.want_all();
                 llama_steer_access::reserve(st.ctx);
                 st.stats.n_reserves++;
             } catch (...) {

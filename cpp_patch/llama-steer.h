@@ -78,8 +78,10 @@ extern "C" {
         uint64_t n_ubatches;      // computed with this library since the first llama_steer call on the context
         uint64_t n_graph_builds;  // graphs built, reserve passes excluded
         uint64_t n_graph_on;      // of these, graphs that carry edits or captures
+        uint64_t n_edit_nodes;    // nodes of the edits in the graph that was built last
         uint64_t n_reserves;      // times the compute buffers were reserved again for steering
         uint64_t n_row_uploads;   // combined directions written to the device
+        uint64_t n_row_waits;     // ubatches that waited for the device before they could write some
         uint64_t n_rows_capacity; // distinct (config, callback) combinations the device holds
         uint64_t n_device_bytes;  // device memory held by directions and captures, without compute buffers
     };
@@ -90,7 +92,9 @@ extern "C" {
     // Why the last failing call on this context failed (also a llama_decode() that returned -3). Never NULL.
     LLAMA_API const char * llama_steer_error(const struct llama_context * ctx);
 
-    // What can be steered. LLAMA_STEER_ERR_ARCH: the architecture is not in the tested list (out is still filled, sites all false).
+    // What can be steered, found out from the model's graph; of a model alone by way of a small context that is made for it.
+    // LLAMA_STEER_ERR_ARCH: the architecture is not in the tested list (out is still filled, sites all false).
+    LLAMA_API int32_t llama_steer_context_info(struct llama_context * ctx, struct llama_steer_info * out);
     LLAMA_API int32_t llama_steer_model_info(const struct llama_model * model, struct llama_steer_info * out);
 
     // Name of an architecture in the tested list, NULL past the end.

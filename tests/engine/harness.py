@@ -69,6 +69,7 @@ class Raw:
         n_ubatch: int = 512,
         n_seq_max: int = 4,
         kv_unified: bool = False,
+        flash: bool | None = None,
         steer: bool = True,
         cb_eval: Any = None,
     ) -> None:
@@ -82,6 +83,8 @@ class Raw:
         cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_seq_max = n_ctx * n_seq_max, n_batch, n_ubatch, n_seq_max
         cp.n_threads = cp.n_threads_batch = 1
         cp.kv_unified = kv_unified
+        if flash is not None:
+            cp.flash_attn_type = int(flash)
         if cb_eval is not None:
             cp.cb_eval = cb_eval
         self._params = cp
@@ -134,6 +137,8 @@ class Raw:
         """Logits, float32 [n_outputs, n_vocab], in batch order."""
         code = self.try_decode(toks)
         assert code == 0, (code, self.steer and self.steer.error())
+        if self.steer:
+            assert (error := self.steer.sequence_error()) is None, error
         rows = [self.logits(i) for i, t in enumerate(toks) if t.output]
         return np.stack(rows) if rows else np.empty((0, self.n_vocab), np.float32)
 

@@ -24,6 +24,7 @@ from steer_plugins.steering.terms import Steering, Term
 from steer_plugins.steering.vector import SteeringVector
 from tests.engine import harness as H
 from tests.engine.engines import BOTH, LONG, MORE_NOISE, NOISE, PROMPT, ServedEngine, moved, near, open_engine, readable, vector
+from tests.scopes import factor
 
 pytestmark = pytest.mark.usefixtures("float32_cache")
 
@@ -595,7 +596,7 @@ def test_a_schedule_follows_the_response(engines: Any, arch: str) -> None:
     n = len(engine.tokenize(PROMPT))
     plain = engine.read_pairs([item], layers=[1], positions="all")[0].values[1].astype(np.float64)
     steered = engine.read_pairs([item], layers=[1], positions="all", steering=Term(v, 0.5, schedule=shape))[0].values[1]
-    factors = np.array([0.5 * shape.factor(p - n + 1) if p >= n - 1 else 0.0 for p in range(len(plain))])
+    factors = np.array([0.5 * factor("cosine", 5, 0.25, p - n + 1) if p >= n - 1 else 0.0 for p in range(len(plain))])
     assert len(set(factors)) == 7
     near(steered, plain + np.outer(factors, moved(engine, v, 1)), 2e-3)
 

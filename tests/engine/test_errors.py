@@ -131,9 +131,9 @@ CASES: list[tuple[str, str, Callable[[Raw], int], int, str]] = [
     ("NaN strength", "llama", lambda r: config_set(r, 1, NativeTerm(0, 0, np.nan)), ARG, "strength of vector 0 is not finite"),
     ("Inf strength", "llama", lambda r: config_set(r, 1, NativeTerm(0, 1, -np.inf)), ARG, "strength of vector 0 is not finite"),
     ("large strength", "llama", lambda r: config_set(r, 1, NativeTerm(0, ADD, 1e300)), ARG, "1e+300 of vector 0 is too large"),
-    ("large projection", "llama", lambda r: config_set(r, 1, NativeTerm(0, PROJECT, 1e39)), ARG, "is too large"),
+    ("large projection", "llama", lambda r: config_set(r, 1, NativeTerm(0, PROJECT, 1e39)), ARG, "project takes -1 to 3"),
     ("large sum", "llama", lambda r: config_set(r, 1, *[NativeTerm(0, ADD, 1e38)] * 100), ARG, "too large"),
-    ("large projecting sum", "llama", lambda r: config_set(r, 1, *[NativeTerm(0, PROJECT, 3e38)] * 2), ARG, "too large"),
+    ("large projections", "llama", lambda r: config_set(r, 1, *[NativeTerm(0, PROJECT, 3e38)] * 2), ARG, "project takes -1"),
     ("window 2-1", "llama", lambda r: config_set(r, 1, NativeTerm(0, ADD, 1.0, 2, 1)), ARG, "layer window 2-1 is empty"),
     ("window 3-3", "llama", lambda r: config_set(r, 1, NativeTerm(0, ADD, 1.0, 3, 3)), ARG, "window 3-3 holds none"),
     ("window 9-", "llama", lambda r: config_set(r, 1, NativeTerm(0, ADD, 1.0, 9)), ARG, "holds none of the layers of vector 0"),
@@ -263,7 +263,7 @@ def test_nothing_infinite_gets_in_through_a_callback(raw: MakeRaw) -> None:
     r.forget()
     r.steer.on_add(lambda t: t.c.__setitem__((0, 0), 1e30))
     assert r.try_decode(toks) == -3
-    assert "more than float32 can hold" in r.steer.error()
+    assert "too large at layer 1: a dose of 1e+15 is the limit" in r.steer.error()
     r.steer.on_add(None)
     r.forget()
     assert np.array_equal(r.decode(toks), plain)

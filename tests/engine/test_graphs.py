@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.engine import harness as H
-from tests.engine.harness import ADD, ALL, CLAMP, MEAN, PROJECT, RESID, NativeTerm, Raw, Tok
+from tests.engine.harness import ADD, ALL, CLAMP, MEAN, PROJECT, RENORM, RESID, NativeTerm, Raw, Tok
 
 MakeRaw = Callable[..., Raw]
 STEPS = 1000
@@ -49,7 +49,7 @@ def test_a_thousand_strengths_at_one_position(fresh: MakeRaw, op: int) -> None:
     r.decode([toks[10]])  # the first use builds the graph
     r.steer.clear_rows()
     counted = Counted(r)
-    used = list(strengths(STEPS))
+    used = [abs(s) if op == PROJECT else s for s in strengths(STEPS)]
     for strength in used:
         r.steer.set_config(1, [NativeTerm(0, op, strength)])
         remove(memory, 0, 10, -1)
@@ -192,3 +192,45 @@ def test_a_batch_of_many_sequences_changes_hands(fresh: MakeRaw) -> None:
     builds, reserves = counted.since()
     # one build where the KV cache's length in use grows by a step (its padding), none for the 600 changes
     assert builds <= 1 and reserves == 0
+
+
+def test_a_graph_does_what_its_batches_need(fresh: MakeRaw) -> None:
+    """Who once projects or restores a length does not slow all that come later; those who take turns rebuild nothing."""
+    r = fresh("llama")
+    toks = iter(H.prompt(400))
+    places = [(il, RESID) for il in range(r.n_layer)]
+    H.vector(r.n_embd, places).put(r.steer, 0)
+    r.steer.set_config(1, [NativeTerm(0, ADD, 1.0)])
+    r.steer.set_config(2, [NativeTerm(0, PROJECT, 1.0)])
+    r.steer.set_config(3, [NativeTerm(0, RENORM, 1.0)])
+    r.steer.set_config(4, [NativeTerm(0, ADD, 1.0, 2, 2)])
+
+    def nodes(config: int, times: int = 1) -> int:
+        r.steer.set_range(0, 0, -1, config)
+        for _ in range(times):
+            r.decode([next(toks)])
+        return r.steer.stats().n_edit_nodes
+
+    assert nodes(4) == 2, "a gather and an add"
+    assert nodes(1) == 1 + r.n_layer + 1, "a gather for all, and an add for each layer"
+    everything = nodes(3), nodes(2)
+    counted = Counted(r)
+    for config in (1, 2, 3, 4) * 5:
+        assert nodes(config) == max(everything)
+    assert counted.since() == (0, 0), "those who take turns"
+    assert nodes(4, times=70) == 2, "what nobody has needed for a while has gone"
+
+
+def test_a_resident_row_waits_for_nothing(fresh: MakeRaw) -> None:
+    """A steered token whose row is on the device must not hold up the pipeline."""
+    r = fresh("llama")
+    toks = iter(H.prompt(100))
+    r.steer_with({0: H.vector(r.n_embd, [(1, RESID)])}, [NativeTerm(0, ADD, 1.0)])
+    r.decode([next(toks) for _ in range(10)])
+    assert r.steer.stats().n_row_waits == 1
+    for _ in range(20):
+        r.decode([next(toks)])
+    assert r.steer.stats().n_row_waits == 1
+    r.steer.set_config(1, [NativeTerm(0, ADD, 0.5)])
+    r.decode([next(toks)])
+    assert r.steer.stats().n_row_waits == 2

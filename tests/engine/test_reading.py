@@ -135,7 +135,7 @@ def test_rows_add_up_until_they_are_dropped(raw: MakeRaw) -> None:
 @pytest.mark.parametrize("arch", [a for a in ARCHS if a not in WHOLE_LAST_LAYER])
 @pytest.mark.parametrize("n_ubatch", [5, 512])
 def test_last_layer_holds_outputs_only(raw: MakeRaw, arch: str, n_ubatch: int) -> None:
-    """A wanted token that is no output fails the decode with a sentence; the context works on."""
+    """A wanted token that is no output is an error of its sequence, with a sentence; the others are computed and read."""
     r = raw(arch, n_ubatch=n_ubatch)
     assert r.info.last_layer_outputs_only
     top = r.n_layer - 1
@@ -147,8 +147,10 @@ def test_last_layer_holds_outputs_only(raw: MakeRaw, arch: str, n_ubatch: int) -
     r.steer.set_captures([0, top], [RESID, RESID])
     r.steer.want(0, 3, 4)
     r.steer.want(0, 7, 8)
-    assert r.try_decode(few) == -3
-    assert f"layer {top} holds output tokens only: position 7 of sequence 0 is no output" in r.steer.error()
+    assert r.try_decode(few) == 0
+    assert f"layer {top} holds output tokens only: position 7 of sequence 0 is no output" in r.steer.sequence_error()
+    assert r.steer.sequence_error() is None, "told once"
+    assert [int(p) for p in r.steer.kept()[1]] == [3]
     r.clear()
     assert np.array_equal(r.decode(H.prompt(3, 1)), logits)
     r.clear()
@@ -205,10 +207,10 @@ def test_fewer_rows_than_wanted(raw: MakeRaw) -> None:
     r.steer.set_captures([1], [RESID], n_rows=3)
     r.steer.want(0, 0, 3)
     r.steer.want(0, 8, 12)
-    assert r.try_decode(toks) == -3
-    assert "more than 3 tokens of one ubatch are to be read" in r.steer.error()
-    seqs, _ = r.steer.kept()
-    assert r.steer.rows(1, RESID).shape[0] == len(seqs) == 3, "the ubatch that succeeded"
+    assert r.try_decode(toks) == 0
+    assert "more than 3 tokens of one ubatch are to be read" in r.steer.sequence_error(0)
+    assert [int(p) for p in r.steer.kept()[1]] == [0, 1, 2, 8, 9, 10], "what there was room for"
+    assert r.steer.rows(1, RESID).shape[0] == 6
     r.clear()
     r.steer.want(0, 5, 8)
     r.steer.want(0, 13, 16)

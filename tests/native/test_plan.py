@@ -154,6 +154,21 @@ def test_a_change_goes_on_in_the_phase_of_the_reply(library: ctypes.CDLL) -> Non
     assert plan.segments() == before, "an error changes nothing"
 
 
+def test_the_shapes_of_schedules(library: ctypes.CDLL) -> None:
+    def along(kind: str, over: int, floor: float = 0.0) -> list[float]:
+        plan = Plan(library, [term("response", 1.0, kind, over, floor)], 9, PLAIN)
+        return [strengths(plan.segments(), 9 + n)[0] for n in range(over + 2)]
+
+    assert along("linear", 4) == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert along("linear", 4, 0.5)[1] == 0.875
+    assert along("cosine", 4)[1] == pytest.approx((1 + 0.5**0.5) / 2)
+    assert along("cosine", 4, 0.5)[2] == pytest.approx(0.75)
+    for kind in ("linear", "cosine"):
+        values = along(kind, 300, 0.1)
+        assert values[0] == 1.0 and values[300] == values[301] == 0.1
+        assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+
+
 def test_segments_are_few(library: ctypes.CDLL) -> None:
     """A schedule has at most 64 steps, whatever its length, and many schedules at once are refused before any work."""
     for over in (1, 63, 64, 65, 520, 4096):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from steer_plugins.steering.schedule import Schedule
+from tests.scopes import factor
 from tests.server.conftest import PROMPT, Server, direction, make_vector
 
 BOTH = ("llama", "deepseek4")
@@ -235,7 +236,7 @@ def test_a_schedule_counts_tokens_of_the_response(exact: Any, tmp_path: Path, ar
         term = {"vector": "one", "strength": 2.0, "scope": scope, "schedule": shape.to_json()}
         along = coefficients(server, item, [term], 1, 0)
         first = {"response": n - 1, "all": 1, "3-": 3}[scope]
-        expected = [6.0 * shape.factor(p - n + 1) if p >= first else 0.0 for p in range(n + len(response))]
+        expected = [6.0 * factor(kind, over, 0.25, p - n + 1) if p >= first else 0.0 for p in range(n + len(response))]
         assert expected[-1] == 1.5 and expected[n] < 6.0
         assert np.allclose(along, expected, atol=2e-3), scope
     both = [

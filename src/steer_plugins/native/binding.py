@@ -57,8 +57,10 @@ class _Stats(ctypes.Structure):
         ("n_ubatches", c_uint64),
         ("n_graph_builds", c_uint64),
         ("n_graph_on", c_uint64),
+        ("n_edit_nodes", c_uint64),
         ("n_reserves", c_uint64),
         ("n_row_uploads", c_uint64),
+        ("n_row_waits", c_uint64),
         ("n_rows_capacity", c_uint64),
         ("n_device_bytes", c_uint64),
     ]
@@ -170,8 +172,10 @@ class SteerStats:
     n_ubatches: int
     n_graph_builds: int
     n_graph_on: int
+    n_edit_nodes: int
     n_reserves: int
     n_row_uploads: int
+    n_row_waits: int
     n_rows_capacity: int
     n_device_bytes: int
 

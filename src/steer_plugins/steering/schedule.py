@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,9 @@ MAX_OVER = 4096
 class Schedule:
     """A decay over the tokens of a response. Without a schedule the strength is constant.
 
-    The state that yields the first token of the response (that of the last prompt token) has the full strength, the one
-    that yields token ``n`` (from 0) the strength times :meth:`factor` of n. Tokens before the response have the full
+    The state that yields the first token of the response (that of the last prompt token) has the full strength; from
+    there it falls to the floor in at most 64 steps, see ``docs/grammar.md``. The native planner works out what each token
+    gets. Tokens before the response have the full
     strength. A reply that comes back as part of a prompt is steered as prompt, without the schedule.
 
     Args:
@@ -43,16 +43,6 @@ class Schedule:
         if not number or not 0 <= self.floor <= 1:
             raise SpecError(f"the floor of a schedule is {self.floor!r:.60}: give a part of the strength, from 0 to 1")
         object.__setattr__(self, "floor", float(self.floor) + 0.0)
-
-    def factor(self, n: int) -> float:
-        """What the strength is multiplied with where response token ``n`` is decided, n from 0."""
-        if n <= 0:
-            return 1.0
-        if n >= self.over:
-            return self.floor
-        part = n / self.over
-        left = 1.0 - part if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * part))
-        return self.floor + (1.0 - self.floor) * left
 
     def to_json(self) -> dict[str, Any]:
         """``{"kind": "linear", "over": 64}``, with ``"floor"`` where it is not 0."""

@@ -17,6 +17,11 @@ from .vector import OPS, SteeringVector, layer_ranges, scope_range
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
+MIN_PROJECT, MAX_PROJECT = -1.0, 3.0
+"""Strengths of project: at both ends a component becomes twice as long."""
+MAX_DOSE = 1e15
+"""Largest strength times scale, in units of the hidden state."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -48,6 +53,7 @@ class Term:
         object.__setattr__(self, "strength", float(self.strength))
         if self.op is not None and self.op not in OPS:
             raise SpecError(f"unknown op {self.op!r:.60} for {name!r}: use {', '.join(OPS)}")
+        self._check_bounds()
         if self.scope is not None:
             try:
                 scope_range(self.scope)
@@ -76,6 +82,16 @@ class Term:
                 has = layer_ranges(self.vector.layers)
                 raise SpecError(f"the layers {lo}-{hi} of {name!r} hold none of its directions: it has {has}")
 
+    def _check_bounds(self) -> None:
+        """What a float32 state can take. The engines check sums of terms, and what several layers make of them."""
+        name, s = self.vector.name, self.strength
+        if self.effective_op == "project":
+            if not MIN_PROJECT <= s <= MAX_PROJECT:
+                allowed = f"project takes {MIN_PROJECT:g} to {MAX_PROJECT:g} (1 removes the component, 2 reflects it)"
+                raise SpecError(f"the strength of {name!r} is {s:g}: {allowed}")
+        elif abs(s) * max(map(abs, self.vector.scales.values())) > MAX_DOSE:
+            raise SpecError(f"strength {s:g} of {name!r} is too large: a dose of {MAX_DOSE:g} is the limit")
+
     @property
     def effective_op(self) -> str:
         """The op that is applied: the term's, else the vector's."""
@@ -85,14 +101,6 @@ class Term:
     def effective_scope(self) -> str:
         """The scope that is applied: the term's, else the vector's."""
         return self.scope or self.vector.default_scope
-
-    def factor(self, n: int) -> float:
-        """What the schedule makes of the strength where response token ``n`` (from 0) is decided."""
-        return 1.0 if self.schedule is None else self.schedule.factor(n)
-
-    def at(self, n: int) -> Term:
-        """This term as it is where response token ``n`` (from 0) is decided: without a schedule."""
-        return self if self.schedule is None else replace(self, strength=self.strength * self.factor(n), schedule=None)
 
     def keys(self) -> list[tuple[int, str]]:
         """The (layer, site) pairs the term acts on, sorted."""
@@ -155,7 +163,7 @@ class Steering:
         kept = []
         for term in self.terms:
             if term.effective_scope not in GATED_SCOPES:
-                term = term.at(0)
+                term = replace(term, schedule=None)  # which counts tokens of the response
                 kept.append(replace(term, scope="all") if term.effective_scope == "prompt" else term)
         return Steering(kept)
 

@@ -1,0 +1,412 @@
+// llama-steer-config.cpp - what is applied: vectors, configs, and the one place where strength, scale, window, op and stream become
+// coefficients.
+
+#include "llama-steer-state.h"
+
+namespace llama_steer {
+
+// ---- coefficients: the one place where strength, scale, window, op and stream become c and g ----
+
+bool term_covers(const llama_steer_term & t, const place & at, int32_t stream) {
+    return (t.il_first < 0 || at.first >= t.il_first) && (t.il_last < 0 || at.first <= t.il_last) &&
+           (t.stream < 0 || stream < 0 || t.stream == stream);
+}
+
+// stream < 0: any
+void term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g) {
+    c = 0.0;
+    g = 0.0;
+    if (t.strength == 0.0) {
+        return;
+    }
+    switch (t.op) {
+        case LLAMA_STEER_ADD:
+        case LLAMA_STEER_RENORM:  c = t.strength*d.scale;           break;
+        case LLAMA_STEER_PROJECT: g = -t.strength;                  break;
+        case LLAMA_STEER_CLAMP:   c = t.strength*d.scale; g = -1.0; break;
+        default: break;
+    }
+}
+
+void check_renorm(const vectors_by_id & vectors, const std::vector<llama_steer_term> & terms) {
+    for (const auto & t : terms) {
+        for (const auto & other : terms) {
+            const bool apart = t.stream >= 0 && other.stream >= 0 && t.stream != other.stream;
+            if (t.op != LLAMA_STEER_RENORM || other.op == LLAMA_STEER_RENORM || t.strength == 0.0 || other.strength == 0.0 || apart) {
+                continue;
+            }
+            for (const auto & [at, d] : vectors.at(t.vector).dirs) {
+                if (term_covers(t, at, -1) && term_covers(other, at, -1) && vectors.at(other.vector).dirs.count(at)) {
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d restores the length at layer %d, where vector %d acts with another op: "
+                                "what comes first is not defined", t.vector, at.first, other.vector));
+                }
+            }
+        }
+    }
+}
+
+// By how much the projecting terms at one place can lengthen a state: the norm of I + V g V^T.
+static double growth(const std::vector<std::pair<const direction *, double>> & parts) {
+    double up = 0.0; // of what amplifies (g > 0), and of what removes and mirrors (g < 0): bounds of their largest eigenvalues
+    double down = 0.0;
+    for (const auto & [a, g] : parts) {
+        double row = 0.0;
+        for (const auto & [b, other] : parts) {
+            if ((g > 0.0) != (other > 0.0)) {
+                continue;
+            }
+            double dot = 1.0;
+            if (a != b && a->hash != b->hash) {
+                dot = 0.0;
+                for (size_t i = 0; i < a->v.size(); ++i) {
+                    dot += (double) a->v[i]*b->v[i];
+                }
+            }
+            row += std::sqrt(std::fabs(g*other))*std::fabs(dot);
+        }
+        (g > 0.0 ? up : down) = std::max(g > 0.0 ? up : down, row);
+    }
+    return std::max({ 1.0, 1.0 + up, down - 1.0 });
+}
+
+void growth_bound::pass(const place & at, double added, const std::vector<std::pair<const direction *, double>> & parts) {
+    size = (parts.empty() ? 1.0 : growth(parts))*size + added;
+    if (!(size <= MAX_STATE)) {
+        throw steer_error(LLAMA_STEER_ERR_ARG, format("these terms together can let the hidden state grow beyond %g by layer %d, which float32 does not "
+                    "hold safely: use smaller strengths or fewer layers", MAX_STATE, at.first));
+    }
+}
+
+void check_bounds(const llama_steer_state & st, const vectors_by_id & vectors, const std::vector<llama_steer_term> & terms) {
+    std::set<place> places;
+    bool by_stream = false;
+    for (const auto & t : terms) {
+        by_stream = by_stream || t.stream >= 0;
+        for (const auto & [at, d] : vectors.at(t.vector).dirs) {
+            if (!term_covers(t, at, -1) || t.strength == 0.0) {
+                continue;
+            }
+            places.insert(at);
+            if (t.op == LLAMA_STEER_PROJECT && !(t.strength >= LLAMA_STEER_MIN_PROJECT && t.strength <= LLAMA_STEER_MAX_PROJECT)) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("strength %g of vector %d is out of range: project takes %g to %g", t.strength, t.vector,
+                            LLAMA_STEER_MIN_PROJECT, LLAMA_STEER_MAX_PROJECT));
+            }
+            if (t.op != LLAMA_STEER_PROJECT && !(std::fabs(t.strength*d.scale) <= LLAMA_STEER_MAX_DOSE)) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("strength %g of vector %d is too large at layer %d: a dose of %g is the limit",
+                            t.strength, t.vector, at.first, LLAMA_STEER_MAX_DOSE));
+            }
+        }
+    }
+    for (int32_t s = 0; s < (by_stream ? st.n_streams : 1); ++s) {
+        growth_bound bound;
+        for (const auto & at : places) {
+            double added = 0.0;
+            std::vector<std::pair<const direction *, double>> parts;
+            for (const auto & t : terms) {
+                const auto & dirs = vectors.at(t.vector).dirs;
+                auto it = dirs.find(at);
+                if (it == dirs.end() || !term_covers(t, at, by_stream ? s : -1)) {
+                    continue;
+                }
+                double c, g;
+                term_coefficients(t, it->second, c, g);
+                added += std::fabs(c);
+                if (g != 0.0) {
+                    parts.emplace_back(&it->second, g);
+                }
+            }
+            bound.pass(at, added, parts);
+        }
+    }
+}
+
+uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms, const place * only) {
+    // merged by direction content first: v - v is nothing, whatever the vectors are called
+    struct item { double c = 0.0; double g = 0.0; };
+    std::map<std::array<uint64_t, 4>, item> items;
+    for (const auto & t : terms) {
+        auto it = st.vectors.find(t.vector);
+        if (it == st.vectors.end()) {
+            continue;
+        }
+        for (const auto & [at, d] : it->second.dirs) {
+            if (!term_covers(t, at, -1) || (only && at != *only)) {
+                continue;
+            }
+            double c, g;
+            term_coefficients(t, d, c, g);
+            auto & i = items[{ d.hash, (uint64_t) at.first, (uint64_t) at.second, (uint64_t) (t.stream + 1) | (t.op == LLAMA_STEER_RENORM ? 1ull << 32 : 0) }];
+            i.c += c;
+            i.g += g;
+        }
+    }
+    uint64_t id = 0;
+    for (const auto & [key, i] : items) {
+        if (i.c != 0.0 || i.g != 0.0) {
+            id += mix64(hash_double(i.g, hash_double(i.c, hash_bytes(key.data(), sizeof(key), 0x57ee9))));
+        }
+    }
+    const bool any = std::any_of(items.begin(), items.end(), [](const auto & kv) { return kv.second.c != 0.0 || kv.second.g != 0.0; });
+    return any && id == 0 ? 1 : id;
+}
+
+// What a config is remembered by, and where it has to be seen to act.
+void set_acting(llama_steer_state & st, config & c) {
+    c.id = config_hash(st, c.terms);
+    c.fired.clear();
+    for (const auto & t : c.terms) {
+        for (const auto & [at, d] : st.vectors.at(t.vector).dirs) {
+            if (!c.fired.count(at) && term_covers(t, at, -1) && config_hash(st, c.terms, &at) != 0) {
+                c.fired[at] = 0;
+            }
+        }
+    }
+}
+
+bool in_use(const llama_steer_state & st, int32_t vector) {
+    for (const auto & [_, c] : st.configs) {
+        for (const auto & t : c.terms) {
+            if (t.vector == vector) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+// ---- vectors and configs ----
+
+void set_vector(llama_steer_state & st, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites,
+        const float * dirs, const double * scales, bool room) {
+    st.not_in_callback("changing a vector");
+    if (vector_id < 0 || vector_id >= LLAMA_STEER_MAX_VECTORS) {
+        throw steer_error(LLAMA_STEER_ERR_LIMIT, format("vector %d is out of range: 0 to %d", vector_id, LLAMA_STEER_MAX_VECTORS - 1));
+    }
+    if (n <= 0 || n > st.n_layer*LLAMA_STEER_SITE_COUNT || !layers || !sites || !dirs || !scales) {
+        throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d needs 1 to %d directions with layers, sites and scales", vector_id, st.n_layer*LLAMA_STEER_SITE_COUNT));
+    }
+    steer_vector col;
+    for (int32_t i = 0; i < n; ++i) {
+        st.check_place(layers[i], sites[i]);
+        if (!std::isfinite(scales[i])) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("the scale of vector %d at layer %d is not finite", vector_id, layers[i]));
+        }
+        const float * v = dirs + (size_t) i*st.n_embd;
+        double sq = 0.0;
+        for (int32_t j = 0; j < st.n_embd; ++j) {
+            sq += (double) v[j]*v[j];
+        }
+        if (!std::isfinite(sq)) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("the direction of vector %d at layer %d holds NaN or Inf", vector_id, layers[i]));
+        }
+        if (std::fabs(std::sqrt(sq) - 1.0) > 1e-3) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("the direction of vector %d at layer %d has norm %g instead of 1", vector_id, layers[i], std::sqrt(sq)));
+        }
+        direction d;
+        d.v.assign(v, v + st.n_embd);
+        d.scale = scales[i];
+        d.hash  = hash_bytes(v, st.n_embd*sizeof(float), 1);
+        if (!col.dirs.emplace(place(layers[i], sites[i]), std::move(d)).second) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d has two directions at layer %d, %s", vector_id, layers[i], site_name(sites[i])));
+        }
+    }
+    auto old = st.vectors.find(vector_id);
+    bool used = false; // by a config
+    if (old != st.vectors.end()) {
+        col.dyn = old->second.dyn;
+        auto vectors = st.vectors;
+        vectors[vector_id] = col;
+        for (const auto & [_, c] : st.configs) {
+            for (const auto & t : c.terms) {
+                used = used || t.vector == vector_id;
+                if (t.vector == vector_id && std::none_of(col.dirs.begin(), col.dirs.end(), [&](const auto & d) { return term_covers(t, d.first, -1); })) {
+                    throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d is used by a config whose layer window holds none of its new layers", vector_id));
+                }
+            }
+            check_bounds(st, vectors, c.terms);
+        }
+    }
+    std::vector<place> places;
+    for (const auto & [at, _] : col.dirs) {
+        if (room || used) {
+            places.push_back(at);
+        }
+    }
+    if (has_places(st, places)) {
+        if (col.dyn >= 0) {
+            st.ctx.synchronize();
+            upload_dyn(st, st.groups, st.slots, st.n_dyn, col.dyn, &col);
+        }
+        if (old != st.vectors.end()) {
+            drop_rows(st);
+        }
+    } else {
+        auto vectors = st.vectors;
+        vectors[vector_id] = col;
+        make_room(st, places, st.n_dyn, st.dyn_cols, vectors);
+    }
+    st.vectors[vector_id] = std::move(col);
+    if (used) {
+        for (auto & [_, c] : st.configs) {
+            set_acting(st, c);
+        }
+    }
+}
+
+void clear_vector(llama_steer_state & st, int32_t vector_id) {
+    st.not_in_callback("clearing a vector");
+    auto it = st.vectors.find(vector_id);
+    if (it == st.vectors.end()) {
+        throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d is not set", vector_id));
+    }
+    if (in_use(st, vector_id)) {
+        throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d is in use by a config", vector_id));
+    }
+    if (it->second.dyn >= 0) {
+        st.ctx.synchronize();
+        upload_dyn(st, st.groups, st.slots, st.n_dyn, it->second.dyn, nullptr);
+        st.dyn_cols[it->second.dyn] = -1;
+    }
+    if (st.add_cb) {
+        drop_rows(st); // the ones that a callback's coefficients made name vectors by number
+    }
+    st.vectors.erase(it);
+}
+
+static bool is_dyn(const llama_steer_term & t) {
+    return t.op == LLAMA_STEER_PROJECT || t.op == LLAMA_STEER_CLAMP;
+}
+
+// Give a vector a column of V: a free one, or that of a vector which projects no longer.
+static void promote_to_dyn(const llama_steer_state & st, int32_t vector_id, int32_t config_id, const std::vector<llama_steer_term> & wanted,
+        const std::vector<int32_t> & promote, std::vector<int32_t> & dyn_cols, vectors_by_id & vectors) {
+    auto free = std::find(dyn_cols.begin(), dyn_cols.end(), -1);
+    if (free == dyn_cols.end() && (int32_t) dyn_cols.size() >= LLAMA_STEER_MAX_DYN) {
+        const auto needs = [](const std::vector<llama_steer_term> & terms, int32_t k) {
+            return std::any_of(terms.begin(), terms.end(), [&](const llama_steer_term & t) { return t.vector == k && is_dyn(t); });
+        };
+        free = std::find_if(dyn_cols.begin(), dyn_cols.end(), [&](int32_t k) {
+            return !needs(wanted, k) && std::find(promote.begin(), promote.end(), k) == promote.end() &&
+                std::none_of(st.configs.begin(), st.configs.end(), [&](const auto & c) { return c.first != config_id && needs(c.second.terms, k); });
+        });
+        if (free == dyn_cols.end()) {
+            throw steer_error(LLAMA_STEER_ERR_LIMIT, format("more than %d vectors project or clamp at once", LLAMA_STEER_MAX_DYN));
+        }
+        vectors.at(*free).dyn = -1;
+    }
+    if (free == dyn_cols.end()) {
+        dyn_cols.push_back(-1);
+        free = dyn_cols.end() - 1;
+    }
+    *free = vector_id;
+    vectors.at(vector_id).dyn = (int32_t) (free - dyn_cols.begin());
+}
+
+void set_config(llama_steer_state & st, int32_t config_id, int32_t n_terms, const llama_steer_term * terms) {
+    if (config_id < 1) {
+        throw steer_error(LLAMA_STEER_ERR_ARG, format("config %d cannot be set: ids start at 1, 0 is no steering", config_id));
+    }
+    if (n_terms < 0 || n_terms > LLAMA_STEER_MAX_TERMS || (n_terms > 0 && !terms)) {
+        throw steer_error(LLAMA_STEER_ERR_LIMIT, format("a config takes 0 to %d terms, not %d", LLAMA_STEER_MAX_TERMS, n_terms));
+    }
+    std::vector<int32_t> promote; // vectors that now need V on the device
+    for (int32_t i = 0; i < n_terms; ++i) {
+        const auto & t = terms[i];
+        auto it = st.vectors.find(t.vector);
+        if (it == st.vectors.end()) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d is not set", t.vector));
+        }
+        if (t.op < LLAMA_STEER_ADD || t.op > LLAMA_STEER_RENORM) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("op %d does not exist", t.op));
+        }
+        if (!std::isfinite(t.strength)) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("the strength of vector %d is not finite", t.vector));
+        }
+        if (t.il_first >= 0 && t.il_last >= 0 && t.il_first > t.il_last) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("the layer window %d-%d is empty", t.il_first, t.il_last));
+        }
+        if (t.stream < LLAMA_STEER_STREAM_ALL || t.stream >= st.n_streams) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("stream %d does not exist: this model has %d", t.stream, st.n_streams));
+        }
+        bool covers = false;
+        for (const auto & [at, d] : it->second.dirs) {
+            const bool here = term_covers(t, at, -1);
+            covers = covers || here;
+            if (here && t.stream >= 0 && at.second != LLAMA_STEER_RESID_POST) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, format("a stream cannot be named at %s", site_name(at.second)));
+            }
+        }
+        if (!covers) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("the layer window %d-%d holds none of the layers of vector %d", t.il_first, t.il_last, t.vector));
+        }
+        if (is_dyn(t) && it->second.dyn < 0 && std::find(promote.begin(), promote.end(), t.vector) == promote.end()) {
+            promote.push_back(t.vector);
+        }
+    }
+
+    const std::vector<llama_steer_term> wanted(terms, terms + n_terms);
+    check_bounds(st, st.vectors, wanted);
+    check_renorm(st.vectors, wanted);
+
+    std::vector<place> places;
+    bool renorms = st.norms;
+    for (const auto & t : wanted) {
+        renorms = renorms || t.op == LLAMA_STEER_RENORM;
+        for (const auto & [at, _] : st.vectors.at(t.vector).dirs) {
+            if (term_covers(t, at, -1)) {
+                places.push_back(at);
+            }
+        }
+    }
+    const bool more = !has_places(st, places) || renorms != st.norms;
+    if (!promote.empty() || more) {
+        st.not_in_callback("a config that needs new layers or another kind of edit");
+        auto dyn_cols = st.dyn_cols;
+        auto vectors  = st.vectors;
+        for (int32_t k : promote) {
+            promote_to_dyn(st, k, config_id, wanted, promote, dyn_cols, vectors);
+        }
+        int32_t n_dyn = promote.empty() ? st.n_dyn : std::max(st.n_dyn, 4);
+        while (n_dyn < (int32_t) dyn_cols.size()) {
+            n_dyn *= 2;
+        }
+        if (more || n_dyn != st.n_dyn) {
+            const bool norms = st.norms;
+            st.norms = renorms;
+            try {
+                make_room(st, places, n_dyn, dyn_cols, vectors);
+            } catch (...) {
+                st.norms = norms;
+                st.want_all();
+                throw;
+            }
+        } else {
+            st.ctx.synchronize();
+            for (int32_t k : promote) {
+                upload_dyn(st, st.groups, st.slots, st.n_dyn, vectors.at(k).dyn, &vectors.at(k));
+            }
+            drop_rows(st); // a vector may have lost its place
+        }
+        st.dyn_cols = std::move(dyn_cols);
+        st.vectors  = std::move(vectors);
+    }
+
+    auto & c = st.configs[config_id];
+    c.terms = wanted;
+    set_acting(st, c);
+    forget_rows_of(st, config_id);
+}
+
+void clear_config(llama_steer_state & st, int32_t config_id) {
+    if (!st.configs.erase(config_id)) {
+        throw steer_error(LLAMA_STEER_ERR_ARG, format("config %d is not set", config_id));
+    }
+    forget_rows_of(st, config_id);
+    for (auto & [_, r] : st.ranges) {
+        for (auto & [p, id] : r.starts) {
+            id = id == config_id ? 0 : id;
+        }
+    }
+}
+
+} // namespace llama_steer
