@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from steer_plugins.errors import EngineError
+from steer_plugins.steering.vector import SteeringVector
 from tests.engine import harness as H
+from tests.engine.engines import open_engine
 from tests.engine.harness import ADD, CLAMP, PROJECT, RENORM, RESID, NativeTerm, Raw, Tok
 
 MakeRaw = Callable[..., Raw]
@@ -176,3 +180,21 @@ def test_what_cannot_be_had_is_one_sequences_error(fresh: MakeRaw) -> None:
     assert r.steer.stats().n_rows_capacity == capacity == 1024, "nothing was allocated in the decode"
     r.steer.clear_sequence()
     assert r.steer.stats().n_rows_capacity == 8, "an idle context gives its rows back"
+
+
+@pytest.mark.parametrize("arch", ["olmo2", "exaone4"])
+def test_what_does_not_stay_finite_leaves_nothing_behind(tiny: Callable[..., Path], arch: str, llama_cpp: Any) -> None:
+    """These bring the state itself into their float16 cache, where a dose that float32 holds is too much: NaN must not stay."""
+    with open_engine(tiny(arch)) as engine:
+        layers = range(engine.info.n_layer)
+        v = SteeringVector("far", {(il, "resid_post"): H.directions(1, engine.info.n_embd)[0] for il in layers}).scaled(1e7)
+        text, item = "the river was cold", ("the river was cold", " and wet")
+        plain = engine.generate(text, max_tokens=6).tokens
+        scores = engine.logprobs([item])[0]
+        for _ in range(2):
+            with pytest.raises(EngineError, match="does not stay finite under such a steering: use a smaller strength"):
+                engine.generate(text, steering=v, max_tokens=4)
+            with pytest.raises(EngineError, match="does not stay finite"):
+                engine.logprobs([item], steering=v)
+            assert engine.generate(text, max_tokens=6).tokens == plain
+            assert np.array_equal(engine.logprobs([item])[0], scores)

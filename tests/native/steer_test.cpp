@@ -129,8 +129,8 @@ struct steer_vector {
     }
 };
 
-static vector make_column(const model_holder & m, std::vector<int32_t> layers, uint32_t seed, double scale = 2.0, int32_t site = LLAMA_STEER_RESID_POST) {
-    vector c;
+static steer_vector make_vector(const model_holder & m, std::vector<int32_t> layers, uint32_t seed, double scale = 2.0, int32_t site = LLAMA_STEER_RESID_POST) {
+    steer_vector c;
     for (int32_t il : layers) {
         const auto v = unit(m.info.n_embd, seed*1000 + il);
         c.layers.push_back(il);
@@ -183,7 +183,7 @@ static void test_formula(const model_holder & m) {
             for (int32_t il : { 0, m.info.n_layer/2, m.info.n_layer - 1 }) {
                 OK(c, llama_steer_seq_clear(c, -1));
                 const auto before = read(c, il, site, 9);
-                const auto col = make_column(m, { il }, 1, 2.0, site);
+                const auto col = make_vector(m, { il }, 1, 2.0, site);
                 OK(c, col.put(c, 0));
                 for (int32_t op : { LLAMA_STEER_ADD, LLAMA_STEER_PROJECT, LLAMA_STEER_CLAMP }) {
                     OK(c, set_config(c, 1, { term(0, op, 0.5) }));
@@ -218,7 +218,7 @@ static void test_many(const model_holder & m) {
 
     // vectors that add, vectors that project in turns, more configs in a batch than rows
     for (int32_t k = 0; k < 80; ++k) {
-        OK(c, make_column(m, every, 10 + k, 0.1).put(c, k == 79 ? LLAMA_STEER_MAX_VECTORS - 1 : k));
+        OK(c, make_vector(m, every, 10 + k, 0.1).put(c, k == 79 ? LLAMA_STEER_MAX_VECTORS - 1 : k));
     }
     std::vector<llama_steer_term> terms;
     for (int32_t k = 0; k < 79; ++k) {
@@ -243,7 +243,7 @@ static void test_many(const model_holder & m) {
         c.run(40);
     }
     for (int32_t p = 0; p < 60; ++p) {
-        OK(wide, make_column(m, every, p, 0.1).put(wide, p));
+        OK(wide, make_vector(m, every, p, 0.1).put(wide, p));
         OK(wide, set_config(wide, 1 + p, { term(p) }));
         OK(wide, llama_steer_range(wide, 0, p, p + 1, 1 + p));
     }
@@ -271,7 +271,7 @@ static void test_many(const model_holder & m) {
     // vectors in use, replaced, cleared, set again
     CHECK(llama_steer_vector_clear(c, 0) == LLAMA_STEER_ERR_ARG);
     for (int32_t k = 0; k < 20; ++k) {
-        OK(c, make_column(m, { k % m.info.n_layer }, 500 + k).put(c, 3000));
+        OK(c, make_vector(m, { k % m.info.n_layer }, 500 + k).put(c, 3000));
         OK(c, set_config(c, 5, { term(3000, k % 3) }));
         OK(c, llama_steer_range(c, 0, 0, -1, 5));
         c.run(6);
@@ -282,7 +282,7 @@ static void test_many(const model_holder & m) {
     CHECK(distance(c.run(), plain) == 0.0f);
 }
 
-static void test_taps(const model_holder & m) {
+static void test_captures(const model_holder & m) {
     context c(m);
     const auto plain = c.run();
     std::vector<int32_t> layers, sites;
@@ -327,10 +327,12 @@ static void test_taps(const model_holder & m) {
     OK(c, llama_steer_seq_clear(c, -1));
     OK(c, llama_steer_capture_range(c, 0, 0, -1, true));
     c.forget();
-    CHECK(c.decode(0, 12) == -3 && strstr(llama_steer_error(c), "more than 2 tokens"));
+    CHECK(c.decode(0, 12) == 0 && llama_steer_seq_error(c, 0) == LLAMA_STEER_ERR_LIMIT && strstr(llama_steer_error(c), "more than 2 tokens"));
     OK(c, llama_steer_capture_set(c, 2, last, resid, LLAMA_STEER_STREAM_MEAN, 0, true));
     c.forget();
-    CHECK(c.decode(0, 12, 0, false) == (m.info.last_layer_outputs_only ? -3 : 0));
+    CHECK(c.decode(0, 12, 0, false) == 0);
+    CHECK(llama_steer_seq_error(c, -1) == (m.info.last_layer_outputs_only ? LLAMA_STEER_ERR_ARG : LLAMA_STEER_OK));
+    CHECK(llama_steer_seq_error(c, -1) == LLAMA_STEER_OK);
     OK(c, llama_steer_seq_clear(c, -1));
     CHECK(distance(c.run(), plain) == 0.0f);
 }
@@ -403,9 +405,9 @@ static bool on_add(const llama_steer_tokens * tokens, float * c, float * g, void
 static void test_callbacks(const model_holder & m) {
     context c(m);
     const auto plain = c.run();
-    const auto col = make_column(m, { 0, 1, m.info.n_layer - 1 }, 3);
-    OK(c, make_column(m, { 1, 2 }, 4).put(c, 0));
-    OK(c, make_column(m, { 2 }, 5).put(c, 1));
+    const auto col = make_vector(m, { 0, 1, m.info.n_layer - 1 }, 3);
+    OK(c, make_vector(m, { 1, 2 }, 4).put(c, 0));
+    OK(c, make_vector(m, { 2 }, 5).put(c, 1));
     OK(c, set_config(c, 2, { term(0, LLAMA_STEER_PROJECT) }));
     OK(c, set_config(c, 1, { term(0) }));
     OK(c, llama_steer_range(c, 0, 2, -1, 1));
@@ -444,7 +446,7 @@ static void test_callbacks(const model_holder & m) {
 static void test_bad_arguments(const model_holder & m) {
     context c(m);
     const int32_t n_embd = m.info.n_embd;
-    OK(c, make_column(m, { 1, 2 }, 1).put(c, 0));
+    OK(c, make_vector(m, { 1, 2 }, 1).put(c, 0));
     OK(c, set_config(c, 1, { term(0, LLAMA_STEER_CLAMP, 0.5) }));
     OK(c, llama_steer_range(c, 0, 0, -1, 1));
     const auto want = c.run();
@@ -453,8 +455,8 @@ static void test_bad_arguments(const model_holder & m) {
     const float  nan = std::numeric_limits<float>::quiet_NaN();
     const float  inf = std::numeric_limits<float>::infinity();
     const int32_t none = 0, outside[2] = { 0, m.info.n_layer }, zeros[2] = { 0, 0 };
-    auto good = make_column(m, { 0, 1 }, 9);
-    auto spoiled = [&](const std::function<void(vector &)> & spoil) {
+    auto good = make_vector(m, { 0, 1 }, 9);
+    auto spoiled = [&](const std::function<void(steer_vector &)> & spoil) {
         auto bad = good;
         spoil(bad);
         return bad.put(c, 3);
@@ -474,18 +476,18 @@ static void test_bad_arguments(const model_holder & m) {
         [&] { return llama_steer_vector_set(c, 3, 2, good.layers.data(), nullptr, good.dirs.data(), good.scales.data()); },
         [&] { return llama_steer_vector_set(c, 3, 2, good.layers.data(), good.sites.data(), nullptr, good.scales.data()); },
         [&] { return llama_steer_vector_set(c, 3, 2, good.layers.data(), good.sites.data(), good.dirs.data(), nullptr); },
-        [&] { return spoiled([&](vector & x) { x.layers[1] = m.info.n_layer; }); },
-        [&] { return spoiled([&](vector & x) { x.layers[1] = -1; }); },
-        [&] { return spoiled([&](vector & x) { x.layers[1] = std::numeric_limits<int32_t>::max(); }); },
-        [&] { return spoiled([&](vector & x) { x.layers[1] = 0; }); },
-        [&] { return spoiled([&](vector & x) { x.sites[1] = LLAMA_STEER_SITE_COUNT; }); },
-        [&] { return spoiled([&](vector & x) { x.sites[1] = -1; }); },
-        [&] { return spoiled([&](vector & x) { x.dirs[n_embd + 1] = nan; }); },
-        [&] { return spoiled([&](vector & x) { x.dirs[1] = -inf; }); },
-        [&] { return spoiled([&](vector & x) { x.dirs[1] += 1.0f; }); },
-        [&] { return spoiled([&](vector & x) { std::fill(x.dirs.begin(), x.dirs.end(), 0.0f); }); },
-        [&] { return spoiled([&](vector & x) { x.scales[1] = nan; }); },
-        [&] { return spoiled([&](vector & x) { x.scales[0] = inf; }); },
+        [&] { return spoiled([&](steer_vector & x) { x.layers[1] = m.info.n_layer; }); },
+        [&] { return spoiled([&](steer_vector & x) { x.layers[1] = -1; }); },
+        [&] { return spoiled([&](steer_vector & x) { x.layers[1] = std::numeric_limits<int32_t>::max(); }); },
+        [&] { return spoiled([&](steer_vector & x) { x.layers[1] = 0; }); },
+        [&] { return spoiled([&](steer_vector & x) { x.sites[1] = LLAMA_STEER_SITE_COUNT; }); },
+        [&] { return spoiled([&](steer_vector & x) { x.sites[1] = -1; }); },
+        [&] { return spoiled([&](steer_vector & x) { x.dirs[n_embd + 1] = nan; }); },
+        [&] { return spoiled([&](steer_vector & x) { x.dirs[1] = -inf; }); },
+        [&] { return spoiled([&](steer_vector & x) { x.dirs[1] += 1.0f; }); },
+        [&] { return spoiled([&](steer_vector & x) { std::fill(x.dirs.begin(), x.dirs.end(), 0.0f); }); },
+        [&] { return spoiled([&](steer_vector & x) { x.scales[1] = nan; }); },
+        [&] { return spoiled([&](steer_vector & x) { x.scales[0] = inf; }); },
         [&] { return llama_steer_vector_clear(c, 0); },
         [&] { return llama_steer_vector_clear(c, 55); },
         [&] { return llama_steer_vector_clear(nullptr, 0); },
@@ -566,7 +568,7 @@ static void test_lifetimes(const model_holder & m) {
         callback_data d;
         const int32_t layers[2] = { 0, 1 }, sites[2] = { 0, 0 };
         for (auto * c : { a, b }) {
-            OK(*c, make_column(m, { 0, 1, 2 }, 1).put(*c, 0));
+            OK(*c, make_vector(m, { 0, 1, 2 }, 1).put(*c, 0));
             OK(*c, set_config(*c, 1, { term(0, LLAMA_STEER_CLAMP) }));
             OK(*c, llama_steer_range(*c, 0, 0, -1, 1));
             OK(*c, llama_steer_capture_set(*c, 2, layers, sites, LLAMA_STEER_STREAM_ALL, 0, true));
@@ -589,7 +591,7 @@ static void test_lifetimes(const model_holder & m) {
     context c(m);
     const auto plain = c.run();
     for (int k = 0; k < 4; ++k) {
-        OK(c, make_column(m, { k % m.info.n_layer }, 1).put(c, k));
+        OK(c, make_vector(m, { k % m.info.n_layer }, 1).put(c, k));
         if (k % 2) {
             c.decode(12, 1);
         }
@@ -613,14 +615,14 @@ static void test_lifetimes(const model_holder & m) {
     (void) llama_steer_error(untouched);
     CHECK(llama_steer_capture_count(untouched) == 0);
     context unused(m);
-    OK(unused, make_column(m, { 0 }, 1).put(unused, 0));
+    OK(unused, make_vector(m, { 0 }, 1).put(unused, 0));
 
     // on top of the stock control vector, which shares its object with the steering
     std::vector<float> data((size_t) (m.info.n_layer - 1)*m.info.n_embd, 0.01f);
     OK(c, llama_set_adapter_cvec(c, data.data(), data.size(), m.info.n_embd, 1, m.info.n_layer - 1));
     const auto stock = c.run();
     CHECK(distance(stock, plain) > 0.0f);
-    OK(c, make_column(m, { 1 }, 1).put(c, 0));
+    OK(c, make_vector(m, { 1 }, 1).put(c, 0));
     OK(c, set_config(c, 1, { term(0) }));
     OK(c, llama_steer_range(c, 0, 0, -1, 1));
     CHECK(distance(c.run(), stock) > 0.0f);
@@ -628,6 +630,99 @@ static void test_lifetimes(const model_holder & m) {
     CHECK(distance(c.run(), stock) == 0.0f);
     OK(c, llama_set_adapter_cvec(c, nullptr, 0, m.info.n_embd, 1, 1));
     CHECK(distance(c.run(), plain) == 0.0f);
+}
+
+// ---- plans ----
+
+static void test_plans(const model_holder & m) {
+    std::mt19937 rng(7);
+    const auto pick = [&](int n) { return (int) (rng() % n); };
+    std::vector<steer_vector> made;
+    std::vector<std::string>  keys;
+    std::vector<llama_steer_vector> vectors;
+    for (int k = 0; k < 40; ++k) {
+        made.push_back(make_vector(m, { k % m.info.n_layer, (k + 1) % m.info.n_layer }, 50 + k, 0.1));
+        keys.push_back("vector " + std::to_string(k));
+    }
+    for (int k = 0; k < 40; ++k) {
+        vectors.push_back({ keys[k].c_str(), 2, made[k].layers.data(), made[k].sites.data(), made[k].dirs.data(), made[k].scales.data() });
+    }
+    const char * open[] = { "<think>", "[THINK]" }, * close[] = { "</think>" }, * tool[] = { "<tool>" };
+    const char * texts[] = { "", "<", "<thi", "nk>", "</think>", "<think></think><tool>", "plain \xc3\xa4", "[THINK]" };
+
+    context c(m, 5, 3);
+    const auto plain = c.run();
+    for (int round = 0; round < 60; ++round) {
+        std::vector<llama_steer_plan_term> terms;
+        for (int i = pick(6); i >= 0; --i) {
+            llama_steer_plan_term t = {};
+            t.vector   = &vectors[pick(40)];
+            t.name     = t.vector->key;
+            t.strength = 0.1*(pick(40) - 15); // some out of range for project
+            t.op       = pick(4);
+            t.il_first = t.il_last = t.stream = -1;
+            t.scope    = pick(7);
+            t.first    = pick(8);
+            t.last     = pick(3) ? -1 : pick(12);
+            t.schedule = pick(3);
+            t.over     = pick(6)*30;
+            t.floor    = 0.25*pick(6);
+            terms.push_back(t);
+        }
+        llama_steer_tags tags = {};
+        tags.known = pick(5) > 0;
+        tags.all_tools = pick(8) == 0;
+        tags.generation_prompt = pick(2) ? texts[pick(8)] : nullptr;
+        tags.prompt_end = pick(2) ? texts[pick(8)] : nullptr;
+        tags.open = open;             tags.n_open = pick(3);
+        tags.close = close;           tags.n_close = pick(2);
+        tags.tool_open = tool;        tags.n_tool_open = pick(2);
+        const int32_t n_prompt = pick(5);
+        auto * plan = llama_steer_plan_new((int32_t) terms.size(), terms.data(), n_prompt, pick(8) ? &tags : nullptr);
+        if (!plan) {
+            CHECK(strlen(llama_steer_plan_error()) > 10);
+            continue;
+        }
+        for (int32_t p = n_prompt + 1; p < 12; ++p) {
+            const char * text = texts[pick(8)];
+            CHECK(llama_steer_plan_feed(plan, p, text, (int32_t) strlen(text)) >= 0);
+        }
+        if (pick(3) == 0) {
+            (void) llama_steer_plan_change(plan, 0, (int32_t) terms.size()/2, terms.data());
+        }
+        const llama_seq_id seq = pick(3);
+        llama_pos pos[12];
+        uint64_t ids[12];
+        for (int32_t p = 0; p < 12; ++p) {
+            pos[p] = p;
+        }
+        const int32_t planned = llama_steer_plan_edits(c, plan, 12, pos, ids);
+        const int32_t applied = llama_steer_plan_apply(c, plan, seq, 0);
+        if (applied == LLAMA_STEER_OK) { // renorm beside another op, and scales that are too large, are found here
+            CHECK(planned == LLAMA_STEER_OK);
+            for (int32_t p = 0; p < 12; ++p) {
+                CHECK(llama_steer_edit_id(c, seq, p) == ids[p]);
+            }
+            c.forget();
+            CHECK(c.decode(0, 12, seq) == 0);
+            CHECK(llama_steer_seq_error(c, -1) == LLAMA_STEER_OK);
+        } else {
+            CHECK(applied == LLAMA_STEER_ERR_ARG);
+        }
+        if (pick(2)) {
+            OK(c, llama_steer_seq_clear(c, pick(2) ? seq : -1));
+        }
+        llama_steer_plan_free(plan);
+    }
+    int32_t id = -1;
+    OK(c, llama_steer_vector_pin(c, &vectors[3], LLAMA_STEER_PROJECT, &id));
+    OK(c, llama_steer_vector_unpin(c, id));
+    CHECK(llama_steer_vector_unpin(c, id) == LLAMA_STEER_ERR_ARG);
+    CHECK(llama_steer_plan_apply(c, nullptr, 0, 0) == LLAMA_STEER_ERR_ARG);
+    CHECK(llama_steer_vector_pin(c, nullptr, 0, &id) == LLAMA_STEER_ERR_ARG);
+    OK(c, llama_steer_seq_clear(c, -1));
+    CHECK(distance(c.run(), plain) == 0.0f);
+    llama_steer_plan_free(nullptr);
 }
 
 int main(int argc, char ** argv) {
@@ -649,10 +744,11 @@ int main(int argc, char ** argv) {
     const std::vector<std::pair<const char *, void (*)(const model_holder &)>> tests = {
         { "formula",       test_formula },
         { "many",          test_many },
-        { "captures",          test_taps },
+        { "captures",      test_captures },
         { "callbacks",     test_callbacks },
         { "bad arguments", test_bad_arguments },
         { "lifetimes",     test_lifetimes },
+        { "plans",         test_plans },
     };
     for (const auto & [name, test] : tests) {
         const auto start = std::chrono::steady_clock::now();

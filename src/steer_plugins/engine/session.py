@@ -114,6 +114,10 @@ class Session(SteeredContext):
                 del kv[e.position :]
                 kv.append((e.token, self.edit_of(sequence, e.position)))
         self.check_decoded()
+        # Some models bring large states into their float16 cache, where they become infinite and then everybody's NaN.
+        for k in {e.sequence: k for k, e in enumerate(entries) if e.output}.values():
+            if not np.isfinite(self.logits(k)[0]):
+                raise EngineError("this model does not stay finite under such a steering: use a smaller strength")
 
     def logits(self, index: int) -> npt.NDArray[np.float32]:
         """Logits of batch entry ``index`` of the last decode: float32 [n_vocab], a view that the next decode overwrites."""
