@@ -175,3 +175,12 @@ def test_vectors_without_a_report_have_no_picture(report: Any) -> None:
 def test_a_flat_line_can_be_drawn() -> None:
     drawn = svg.lines([svg.Series("s", [(1.0, 2.0)])], label="t", x_label="x")
     assert ElementTree.fromstring(drawn) is not None
+
+
+def test_the_queue_has_an_end(link: Any, trainer: jobs.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MAX_JOBS", 2)
+    monkeypatch.setattr(trainer, "_worker", threading.current_thread())  # busy elsewhere: everything waits
+    for name in ("one", "two"):
+        trainer.add(link, name, jobs.pairs_of("a", "b"))
+    with pytest.raises(SpecError, match="2 vectors wait"):
+        trainer.add(link, "three", jobs.pairs_of("a", "b"))

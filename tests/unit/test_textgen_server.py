@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import sys
 import time
@@ -454,6 +455,46 @@ def test_names_are_looked_for_in_the_library_only(
     with pytest.raises(SteerError, match="no vector 'mood.safetensors'"):
         link.current().steering(parse("mood.safetensors"))
     assert link.current().steering(parse('"./mood.safetensors"')).terms  # typed in the page
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "refused"),
+    [
+        (None, "127.0.0.1:5000", False),
+        (None, "localhost:5000", False),
+        ("http://127.0.0.1:7860", "127.0.0.1:5000", False),
+        ("http://localhost:3000", "127.0.0.1:5000", False),
+        ("http://[::1]:3000", "127.0.0.1:5000", False),
+        ("https://evil.example", "127.0.0.1:5000", True),
+        ("https://127.0.0.1.evil.example", "127.0.0.1:5000", True),
+        ("http://localhost.evil.example", "127.0.0.1:5000", True),
+        ("null", "127.0.0.1:5000", True),
+        (None, "evil.example:5000", True),  # a name that was pointed here
+        (None, None, True),
+    ],
+)
+def test_pages_of_others_do_not_read_the_steering(stand_in: StandIn, origin: str | None, host: str | None, refused: bool) -> None:
+    assert api.foreign(origin, host) is refused
+
+
+def test_pages_of_others_where_the_webui_is_open(stand_in: StandIn) -> None:
+    stand_in.shared.args.listen = True
+    assert not api.foreign(None, "box.lan:5000") and not api.foreign("http://box.lan:7860", "box.lan:5000")
+    assert api.foreign("https://evil.example", "box.lan:5000")
+
+
+def test_a_page_that_others_can_open_names_no_files(stand_in: StandIn, server: FakeServer, tmp_path: Path) -> None:
+    put("mood")
+    setup_with(stand_in)
+    stand_in.shared.model, _ = stand_in.load("m")
+    file = Library().path("mood", IDENTITY)
+    terms = parse(json.dumps(str(file)))
+    assert len(link.current().steering(terms)) == 1
+    for flag in ("listen", "share"):
+        setattr(stand_in.shared.args, flag, True)
+        with pytest.raises(SpecError, match="is a file"):
+            link.current().steering(terms)
+        setattr(stand_in.shared.args, flag, False)
 
 
 def test_the_api_lists_vectors_and_presets(stand_in: StandIn, server: FakeServer) -> None:

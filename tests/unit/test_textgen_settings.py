@@ -138,3 +138,32 @@ def test_the_file_is_the_grammars_json(tmp_path: Path) -> None:
     saved(tmp_path / "s.json")
     data = json.loads((tmp_path / "s.json").read_text("utf-8"))
     assert data["steering"][1] == {"vector": "succinctness", "strength": 0.0, "layers": [3, 5], "scope": "all"}
+
+
+def test_what_could_not_be_read_again_is_not_kept(tmp_path: Path) -> None:
+    settings = Settings(tmp_path / "settings.json")
+    settings.set_terms(parse("mood:0.5"))
+    for strength in (float("nan"), float("inf")):
+        with pytest.raises(SpecError, match="not a finite number"):
+            settings.change_term(0, strength=strength)
+    with pytest.raises(SpecError, match="256 are the limit"):
+        settings.set_character("x" * 257, "half")
+    for i in range(1000):
+        settings.characters[f"c{i}"] = "half"
+    with pytest.raises(SpecError, match="1000 characters"):
+        settings.set_character("one more", "half")
+    settings.set_character("c1", "half")
+    settings.set_character("c1", None)
+    assert settings.expression == "mood:0.5" and "c1" not in settings.characters
+
+
+def test_the_most_that_can_be_kept_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    settings = Settings(path)
+    term = parse('"a-vector-with-quite-a-long-name":-0.123456789@10-20?response[cosine:1234:0.25]')
+    settings.set_terms(term * 64)
+    for i in range(500):
+        settings.save_preset(f"preset number {i}")
+    settings.flush()
+    again = Settings(path)
+    assert again.problem == "" and len(again.presets) == 500 and again.terms == settings.terms

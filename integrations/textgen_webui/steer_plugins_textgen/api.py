@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
+from steer_plugins.client import is_loopback
 from steer_plugins.errors import SpecError, SteerError
 from steer_plugins.steering.grammar import names_of, refuse_file
 from steer_plugins.store.library import Library
@@ -167,8 +169,30 @@ def _sentence() -> str:
     return ""
 
 
+def foreign(origin: str | None, host: str | None) -> bool:
+    """Whether a request comes from a page of somebody else: neither of this server nor of a program on this machine.
+
+    The webui lets pages of any origin read what its API answers; presets and the page's steering are nobody's business.
+    """
+    own = f"//{host or ''}"
+    if not (webui.open_to_others() or getattr(webui.shared().args, "public_api", False)) and not is_loopback(own):
+        return True  # it listens on this machine only: a name of elsewhere was pointed here by whoever owns that name
+    if not origin:
+        return False
+    return urlsplit(origin).hostname != urlsplit(own).hostname and not is_loopback(origin)
+
+
 def _add_routes(script: Any) -> None:
-    from fastapi import Depends
+    from fastapi import Depends, HTTPException, Request
+
+    def own_pages(request: Any) -> None:
+        # who has a key was given it; without one, any page in the user's browser could ask
+        asked = request.headers
+        if not getattr(webui.shared().args, "api_key", None) and foreign(asked.get("origin"), asked.get("host")):
+            why = "pages of another origin may not read the steering: start the webui with --api-key"
+            raise HTTPException(status_code=403, detail=why)
+
+    own_pages.__annotations__["request"] = Request  # the text of an annotation would be looked up in this module
 
     def steering() -> Any:
         return facts()
@@ -179,6 +203,6 @@ def _add_routes(script: Any) -> None:
     def steering_presets() -> Any:
         return {"presets": facts()["presets"]}
 
-    key = [Depends(script.verify_api_key)]
+    guards = [Depends(script.verify_api_key), Depends(own_pages)]
     for path, answer in (("", steering), ("/vectors", steering_vectors), ("/presets", steering_presets)):
-        script.app.add_api_route(f"/v1/internal/steering{path}", answer, methods=["GET"], dependencies=key)
+        script.app.add_api_route(f"/v1/internal/steering{path}", answer, methods=["GET"], dependencies=guards)

@@ -21,6 +21,8 @@ from . import webui
 from .link import Link
 
 MAX_LINES = 500
+MAX_JOBS = 64
+"""Vectors that may wait at the same time."""
 N_HELDOUT = 10
 
 Source = Trait | ContrastData
@@ -90,6 +92,8 @@ class Trainer:
         with self._lock:
             if any(other.name == name and other.state in ("waiting", "running") for other in self._jobs):
                 raise SpecError(f"{name!r} is being fitted already")
+            if sum(other.state in ("waiting", "running") for other in self._jobs) >= MAX_JOBS:
+                raise SpecError(f"{MAX_JOBS} vectors wait to be fitted already: let some of them finish first")
             self._jobs = [*(other for other in self._jobs if other.state in ("waiting", "running")), job]
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, daemon=True, name="steering fits vectors")

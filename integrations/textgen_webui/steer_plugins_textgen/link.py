@@ -38,7 +38,7 @@ class Link:
 
     def steering(self, terms: list[TermSpec]) -> Steering:
         """The terms with their vectors from the library. Raises SteerError that names what is missing or does not fit."""
-        files = any(map(is_file_name, names_of(terms)))
+        files = any(map(is_file_name, names_of(terms))) and not webui.open_to_others()
         # without a file, none is looked for: a name that the library lacks could be a file in the webui's folder
         steering = self.engine.steering(terms, names_only=not files)
         self.engine.check(steering)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import threading
 from dataclasses import replace
@@ -14,8 +15,11 @@ from steer_plugins.atomic import write_atomically
 from steer_plugins.errors import SpecError, SteerError
 from steer_plugins.steering.grammar import TermSpec, format_terms, from_json
 
-MAX_FILE = 1 << 20
+MAX_FILE = 1 << 24
 MAX_PRESETS = 500
+MAX_CHARACTERS = 1000
+MAX_CHARACTER = 256
+"""Characters of a character's name."""
 SAVE_AFTER = 0.3
 """Seconds without a change until the file is written: a dragged slider is one change."""
 
@@ -66,7 +70,12 @@ class Settings:
         self._changed()
 
     def change_term(self, index: int, **changes: Any) -> None:
-        """Change fields of one term; an index beyond the list (a page of long ago) changes nothing."""
+        """Change fields of one term; an index beyond the list (a page of long ago) changes nothing.
+
+        Raises SpecError for a strength that is not a finite number: what cannot be read again must not be kept.
+        """
+        if not math.isfinite(changes.get("strength", 0.0)):
+            raise SpecError(f"the strength is {changes['strength']}, not a finite number")
         with self._lock:
             if not 0 <= index < len(self.terms):
                 return
@@ -106,8 +115,12 @@ class Settings:
         self._changed()
 
     def set_character(self, character: str, preset: str | None) -> None:
-        """Load ``preset`` whenever the character is chosen; None: no longer."""
+        """Load ``preset`` whenever the character is chosen; None: no longer. Raises SpecError for more than can be kept."""
+        if len(character) > MAX_CHARACTER:
+            raise SpecError(f"a character's name of {len(character)} characters cannot be kept: {MAX_CHARACTER} are the limit")
         with self._lock:
+            if preset and character not in self.characters and len(self.characters) >= MAX_CHARACTERS:
+                raise SpecError(f"{MAX_CHARACTERS} characters have presets already: take one away first")
             self.characters.pop(character, None)
             if preset:
                 self.characters[character] = preset

@@ -20,6 +20,8 @@ from .settings import settings
 
 OWN = "the vector's own"
 FIT = "Fit in the background"
+MAX_COMPARE = 512
+"""Tokens of a comparison."""
 WINDOW = "from-to, such as 10-20; empty: all"
 
 
@@ -155,7 +157,7 @@ class Tab:
         with gr.Accordion("Compare: the same prompt unsteered and steered", open=False, elem_id="steering-compare"):
             with gr.Row():
                 self.prompt = gr.Textbox(value="Describe a walk in the forest.", label="Prompt", scale=5, lines=1, max_lines=6)
-                self.length = gr.Slider(16, 512, value=96, step=16, label="Tokens", scale=2, min_width=140)
+                self.length = gr.Slider(16, MAX_COMPARE, value=96, step=16, label="Tokens", scale=2, min_width=140)
                 self.run = gr.Button("Compare", elem_classes="small-button", scale=0, min_width=100, elem_id="steering-run")
             with gr.Row():
                 self.plain = gr.Textbox(label="Unsteered", lines=7, interactive=False, elem_id="steering-plain")
@@ -225,7 +227,9 @@ class Tab:
 
     def _connect(self) -> None:
         shared = webui.shared()
-        quick: dict[str, Any] = {"show_progress": "hidden"}
+        # no names under which other programs could call what the page does
+        private: dict[str, Any] = {"api_name": False}
+        quick: dict[str, Any] = {"show_progress": "hidden", **private}
         self.on.input(self.switch, [self.on], self.all, **quick)
         for i, (_, slider, zero, remove) in enumerate(self.rows):
             # always_last: a slider that is dragged on while a change is under way ends where it was let go
@@ -258,10 +262,10 @@ class Tab:
             concurrency_limit=None,
             **quick,
         )
-        self.read.click(self.show_activations, [self.along], [self.picture], show_progress="minimal")
+        self.read.click(self.show_activations, [self.along], [self.picture], show_progress="minimal", **private)
         self.api_too.input(functools.partial(self.flag, "api_too"), [self.api_too], self.all, **quick)
         self.cpu_too.input(functools.partial(self.flag, "cpu_too"), [self.cpu_too], self.all, **quick)
-        self.adopt.click(self.look_again, None, self.all, show_progress="minimal")
+        self.adopt.click(self.look_again, None, self.all, show_progress="minimal", **private)
         character = shared.gradio.get("character_menu")
         if character is not None:
             character.change(self.new_character, [character], self.all, **quick)
@@ -281,9 +285,13 @@ class Tab:
         follow()
 
     def slide(self, i: int, value: float) -> tuple[Any, Any, Any]:
-        settings().change_term(i, strength=float(value))
+        try:
+            settings().change_term(i, strength=float(value))
+            note = wording.note()
+        except SpecError as error:
+            note = wording.bad(str(error))
         follow()
-        return settings().expression, wording.note(), wording.status(current_or_none())
+        return settings().expression, note, wording.status(current_or_none())
 
     def zero(self, i: int) -> list[Any]:
         return self._with(lambda: settings().change_term(i, strength=0.0))
@@ -403,7 +411,7 @@ class Tab:
             terms = settings().active
             if not terms:
                 raise SpecError("nothing is steered: move a slider, or switch steering on")
-            for plain, steered in replies.compare(current(), prompt or "", terms, int(length)):
+            for plain, steered in replies.compare(current(), prompt or "", terms, max(1, min(int(length), MAX_COMPARE))):
                 yield plain, steered, ""
         except SteerError as error:
             yield gr.update(), gr.update(), wording.bad(str(error))

@@ -67,6 +67,11 @@ def multi_user() -> bool:
     return bool(getattr(shared().args, "multi_user", False))
 
 
+def open_to_others() -> bool:
+    """Whether the page can be reached from other machines: then it names vectors of the library, and no files."""
+    return any(getattr(shared().args, flag, False) for flag in ("listen", "share"))
+
+
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
     """Count as a generation, so that the webui's idle timer does not unload the model meanwhile."""
