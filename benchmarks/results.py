@@ -1,6 +1,6 @@
 """Write docs/results.md: fit the bundled traits to the default model, run `steer bench control` on all, say how long it took.
 
-    python benchmarks/results.py --jobs 2
+    python -m benchmarks.results --jobs 2
 
 Vectors, report (HTML, every reply, manifest) and times go to build/results: what a user has fitted is not touched. Vectors that
 are there already are used again. POSIX only.
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from steer_plugins.bench.report import read_report
-from steer_plugins.bench.results import results_page, table
 from steer_plugins.training.traits import bundled_traits
+
+from .results_page import results_page, table
 
 STEER = [sys.executable, "-m", "steer_plugins"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.results_page import against_prompt
 from steer_plugins.bench.arms import ARMS, case_of, message, random_vector, shuffled_vector
 from steer_plugins.bench.control import QUICK, SWING, TURN_TOKENS, Control, Plan, divergence
 from steer_plugins.bench.replies import SCORED_TOKENS
-from steer_plugins.bench.results import against_prompt
 from steer_plugins.bench.stats import harmonic_mean
 from steer_plugins.bench.summary import summary_rows
 from steer_plugins.errors import DataError, VectorError

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.against_repeng import Repeng
+from benchmarks.fitting import opening_pairs, prompt_pairs
 from steer_plugins import atomic as files_module
 from steer_plugins.bench import report as report_module
 from steer_plugins.bench.costs import Costs, Measure, compare, figures, ratios_of, summary_rows
-from steer_plugins.bench.fitting import opening_pairs, prompt_pairs
-from steer_plugins.bench.repeng import Repeng
 from steer_plugins.bench.report import (
     KINDS,
     BenchReport,
@@ -254,15 +254,6 @@ def test_commands_refuse(
     assert sentence in captured.err and captured.err.count("\n") == 1 and not captured.out and not Path("x").exists()
 
 
-@pytest.mark.parametrize("benchmark", ["speed", "server"])
-def test_a_page_that_only_control_has(
-    benchmark: str, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["bench", benchmark, "--reporter", "results", "--out", "x"]) == 1
-    assert f"and nothing of steer bench {benchmark}" in capsys.readouterr().err and not Path("x").exists()
-
-
 def test_compare_command(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -381,7 +372,7 @@ def test_pairs_for_fitting() -> None:
 
 
 def test_the_child_needs_nothing_of_this_package() -> None:
-    from steer_plugins.bench import repeng_child
+    from benchmarks import repeng_child
 
     code = f"import runpy; runpy.run_path({repeng_child.__file__!r}); import sys; print('steer_plugins' in sys.modules)"
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)

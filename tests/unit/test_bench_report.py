@@ -92,7 +92,7 @@ def test_html_of_a_floor_and_of_nothing() -> None:
 def test_reports_are_written_and_read(tmp_path: Path) -> None:
     made = report()
     files = write_report(made, tmp_path / "r", builtin_reporters())
-    assert [f.name for f in files] == ["manifest.json", "report.html", "results.jsonl", "results.md", "summary.md"]
+    assert [f.name for f in files] == ["manifest.json", "report.html", "results.jsonl", "summary.md"]
     back = read_report(tmp_path / "r")
     assert back.manifest == json.loads(json.dumps(made.manifest))
     assert back.summary == json.loads(json.dumps(made.summary)) and len(back.rows) == len(made.rows)
@@ -185,7 +185,7 @@ def test_commands(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "a holds a report: choose another folder" in capsys.readouterr().err
     assert main([*arguments, "--out", "a", "--overwrite", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["manifest"]["plan"]["run_code"] is False and len(data["files"]) == 5
+    assert data["manifest"]["plan"]["run_code"] is False and len(data["files"]) == 4
     assert main([*arguments, "--out", "b", "--prompts", "6", "--no-sampled", "--pole", "negative", "--trait", "mood"]) == 0
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["vectors"]["mood"]["pole"] == "sombre"
     capsys.readouterr()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.results_page import against_prompt, better_with_prompt, results_page, targets
 from steer_plugins.bench.control import SWING, Control, Plan, Results
 from steer_plugins.bench.report import make_report
-from steer_plugins.bench.results import against_prompt, better_with_prompt, results_page, targets
 
 from .bench_world import FAMILY, PLAN, World, case, found, vector
 

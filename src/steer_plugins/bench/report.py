@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 KINDS = ("control", "speed", "server")
 MOST_BYTES = 1 << 30
-STANDARD_FILES = ("manifest.json", "report.html", "results.jsonl", "results.md", "summary.md")
+STANDARD_FILES = ("manifest.json", "report.html", "results.jsonl", "summary.md")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 

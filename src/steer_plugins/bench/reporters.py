@@ -8,7 +8,6 @@ from . import costs
 from .costpage import cost_page
 from .page import control_page
 from .report import BenchReport, Reporter
-from .results import report_results
 from .summary import SUMMARY, summary_rows
 
 
@@ -18,7 +17,6 @@ def builtin_reporters() -> dict[str, Reporter]:
         "html": report_html,
         "jsonl": report_jsonl,
         "manifest": report_manifest,
-        "results": report_results,
         "table": report_table,
     }
 

@@ -162,7 +162,7 @@ def bench_speed(
     Args:
         rounds: how often each arm gets a prefill and ``BLOCK`` × ``BLOCKS`` tokens, after one turn that is not counted.
         busy: with that many spinning neighbours each round is run once more, with them.
-        others: further arms that take their turns with these, such as those of :class:`~.repeng.Repeng`.
+        others: further arms that take their turns with these, each with its own way to decode.
         by_processor: also take processor time, which says nothing where layers are on a GPU.
         progress: called with (rounds done, all rounds).
 

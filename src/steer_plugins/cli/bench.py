@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import DataError, SteerError
 from ..plugins import hookimpl
 from .bench_control import compare, control
 from .bench_report import Out, report_options
@@ -20,8 +19,6 @@ from .common import FilePath, console, json_option, model_option, model_path, pr
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-    from ..bench.repeng import Repeng
 
 threads_option = click.option(
     "-t", "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads on the CPU."
@@ -43,13 +40,6 @@ def bench() -> None:
 @gpu_option
 @click.option("--rounds", type=click.IntRange(min=1, max=1000), default=24, show_default=True, help="Rounds of each arm.")
 @click.option(
-    "--repeng-python",
-    metavar="PYTHON",
-    help="A Python with torch, transformers and repeng, to compare with (default: this one, if it has them).",
-)
-@click.option("--pairs", type=click.IntRange(min=2), default=100, show_default=True, help="Fitted against repeng, at most.")
-@click.option("--fit-rounds", type=click.IntRange(min=0), default=3, show_default=True, help="Fits of each side, 0: none.")
-@click.option(
     "--busy",
     type=click.IntRange(min=0, max=1024),
     default=0,
@@ -64,9 +54,6 @@ def speed(
     threads: int,
     n_gpu_layers: int,
     rounds: int,
-    repeng_python: str | None,
-    pairs: int,
-    fit_rounds: int,
     busy: int,
     seed: int,
     out: Out,
@@ -76,17 +63,15 @@ def speed(
 
     The arms take turns in one run; ratios are to `plain` within a round, with a 95 % interval. `plain-again` is the same as
     `plain` and shows the noise. One thread and a small model are the worst case: the edit costs the same for every
-    model, while the layers around it grow. Where there is a repeng, it decodes in turn with them, on the float32 weights of
-    the same file, and fits the same pairs.
+    model, while the layers around it grow.
 
     \b
     Examples:
       steer bench speed --threads 1 --rounds 40
-      steer bench speed --repeng-python other-venv/bin/python --out report
+      steer bench speed --out report
       steer bench speed --threads 2 --busy 2 --rounds 4     a busy machine, minutes a round
     """
     from ..bench.busy import LongWaits
-    from ..bench.fitting import bench_fitting
     from ..bench.report import make_cost_report
     from ..bench.speed import BUSY, bench_speed, rows_of
     from ..engine.model import LoadedModel
@@ -98,10 +83,7 @@ def speed(
         # before the bar: what it cannot do is said in lines
         loaded = LoadedModel(activate(ensure_runtime()), path, n_gpu_layers=n_gpu_layers)
         stack.callback(loaded.close)
-        repeng, why_not = _repeng(repeng_python, path, threads)
-        if repeng is not None:
-            stack.callback(repeng.close)
-        others = [] if repeng is None else repeng.arms()
+        others = []
         if busy and n_gpu_layers == 0:
             others.append(stack.enter_context(LongWaits(path, threads)).arm())
         bar = stack.enter_context(_bar())
@@ -117,25 +99,6 @@ def speed(
         )
         costs.plan["n_gpu_layers"] = n_gpu_layers
         loaded.close()
-        if repeng is not None:
-            costs.versions = repeng.versions
-            if fit_rounds:
-                try:
-                    bench_fitting(
-                        costs,
-                        path,
-                        repeng,
-                        template=loaded.template,
-                        n_threads=threads,
-                        n_gpu_layers=n_gpu_layers,
-                        pairs=pairs,
-                        rounds=fit_rounds,
-                        seed=seed,
-                        progress=_shown(bar, "fits"),
-                    )
-                except SteerError as error:  # the times that there are stay worth something
-                    costs.notes.append(f"Fitting could not be compared: {error}")
-    costs.notes += [why_not] if why_not else []
     report = make_cost_report("speed", costs, path, loaded.identity, ["steer", *sys.argv[1:]])
     tables = {_title(path, threads, rounds): rows_of(costs)}
     if busy:
@@ -143,11 +106,10 @@ def speed(
 
     def show(files: list[Path]) -> None:
         if as_json:
-            fits = {name: m for name, m in report.summary["measures"].items() if name.startswith("train")}
             found, *beside = ([asdict(row) for row in each] for each in tables.values())
             more = {"busy": busy, "busy_rows": beside[0]} if beside else {}
             facts = _facts(path, costs.plan)
-            print_json({**facts, "rows": found, **more, "fits": fits, "notes": costs.notes, "files": files})
+            print_json({**facts, "rows": found, **more, "notes": costs.notes, "files": files})
             return
         for title, rows in tables.items():
             print_table(
@@ -178,39 +140,10 @@ def speed(
                 ],
                 title=title,
             )
-        _print_fits(report.summary["measures"])
         for note in costs.notes:
             click.echo(note)
 
     out.deliver(report, show, as_json=as_json)
-
-
-def _repeng(named: str | None, model: Path, threads: int) -> tuple[Repeng | None, str]:
-    """The child that was asked for, or that of this Python; else why there is none. Raises DataError for one that was named."""
-    from ..bench.repeng import Repeng, this_python_has_it
-
-    if named is None and not this_python_has_it():
-        return None, "Not compared with repeng: this Python has no torch, transformers and repeng (--repeng-python names one)."
-    with console(stderr=True).status("loading the model with transformers"):
-        try:
-            return Repeng(named or sys.executable, model, threads), ""
-        except DataError as error:
-            if named is not None:
-                raise
-            return None, f"Not compared with repeng: {error}."
-
-
-def _print_fits(measures: dict[str, Any]) -> None:
-    from ..bench.costs import figures
-
-    rows = [
-        (name, arm, f"{figures(found['value'])} s", f"{found['ratio'][0]:.3g}", measure["base"])
-        for name, measure in measures.items()
-        if name.startswith("train")
-        for arm, found in measure["arms"].items()
-    ]
-    if rows:
-        print_table(["fitting", "with", "median", "speed ratio", "to"], rows)
 
 
 @bench.command()

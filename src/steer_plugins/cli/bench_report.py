@@ -33,8 +33,6 @@ class Out:
         from ..bench.report import check_folder
         from ..plugins import manager
 
-        if kind != "control" and "results" in self.names:
-            raise DataError(f"the reporter 'results' writes a page of steer bench control, and nothing of steer bench {kind}")
         self.writers = {name: manager().find("reporters", name) for name in self.names or manager().registry("reporters")}
         if self.folder is not None:
             check_folder(self.folder, kind, overwrite=self.overwrite)
@@ -67,9 +65,7 @@ def report_options(command: F) -> F:
 
     @click.option("-o", "--out", "folder", type=FilePath(path_type=Path), metavar="DIR", help="Write the report there.")
     @click.option("--overwrite", is_flag=True, help="Replace a report that is there.")
-    @click.option(
-        "--reporter", "reporters", multiple=True, metavar="NAME", help="html, jsonl, manifest, table, results (default: all)."
-    )
+    @click.option("--reporter", "reporters", multiple=True, metavar="NAME", help="html, jsonl, manifest, table (default: all).")
     @functools.wraps(command)
     def wrapped(*args: Any, folder: Path | None, overwrite: bool, reporters: tuple[str, ...], **rest: Any) -> Any:
         return command(*args, out=Out(folder, overwrite, reporters), **rest)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arms import PROMPTS, RANDOMS
-from .control import FLOOR, SWING
-from .report import BenchReport
-from .summary import SUMMARY, interval, number, summary_rows
+from steer_plugins.bench.arms import PROMPTS, RANDOMS
+from steer_plugins.bench.control import FLOOR, SWING
+from steer_plugins.bench.report import BenchReport
+from steer_plugins.bench.summary import SUMMARY, interval, number, summary_rows
 
 TIMES_RANDOM = 5.0
 """The effect at full strength is to be at least so many times that of random vectors of the same norms."""
@@ -31,14 +31,6 @@ class Target:
     name: str
     value: str
     missed: str = ""
-
-
-def report_results(report: BenchReport) -> dict[str, bytes]:
-    """``results.md``: targets, who wins where, dose curves, conversations, side effects, context tokens, the command.
-
-    Other benchmarks than ``control`` have no such page.
-    """
-    return {} if report.kind != "control" else {"results.md": results_page(report).encode()}
 
 
 # ---- targets ----
@@ -103,7 +95,7 @@ def results_page(report: BenchReport) -> str:
     model = manifest["model"]
     parts = [
         f"# Results: {Path(model['file'] or model['name'] or 'a model').stem}",
-        "Written by `steer bench control` (reporter `results`): every number and every list below is of that one run. What is "
+        "Written from a report of `steer bench control`: every number and every list below is of that one run. What is "
         "measured and how is told in [benchmarks.md](benchmarks.md).",
         *_short(summary),
         "## Targets",

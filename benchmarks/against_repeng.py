@@ -6,21 +6,14 @@ the same pairs. Needs torch, transformers, accelerate, gguf and repeng there.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .child import Child, ChildArm
+from steer_plugins.bench.child import Child, ChildArm
 
-NEEDED = ("torch", "transformers", "repeng")
 PACKAGES = "torch, transformers, accelerate, gguf and repeng"
 _CHILD = Path(__file__).with_name("repeng_child.py")
-
-
-def this_python_has_it() -> bool:
-    """Whether repeng can be imported here, without importing it."""
-    return all(importlib.util.find_spec(name) is not None for name in NEEDED)
 
 
 class Repeng(Child):

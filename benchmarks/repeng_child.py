@@ -1,4 +1,4 @@
-"""repeng on transformers, in a Python that has them: one JSON object a line in, one out. Started by ``repeng.py`` beside it.
+"""repeng on transformers, in a Python that has them: one JSON object a line in, one out. Started by ``against_repeng.py``.
 
 Run as ``python repeng_child.py MODEL.gguf THREADS``. Imports nothing of this package, which that Python need not have. The
 weights are those of the GGUF file in float32, as transformers makes them. An answer with ``error`` is one sentence.

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engine.base import Progress
-from ..engine.chat import ChatTemplate
-from .costs import Costs, Measure, name_by_processor
-from .repeng import Repeng
+from steer_plugins.bench.costs import Costs, Measure, name_by_processor
+from steer_plugins.engine.base import Progress
+from steer_plugins.engine.chat import ChatTemplate
+
+from .against_repeng import Repeng
 
 Pairs = list[tuple[str, str]]
 OURS, THEIRS = "steer train", "repeng"
@@ -44,7 +45,7 @@ STATEMENTS = (
 
 def prompt_pairs(count: int, template: ChatTemplate | None = None) -> Pairs:
     """Prompts of the trait ``mood`` under each of its system prompts, in the model's chat format where it has one."""
-    from ..training.traits import load_trait
+    from steer_plugins.training.traits import load_trait
 
     trait = load_trait("mood")
     found = [
@@ -107,9 +108,9 @@ def bench_fitting(
     Raises:
         DataError: repeng fails. EngineError: the model cannot be read.
     """
-    from ..engine.local import LocalEngine
-    from ..training.extract import ContrastData, Pair, Side
-    from ..training.train import Training, TrainOptions
+    from steer_plugins.engine.local import LocalEngine
+    from steer_plugins.training.extract import ContrastData, Pair, Side
+    from steer_plugins.training.train import Training, TrainOptions
 
     rng = np.random.default_rng(seed)
     with LocalEngine(model, n_threads=n_threads, n_gpu_layers=n_gpu_layers, n_parallel=12) as engine:
