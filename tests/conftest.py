@@ -15,6 +15,7 @@ settings.load_profile("patient")
 MARKS = {
     "behaviour": ["native", "behaviour"],
     "engine": ["native"],
+    "hosts": [],
     "integration": ["native", "server"],
     "native": ["native"],
     "server": ["server"],

@@ -30,6 +30,13 @@ def test_cli_reference_is_up_to_date() -> None:
     assert words(page) == words(render()), "run: python -m steer_plugins.cli.reference docs/cli.md"
 
 
+def test_help_names_every_method() -> None:
+    from steer_plugins.training.extract import builtin_methods
+
+    text = CliRunner().invoke(cli, ["train", "--help"], terminal_width=200).output
+    assert all(method.name in text for method in builtin_methods())
+
+
 def test_python_reference_is_up_to_date() -> None:
     spec = importlib.util.spec_from_file_location("python_api", ROOT / "scripts" / "python_api.py")
     assert spec is not None and spec.loader is not None

@@ -41,7 +41,13 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--trait", "trait_name", metavar="FILE|NAME", help="A trait file, or a trait that comes with the package.")
 @engine_options
 @click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
-@click.option("--method", default="mean_difference", show_default=True, metavar="NAME", help="The extraction method.")
+@click.option(
+    "--method",
+    default="mean_difference",
+    show_default=True,
+    metavar="NAME",
+    help="The extraction method: mean_difference, pca_diff, pca_center, logistic_probe, lda, or a plugin's.",
+)
 @click.option(
     "--positions",
     type=click.Choice(["last", "response", "answer", "thinking"]),
