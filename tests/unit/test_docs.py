@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import steer_plugins
 from steer_plugins.cli.main import cli
 from steer_plugins.cli.reference import render
+from tests.unit.test_project import PROJECT
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,3 +66,17 @@ def test_relative_links_of_the_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if not re.match(r"[a-z]+:", target):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_rooms_stand_in_the_order_in_which_they_may_use_one_another() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## The rooms")[1].split("## ")[0]
+    named = re.findall(r"`(?:…/|src/steer_plugins/)?(\w+)(?:/|\.py)`", "\n".join(re.findall(r"^\|([^|]*)\|", table, re.M)))
+    layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
+    rooms = [room.strip() for layer in layers for room in layer.split("|")]
+    assert [room for room in named if room not in ("integrations", "cpp_patch")] == rooms
+
+
+def test_the_front_page_leads_to_every_page() -> None:
+    front = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "CONTRIBUTING.md"))
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name}" in front, f"nothing leads to {page.name}"
