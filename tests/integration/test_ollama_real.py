@@ -74,6 +74,20 @@ class Setup:
         assert answer.status_code == 200, answer.text
         return str(answer.json()["response"])
 
+    def first_token(self, model: str, **more: object) -> dict[str, float]:
+        """Log probabilities of the 20 likeliest first tokens."""
+        body = {"model": model, "prompt": "hi", "options": {"num_predict": 8, "temperature": 0}, "stream": False}
+        body |= {"logprobs": True, "top_logprobs": 20, **more}
+        answer = httpx.post(f"{self.url}/api/generate", json=body, trust_env=False, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return {one["token"]: one["logprob"] for one in answer.json()["logprobs"][0]["top_logprobs"]}
+
+
+def apart(one: dict[str, float], other: dict[str, float]) -> float:
+    """The largest difference of log probability over the three likeliest tokens of ``one``; those not told count as the least."""
+    likeliest = sorted(one, key=lambda token: -one[token])[:3]
+    return max(abs(one[token] - other.get(token, min(other.values()))) for token in likeliest)
+
 
 def tiny_vector(gguf: Path, name: str, seed: int) -> SteeringVector:
     identity = identity_of_gguf(gguf)
@@ -124,10 +138,19 @@ def test_a_model_from_its_creation_to_its_end(setup: Setup) -> None:
 
 
 def test_steering_acts_and_an_unsteered_request_shares_the_process(setup: Setup) -> None:
+    """Greedy texts are compared where the same tokens are computed in the same batches only.
+
+    The tiny model's two best first tokens are 2e-5 apart. Whether the prompt is computed at once, or its last token alone with the
+    rest from the cache, makes 1e-3 and so another text, without any steering.
+    """
     setup.steer("create", "up", "-f", setup.write("up", "FROM base\nPARAMETER steering mood"))
-    steered = setup.generate("up")
-    plain = setup.generate("base")  # the daemon would die of it
-    assert steered != plain and setup.generate("up", options={"steering": "", "num_predict": 8, "temperature": 0}) == plain
+    off = {"options": {"steering": "", "num_predict": 8, "temperature": 0}}
+    steered = setup.first_token("up")
+    plain = setup.first_token("base")  # the daemon would die of it
+    assert apart(plain, steered) > 0.2
+    assert apart(plain, setup.first_token("up", **off)) < 0.02
+    text = setup.generate("base")  # all but the last token of the prompt is cached from here on
+    assert setup.generate("up") != text and setup.generate("up", **off) == text == setup.generate("base")
     models = httpx.get(f"{setup.url}/api/ps", trust_env=False).json()["models"]
     assert {m["name"] for m in models} == {"up:latest", "base:latest"} and len({m["steer_server"] for m in models}) == 1
     setup.ollama("stop", "up")
