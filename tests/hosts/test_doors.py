@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from steer_plugins_ollama import expression, modelfile
-from steer_plugins_ollama.pool import Resolver
+from steer_plugins_ollama.desk import Desk
 from steer_plugins_textgen import wishes
 from steer_plugins_textgen.link import Link
 from steer_plugins_textgen.settings import Settings
@@ -45,7 +45,7 @@ class Doors:
         self._engine = ServerEngine(server.url, library=library)
         self._link = Link(server.url, library)
         process = SimpleNamespace(url=server.url, api_key=None)
-        self._resolver = Resolver(process, library)  # type: ignore[arg-type]
+        self._desk = Desk(process, library)  # type: ignore[arg-type]
         self._model = SimpleNamespace(vectors={}, name="m")
 
     def close(self) -> None:
@@ -86,12 +86,11 @@ class Doors:
 
     def ollama_modelfile(self, text: str) -> dict[str, Any]:
         lines = modelfile.parse(f'FROM m\nPARAMETER steering """{text}"""\n').steering
-        said = expression.combine_lines(None, lines)
-        return self._resolver.fields(self._model, said or "")  # type: ignore[arg-type]
+        return next(self._desk.attempts(self._model, expression.combine_lines(None, lines) or ()))  # type: ignore[arg-type]
 
     def ollama_request(self, text: str) -> dict[str, Any]:
-        said = expression.of_request([term.to_json() for term in parse(text)], "mood:3")
-        return self._resolver.fields(self._model, said or "")  # type: ignore[arg-type]
+        said = expression.of_request([term.to_json() for term in parse(text)], tuple(parse("mood:3")))
+        return next(self._desk.attempts(self._model, said or ()))  # type: ignore[arg-type]
 
 
 DOORS = [name for name, door in vars(Doors).items() if callable(door) and not name.startswith("_") and name != "close"]

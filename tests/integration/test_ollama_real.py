@@ -140,8 +140,8 @@ def test_a_model_from_its_creation_to_its_end(setup: Setup) -> None:
 def test_steering_acts_and_an_unsteered_request_shares_the_process(setup: Setup) -> None:
     """Greedy texts are compared where the same tokens are computed in the same batches only.
 
-    The tiny model's two best first tokens are 2e-5 apart. Whether the prompt is computed at once, or its last token alone with the
-    rest from the cache, makes 1e-3 and so another text, without any steering.
+    The tiny model's two best first tokens are 2e-5 apart. Whether the prompt is computed at once, or its last token alone and the
+    rest is cached, makes 1e-3 and so another text, without any steering.
     """
     setup.steer("create", "up", "-f", setup.write("up", "FROM base\nPARAMETER steering mood"))
     off = {"options": {"steering": "", "num_predict": 8, "temperature": 0}}

@@ -95,7 +95,8 @@ class StandInLlama(StandIn):
         self.began, self.left = threading.Event(), threading.Event()
         self.wait_at: int | None = None  # this many events are sent, then the client is waited for
         self.die_at: int | None = None  # this many events are sent, then the connection breaks
-        model = {"n_ctx": 4096, "has_chat_template": True, "n_gpu_layers": 0, "devices": []}
+        # without an identity: whoever wants to steer it has to be told why not
+        model = {"n_ctx": 4096, "has_chat_template": True, "n_gpu_layers": 0, "devices": [], "error": "a stand-in has no layers"}
         if think:
             model |= {"think_open": "<think>", "think_close": "</think>"}
         self.answers[("GET", "/health")] = lambda h, b: send_json(h, {"status": "ok"})
@@ -147,7 +148,7 @@ class StandInProcess:
 
         class Process:
             running = False
-            url, device, log_tail, api_key = outer.llama.url, "Stand-in 1", ["a line"], None
+            url, log_tail, api_key = outer.llama.url, ["a line"], None
 
             def start(self, model: Any, args: Any = (), env: Any = None) -> None:
                 outer.log.append("start")

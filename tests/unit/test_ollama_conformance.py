@@ -127,7 +127,7 @@ def test_ps_and_tags(client: httpx.Client) -> None:
     (found,) = client.get("/api/ps").json()["models"]
     has(found, {**entry, "expires_at": str, "size_vram": int, "context_length": int, **ours})
     datetime.fromisoformat(found["expires_at"].replace("Z", "+00:00"))
-    assert found["device"] == "Stand-in 1" and found["size_vram"] == 0 and found["expires_at"].startswith("2318")
+    assert found["device"] == "CPU" and found["size_vram"] == 0 and found["expires_at"].startswith("2318")
     assert set(found["details"]) == DETAILS
     for found in client.get("/api/tags").json()["models"]:
         has(found, {**entry, "modified_at": str})

@@ -9,6 +9,7 @@ from steer_plugins_ollama.modelfile import ModelfileError
 from steer_plugins_ollama.names import parse_name
 
 from steer_plugins.errors import SpecError
+from steer_plugins.steering.grammar import parse
 
 WHOLE = '''\ufeff# a comment
 FROM llama3.2:1b\r
@@ -98,6 +99,10 @@ def test_render_is_read_back(text: str) -> None:
     assert found.parameters == {"stop": ["a", " b"], "use_mmap": True, "temperature": 0.5}
 
 
+def terms(text: str) -> expression.Terms:
+    return tuple(parse(text))
+
+
 @pytest.mark.parametrize(
     ("base", "text", "result"),
     [
@@ -110,17 +115,18 @@ def test_render_is_read_back(text: str) -> None:
     ],
 )
 def test_a_leading_plus_adds(base: str | None, text: str, result: str) -> None:
-    assert expression.combine(base, text) == result
+    assert expression.combine(None if base is None else terms(base), text) == terms(result)
 
 
 def test_lines_of_one_model_add_up() -> None:
-    assert expression.combine_lines("base", ["mood:0.6", "kind"]) == "mood:0.6 + kind"
-    assert expression.combine_lines("base", ["+ mood:0.6", "kind"]) == "base + mood:0.6 + kind"
-    assert expression.combine_lines("base", []) == "base"
+    base = terms("base")
+    assert expression.combine_lines(base, ["mood:0.6", "kind"]) == terms("mood:0.6 + kind")
+    assert expression.combine_lines(base, ["+ mood:0.6", "kind"]) == terms("base + mood:0.6 + kind")
+    assert expression.combine_lines(base, []) == base
 
 
 def test_lines_that_begin_with_a_minus_add_up() -> None:
-    assert expression.combine_lines(None, ["mood:0.6", "-calm:0.5"]) == "mood:0.6 + calm:-0.5"
+    assert expression.combine_lines(None, ["mood:0.6", "-calm:0.5"]) == terms("mood:0.6 + calm:-0.5")
 
 
 def test_carrier_line() -> None:
@@ -139,9 +145,9 @@ def test_requests_open_no_files() -> None:
     for text in ('"/etc/passwd"', '"../x.safetensors":0.5', '"a\\\\b"'):
         with pytest.raises(SpecError, match="file"):
             expression.of_request(text, None)
-    assert expression.of_request([{"vector": "mood", "strength": 0.5}], "x") == "mood:0.5"
-    assert expression.of_request(None, "x") == "x"
-    assert expression.of_request("", "x") == ""
+    assert expression.of_request([{"vector": "mood", "strength": 0.5}], terms("x")) == terms("mood:0.5")
+    assert expression.of_request(None, terms("x")) == terms("x")
+    assert expression.of_request("", terms("x")) == ()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from steer_plugins_ollama.store import OllamaStore, store_root
 
 from steer_plugins import Library, testing
 from steer_plugins.errors import ModelError, SteerError
+from steer_plugins.steering.grammar import parse
 from steer_plugins.steering.vector import SteeringVector
 from steer_plugins.store.identity import identity_of_gguf
 
@@ -284,8 +285,8 @@ def test_carry_takes_vectors_out_of_the_library(tmp_path: Path, gguf: Path, libr
 
 def test_files_in_a_modelfile_are_carried(tmp_path: Path, gguf: Path, library: Library) -> None:
     (tmp_path / "My Calm.safetensors").write_bytes(creating.vector_bytes(vector("x", gguf)))
-    text, files = creating.carry_files('mood + "My Calm.safetensors":0.5', tmp_path, None, library)
-    assert text == "mood + my-calm:0.5" and list(files) == ["my-calm"]
+    terms, files = creating.carry_files(tuple(parse('mood + "My Calm.safetensors":0.5')), tmp_path, None, library)
+    assert terms == tuple(parse("mood + my-calm:0.5")) and list(files) == ["my-calm"]
 
 
 def test_facts_of_a_gguf(gguf: Path, tmp_path: Path) -> None:

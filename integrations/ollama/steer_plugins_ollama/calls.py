@@ -47,7 +47,7 @@ class Call:
     model: Model
     body: dict[str, Any]
     options: dict[str, Any]
-    steering: str | None
+    terms: expression.Terms | None
     keep: float
     chat: bool
 
@@ -61,7 +61,7 @@ class Call:
         load = options.load_options(self.options, self.service.environ, self.model.facts.number("context_length"))
         async with self.service.pool.use(self.model, load, self.keep) as runner:
             think = checks.checked_think(self.body.get("think"), self.model, runner)
-            yield Job(self.service.pool, runner, self.model, self.body, self.options, self.steering, think)
+            yield Job(self.service.pool, runner, self.model, self.body, self.options, self.terms, think)
 
     def head(self) -> dict[str, Any]:
         return {"model": self.name, "created_at": now()}
@@ -138,7 +138,7 @@ class Call:
     async def load(self) -> dict[str, Any]:
         """An empty request: only load the model, and check that its steering can be had."""
         async with self.job() as job:
-            await self.service.pool.fields(job.runner, self.model, self.steering)
+            await job.fields()
         return self.ended("load")
 
     async def unload(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def make_call(service: Service, model: Model, body: dict[str, Any], *, chat: boo
         model=model,
         body=body,
         options=options.merged(model.parameters, given),
-        steering=expression.of_request(steering_in(body), model.steering),
+        terms=expression.of_request(steering_in(body), model.terms),
         keep=options.keep_alive(body.get("keep_alive"), service.environ),
         chat=chat,
     )

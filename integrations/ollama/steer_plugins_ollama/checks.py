@@ -76,14 +76,14 @@ def checked_tools(value: Any, model: Model, runner: Runner, *, functions: bool =
             raise BadRequest(f"tool {number} needs a function with a name")
         if not isinstance(function.get("parameters") or {}, dict):
             raise BadRequest(f"the parameters of tool {number} must be a JSON schema")
-    if not (runner.facts.tools or "tools" in model.capabilities()):
+    if not (runner.tools or "tools" in model.capabilities()):
         raise BadRequest(f'"{model.name}" does not support tools')
     return value
 
 
 def checked_think(value: Any, model: Model, runner: Runner) -> bool | str | None:
     """What ``think`` means for a model: its default is on where the model can think."""
-    can = runner.facts.think is not None or "thinking" in model.capabilities()
+    can = runner.facts.thinking is not None or "thinking" in model.capabilities()
     if value is None:
         return True if can else None
     if not isinstance(value, bool) and value not in THINK_LEVELS:

@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 
 from steer_plugins.errors import DataError, EngineError, SteerError
-from steer_plugins.steering.grammar import format_terms, parse
+from steer_plugins.paths import expand_path
+from steer_plugins.steering.grammar import format_terms
 from steer_plugins.store.library import Library
 
 from . import creating, expression, modelfile
@@ -186,13 +187,12 @@ def _steering_of(parsed: modelfile.Modelfile, folder: Path) -> tuple[str | None,
     if not parsed.steering:
         return None, {}
     adds = parsed.steering[0].strip().startswith("+")
-    text = expression.combine_lines(None, parsed.steering) or ""
-    text, vectors = creating.carry_files(text, folder, None, Library())
-    return ("+ " if adds else "") + format_terms(parse(text)), vectors
+    terms, vectors = creating.carry_files(expression.combine_lines(None, parsed.steering) or (), folder, None, Library())
+    return ("+ " if adds else "") + format_terms(terms), vectors
 
 
 def _path(text: str, folder: Path) -> Path:
-    path = Path(os.path.expanduser(text))
+    path = expand_path(text)
     return path if path.is_absolute() else folder / path
 
 

@@ -25,7 +25,7 @@ async def complete(
         before: tokens in front of the prompt.
         text: what the model reads last, where that is in ``before``.
     """
-    tags = (job.runner.facts.think or ("<think>", "</think>")) if job.think else None
+    tags = (job.runner.facts.thinking or ("<think>", "</think>")) if job.think else None
     inside = tags is not None and (text or prompt).rstrip().endswith(tags[0].strip())
     schema = json_schema(job.body.get("format"))
     if schema is not None and tags is not None and inside:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,14 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer_plugins.errors import ModelError
-from steer_plugins.steering.grammar import TermSpec, parse, steering_of
+from steer_plugins.paths import expand_path
+from steer_plugins.steering.grammar import TermSpec, format_terms, is_file_name, steering_of
+from steer_plugins.steering.vector import FILE_SUFFIXES
 
 from . import expression, gotemplate
+from .desk import find
 from .errors import BadRequest, NotFound
+from .expression import Terms
 from .gguf import facts_of
 from .model import STEERING, Model, Store
 from .names import Name, parse_name
-from .pool import resolve
 
 if TYPE_CHECKING:
     from steer_plugins.steering.vector import ModelIdentity, SteeringVector
@@ -62,31 +64,32 @@ def prepare(body: Mapping[str, Any], store: Store, library: Library, *, own: boo
     carried = [text for text in (expression.of_license(one) for one in licenses if isinstance(one, str)) if text is not None]
     base = _base(body, store)
     lines = expression.of_parameters(parameters.get(STEERING))
-    steering = base.steering if base is not None else None
+    terms = base.terms if base is not None else None
     if not lines and not carried and not vectors and not carry:
-        if steering or own:
+        if terms or own:
             _check_template(body)
-        return Prepared(name, out, steering)
-    steering = expression.combine_lines(steering, lines)
+        return Prepared(name, out, None if terms is None else format_terms(terms))
+    terms = expression.combine_lines(terms, lines)
     for text in carried:
-        steering = expression.combine(steering, text)
+        terms = expression.combine(terms, text)
     _check_template(body)
-    expression.refuse_files(parse(steering or ""))
+    expression.refuse_files(terms or ())
+    steering = format_terms(terms or ())
     weights = _weights(body, base, store)
     if weights is not None:
-        found = check_vectors(steering or "", weights, base, vectors, library)
+        found = check_vectors(terms or (), weights, base, vectors, library)
         if carry:
             vectors = {**{key: vector_bytes(vector) for key, vector in found.items()}, **vectors}
     elif carry:
         raise BadRequest("the vectors can be carried only when the base model is here: create that one first")
-    out["parameters"] = {**parameters, STEERING: steering or ""}
+    out["parameters"] = {**parameters, STEERING: steering}
     kept = [one for one in licenses if not isinstance(one, str) or expression.of_license(one) is None]
     if base is not None and base.carriers:
-        kept.append(expression.as_license(steering or ""))  # the base's own lines come along, and the last one counts
+        kept.append(expression.as_license(steering))  # the base's own lines come along, and the last one counts
     out.pop("license", None)
     if kept:
         out["license"] = kept
-    return Prepared(name, out, steering, vectors)
+    return Prepared(name, out, None if terms is None else steering, vectors)
 
 
 def _check_kinds(body: Mapping[str, Any]) -> None:
@@ -121,7 +124,7 @@ def decoded(value: Any) -> dict[str, bytes]:
 
 
 def check_vectors(
-    steering: str, weights: Path, base: Model | None, vectors: Mapping[str, bytes], library: Library
+    terms: Terms, weights: Path, base: Model | None, vectors: Mapping[str, bytes], library: Library
 ) -> dict[str, SteeringVector]:
     """Look up every vector of a steering for a model, as a request would. Raises SteerError."""
     from steer_plugins.store.identity import identity_of_gguf
@@ -137,16 +140,18 @@ def check_vectors(
         model = replace(model, vectors={**model.vectors, **given})
 
         def look_up(name: str) -> SteeringVector:
-            found[name] = resolve(model, name, identity, library)
+            found[name] = find(model, name, identity, library)
             return found[name]
 
         for name in given:
             look_up(name)
-        steering_of(parse(steering), look_up)
+        steering_of(terms, look_up)
     return found
 
 
-def carry_files(steering: str, folder: Path, identity: ModelIdentity | None, library: Library) -> tuple[str, dict[str, bytes]]:
+def carry_files(
+    steering: Terms, folder: Path, identity: ModelIdentity | None, library: Library
+) -> tuple[Terms, dict[str, bytes]]:
     """Turn the files that a steering names (relative to ``folder``) into vectors that the model carries.
 
     Returns:
@@ -155,19 +160,17 @@ def carry_files(steering: str, folder: Path, identity: ModelIdentity | None, lib
     Raises:
         SteerError: a file is missing, or does not fit the model.
     """
-    from steer_plugins.steering.grammar import format_terms
-
     terms: list[TermSpec] = []
     files: dict[str, bytes] = {}
-    for term in parse(steering):
-        if any(mark in term.vector for mark in "/\\") or term.vector.endswith((".safetensors", ".gguf")):
-            path = Path(os.path.expanduser(term.vector))
+    for term in steering:
+        if is_file_name(term.vector) or term.vector.lower().endswith(FILE_SUFFIXES):
+            path = expand_path(term.vector)
             vector = library.resolve(str(path if path.is_absolute() else folder / path), identity)
             name = _free_name(path.stem, vector, files)
             files[name] = vector_bytes(vector.replace(name=name))
             term = replace(term, vector=name)
         terms.append(term)
-    return format_terms(terms), files
+    return tuple(terms), files
 
 
 def vector_bytes(vector: SteeringVector) -> bytes:

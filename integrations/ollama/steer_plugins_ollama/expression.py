@@ -1,4 +1,4 @@
-"""Steering texts of models and requests: what overrides, what adds, and the carrier line of the stock CLI."""
+"""The steering of models and requests: what overrides, what adds, and the carrier line of the stock CLI."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from steer_plugins.errors import SpecError
-from steer_plugins.steering.grammar import TermSpec, format_terms, from_json, parse
+from steer_plugins.steering.grammar import TermSpec, from_json, names_of, parse, refuse_file
 
 from .errors import BadRequest
 
@@ -15,7 +14,11 @@ from .errors import BadRequest
 _CARRIER = re.compile(r"\s*steering:\s*(.*?)\s*", re.DOTALL | re.IGNORECASE)
 
 
-def combine(base: str | None, text: str) -> str:
+Terms = tuple[TermSpec, ...]
+"""A steering as it was read, once; empty: none."""
+
+
+def combine(base: Terms | None, text: str) -> Terms:
     """What ``text`` makes of ``base``: it takes its place, or is added to it where it begins with ``+``.
 
     Raises:
@@ -23,11 +26,11 @@ def combine(base: str | None, text: str) -> str:
     """
     stripped = text.strip()
     if not stripped.startswith("+"):
-        return format_terms(parse(stripped))
-    return format_terms(parse(base or "") + parse(stripped[1:]))
+        return tuple(parse(stripped))
+    return (*(base or ()), *parse(stripped[1:]))
 
 
-def combine_lines(base: str | None, lines: Iterable[str]) -> str | None:
+def combine_lines(base: Terms | None, lines: Iterable[str]) -> Terms | None:
     """Several ``PARAMETER steering`` lines are one text; only the first decides whether it adds to what it is based on."""
     result = base
     for number, line in enumerate(lines):
@@ -61,12 +64,12 @@ def as_license(text: str) -> str:
     return f"steering: {text}"
 
 
-def of_request(value: Any, base: str | None) -> str | None:
+def of_request(value: Any, base: Terms | None) -> Terms | None:
     """The steering of a request: ``value`` is its ``steering``, ``base`` its model's own.
 
     Raises:
         SpecError: the expression is wrong.
-        BadRequest: it is not text, or names a file.
+        BadRequest: it is no text, or names a file.
     """
     if value is None:
         return base
@@ -75,15 +78,14 @@ def of_request(value: Any, base: str | None) -> str | None:
     elif isinstance(value, str):
         result = combine(base, value)
     elif isinstance(value, list):
-        result = format_terms(from_json(value))
+        result = tuple(from_json(value))
     else:
         raise BadRequest('steering is a text such as "mood:0.6 + !hedging", or a list of terms')
-    refuse_files(parse(result or ""))
+    refuse_files(result or ())
     return result
 
 
-def refuse_files(terms: list[TermSpec]) -> None:
+def refuse_files(terms: Terms) -> None:
     """Raise SpecError for a term that names a file: whoever can send a request must not open files here."""
-    for name in (name for term in terms for name in (term.vector, term.gate) if name is not None):
-        if re.search(r"[/\\]", name):
-            raise SpecError(f"{name[:80]!r} is a file: requests name vectors of the library, or those a model carries")
+    for name in names_of(terms):
+        refuse_file(name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import re
 import secrets
 import threading
@@ -20,6 +19,7 @@ from urllib.parse import quote, unquote
 
 from steer_plugins.atomic import write_atomically
 from steer_plugins.errors import EngineError, ModelError, SteerError
+from steer_plugins.paths import expand_path
 
 from . import expression, modelfile
 from .errors import BadName, BadRequest, NotFound
@@ -40,7 +40,7 @@ class FolderStore:
     """Models of a folder. ``extra``: GGUFs from elsewhere, by name (the demo model)."""
 
     def __init__(self, root: Path, extra: Mapping[str, Path] | None = None) -> None:
-        self.root = Path(os.path.expanduser(root)).absolute()
+        self.root = expand_path(root).absolute()
         self.extra = dict(extra or {})
         self._writing = threading.Lock()
 
@@ -138,10 +138,10 @@ class FolderStore:
             raise BadRequest(f"{path.name}: {error}") from None
         base = self._source(name, parsed.source, depth)
         licenses = (*base.licenses, *parsed.licenses)
-        steering = expression.combine_lines(base.steering, parsed.steering)
+        terms = expression.combine_lines(base.terms, parsed.steering)
         carried = [one for one in map(expression.of_license, parsed.licenses) if one is not None]
         for one in carried:
-            steering = expression.combine(steering, one)
+            terms = expression.combine(terms, one)
         head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())  # below, it may be a text's own line
         vectors = {m[1]: self.vector_path(m[2]) for m in map(_VECTOR_LINE.fullmatch, head) if m}
         return Model(
@@ -151,7 +151,7 @@ class FolderStore:
             size=base.size,
             modified=path.stat().st_mtime,
             parameters={**base.parameters, **parsed.parameters},
-            steering=steering,
+            terms=terms,
             template=parsed.template if parsed.template is not None else base.template,
             system=parsed.system if parsed.system is not None else base.system,
             messages=tuple(parsed.messages) or base.messages,
@@ -184,7 +184,7 @@ class FolderStore:
 
     def _path(self, source: str) -> Path:
         """The file that a Modelfile means."""
-        return self.root / os.path.expanduser(source)
+        return self.root / expand_path(source)
 
     # ---- writing ----
 

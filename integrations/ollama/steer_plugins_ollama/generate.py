@@ -79,7 +79,7 @@ def _raw_images(job: Job, prompt: str, images: list[Any]) -> tuple[str, list[str
     order = [int(number) for number in _IMAGE_MARK.findall(prompt)]
     if sorted(order) != list(range(len(images))):
         raise BadRequest("a raw prompt says where each image belongs: [img-0] for the first, [img-1] for the second")
-    return _IMAGE_MARK.sub(job.runner.facts.media_marker, prompt), [llama.plain_base64(images[number]) for number in order]
+    return _IMAGE_MARK.sub(job.runner.media_marker, prompt), [llama.plain_base64(images[number]) for number in order]
 
 
 def _text(body: Mapping[str, Any], key: str) -> str:

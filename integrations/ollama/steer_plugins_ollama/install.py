@@ -14,6 +14,7 @@ from typing import Any
 
 from steer_plugins.atomic import write_atomically
 from steer_plugins.errors import SteerError
+from steer_plugins.paths import expand_path
 
 LABEL = "org.steer-plugins.ollama"
 UNIT = "steer-ollama.service"
@@ -89,7 +90,7 @@ def plan(options: Sequence[str], *, platform: str | None = None, environ: Mappin
     kept = {key: env[key] for key in KEPT if env.get(key)}
     for key in PATHS:
         if key in kept:  # the service starts elsewhere
-            kept[key] = os.path.abspath(os.path.expanduser(kept[key]))
+            kept[key] = str(expand_path(kept[key]).absolute())
     if platform == "darwin":
         path = agent_path()
         return Plan(path, launchd_agent(command, kept), after=(("launchctl", "load", "-w", str(path)),))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from . import gotemplate, llama
 from .errors import BadRequest
+from .expression import Terms
 from .llama import LlamaServer, Piece
 from .log import tell_once
 from .model import Model
@@ -20,24 +21,30 @@ T = TypeVar("T")
 
 @dataclass
 class Job:
-    """A request, checked, on a process that has the model. ``steering``: its text, or None."""
+    """A request, checked, on a process that has the model. ``terms``: its steering, or None."""
 
     pool: Pool
     runner: Runner
     model: Model
     body: Mapping[str, Any]
     options: Mapping[str, Any]
-    steering: str | None
+    terms: Terms | None
     think: bool | str | None = None
 
     @property
     def server(self) -> LlamaServer:
         return self.runner.server
 
+    async def fields(self) -> dict[str, Any]:
+        """The fields that steer the request, its vectors uploaded. ``steering`` is always said, also when empty."""
+        attempts = await self.pool.attempts(self.runner, self.model, self.terms)
+        return await asyncio.to_thread(next, attempts)
+
     async def steered(self, make: Callable[[dict[str, Any]], AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
         """The parts of an answer to a request with steering fields; once more if the server has lost the vectors meanwhile."""
-        for attempt in (1, 2):
-            fields = await self.pool.fields(self.runner, self.model, self.steering)
+        attempts = await self.pool.attempts(self.runner, self.model, self.terms)
+        refused: BadRequest | None = None
+        while (fields := await asyncio.to_thread(next, attempts, None)) is not None:
             started = False
             pieces = make(fields)
             try:
@@ -45,18 +52,18 @@ class Job:
                     started = True
                     yield piece
                 return
-            except BadRequest:
-                resolver = self.runner.resolver
-                if started or attempt == 2 or not fields["steering"] or resolver is None:
+            except BadRequest as error:
+                if started:
                     raise
-                if not await asyncio.to_thread(resolver.lost, fields):
-                    raise
+                refused = error
             finally:
                 await pieces.aclose()
+        assert refused is not None
+        raise refused
 
     def check_images(self, messages: list[dict[str, Any]]) -> None:
         """Raise BadRequest for pictures that the model cannot see."""
-        if any(m.get("images") for m in messages) and not self.runner.facts.vision:
+        if any(m.get("images") for m in messages) and not self.runner.vision:
             raise BadRequest(f'"{self.model.name}" does not support images: it has no projector')
 
     def template(self) -> gotemplate.Template | None:
@@ -74,7 +81,7 @@ class Job:
         if template is None:
             asked = {"messages": llama.chat_messages(messages), "chat_template_kwargs": thinking_kwargs(self.think)}
             return str((await self.server.ask("/apply-template", asked))["prompt"]), []
-        marker = self.runner.facts.media_marker
+        marker = self.runner.media_marker
         images: list[str] = []
         marked = []
         for message in messages:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from steer_plugins.steering.grammar import TermSpec, format_terms
+
 from .gguf import GGUFFacts, facts_of
 from .names import Name
 
@@ -17,7 +19,7 @@ STEERING = "steering"
 
 @dataclass(frozen=True)
 class Model:
-    """``gguf``: its weights; ``steering``: its own steering, combined, or None; ``vectors``: those it carries, by name;
+    """``gguf``: its weights; ``terms``: its own steering, combined, or None; ``vectors``: those it carries, by name;
     ``carriers``: whether the steering comes from lines of the stock CLI."""
 
     name: Name
@@ -26,7 +28,7 @@ class Model:
     size: int
     modified: float
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    steering: str | None = None
+    terms: tuple[TermSpec, ...] | None = None
     template: str | None = None
     system: str = ""
     messages: tuple[dict[str, Any], ...] = ()
@@ -36,6 +38,11 @@ class Model:
     vectors: Mapping[str, Path] = field(default_factory=dict)
     parent: str = ""
     carriers: bool = False
+
+    @property
+    def steering(self) -> str | None:
+        """The text of its steering."""
+        return None if self.terms is None else format_terms(self.terms)
 
     @property
     def weights(self) -> tuple[Path, tuple[Path, ...], tuple[Path, ...]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
 import click
 
 from steer_plugins.errors import RuntimeMissing
+from steer_plugins.paths import expand_path
 from steer_plugins.plugins import hookimpl
 
 _URL = click.option(
@@ -143,7 +143,7 @@ def serve_options(words: tuple[str, ...]) -> list[str]:
         return list(words)
     found = [*words[: words.index("--")]] if "--" in words else list(words)
     flags = words[len(found) :]
-    there = Path(os.path.expanduser(folder)).absolute()
+    there = expand_path(folder).absolute()
     for number, word in enumerate(found):
         if word == "--folder":
             found[number + 1] = str(there)

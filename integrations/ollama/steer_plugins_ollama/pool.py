@@ -6,27 +6,23 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from steer_plugins.client import ServerProcess
+from steer_plugins.client import ServerFacts, ServerProcess
 from steer_plugins.errors import EngineError
+from steer_plugins.store.library import Library
 
-from . import expression
+from .desk import Desk
 from .errors import ApiError
+from .expression import Terms
 from .llama import LlamaServer
 from .model import Model
 from .options import FOREVER, LoadOptions, whole_number
-from .starting import Facts, environment, facts_of, load_timeout, why_not
-
-if TYPE_CHECKING:
-    from steer_plugins.steering.vector import ModelIdentity, SteeringVector
-    from steer_plugins.store.library import Library
+from .starting import environment, load_timeout, why_not
 
 log = logging.getLogger("steer.ollama")
 
@@ -43,17 +39,32 @@ class Runner:
     names: list[str]
     last: Model
     server: LlamaServer = field(init=False)
-    facts: Facts = field(default_factory=Facts)
+    facts: ServerFacts = field(init=False)
     users: int = 0
     keep: float = FOREVER
     expires: float = FOREVER
     idle: asyncio.Event = field(default_factory=asyncio.Event)
-    resolver: Resolver | None = None
+    desk: Desk | None = None
     ending: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
         return self.process.url
+
+    @property
+    def media_marker(self) -> str:
+        """What stands for an image in a prompt."""
+        return str(self.facts.props.get("media_marker") or "<__media__>")
+
+    @property
+    def vision(self) -> bool:
+        """Whether it sees images."""
+        return bool((self.facts.props.get("modalities") or {}).get("vision"))
+
+    @property
+    def tools(self) -> bool:
+        """Whether its chat template tells the model of tools."""
+        return bool((self.facts.props.get("chat_template_caps") or {}).get("supports_tools"))
 
     @property
     def closing(self) -> bool:
@@ -213,7 +224,7 @@ class Pool:
             await asyncio.shield(starting)
             await asyncio.to_thread(process.wait_ready, load_timeout(self._environ))
             runner.server = LlamaServer(process.url, process.api_key)
-            runner.facts = await asyncio.to_thread(facts_of, process)
+            runner.facts = await asyncio.to_thread(ServerFacts.ask, process.url, api_key=process.api_key, timeout=30.0)
         except BaseException as error:
             tail = "\n".join(process.log_tail)
             tidying = asyncio.create_task(_given_up(process, starting))
@@ -271,110 +282,17 @@ class Pool:
 
     # ---- steering ----
 
-    async def fields(self, runner: Runner, model: Model, text: str | None) -> dict[str, Any]:
-        """llama-server's request fields for a steering text, its vectors uploaded. ``steering`` is always said, also when empty.
+    async def attempts(self, runner: Runner, model: Model, terms: Terms | None) -> Iterator[dict[str, Any]]:
+        """llama-server's request fields for a steering, its vectors uploaded: see :meth:`.desk.Desk.attempts`.
 
         Raises:
             SteerError: a vector is missing or does not fit.
         """
-        if not text:
-            return {"steering": []}
-        if runner.resolver is None:
-            from steer_plugins.store.library import Library
-
-            runner.resolver = await asyncio.to_thread(Resolver, runner.process, self._library or Library())
-        known = runner.resolver.known(model, text)
-        if known is not None:
-            return known
-        return await asyncio.to_thread(runner.resolver.fields, model, text)
-
-
-class Resolver:
-    """Steering texts to request fields, for one process. What is known is not read again while its files are the same."""
-
-    MAX_CACHED = 256
-
-    def __init__(self, process: ServerProcess, library: Library) -> None:
-        from steer_plugins.client.engine import ServerEngine
-
-        self._engine = ServerEngine(process.url, api_key=process.api_key, library=library)
-        self._library = library
-        self._identity: ModelIdentity = self._engine.info.identity
-        self._cache: OrderedDict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def known(self, model: Model, text: str) -> dict[str, Any] | None:
-        """The fields where they are known already and no file has changed."""
-        key = self._key(model, text)
-        with self._lock:
-            found = self._cache.get(key)
-        if found is None or found[0] != self._stamp(found[0]):
-            return None
-        return found[1]
-
-    def fields(self, model: Model, text: str) -> dict[str, Any]:
-        """Raises SteerError."""
-        from steer_plugins.steering.grammar import parse, steering_of
-
-        specs = parse(text)
-        files = tuple(self._file(model, name) for spec in specs for name in (spec.vector, spec.gate) if name is not None)
-        stamp = self._stamp(tuple((path, None) for path in files))
-        steering = steering_of(specs, lambda name: resolve(model, name, self._identity, self._library))
-        fields = self._engine.request_fields(steering)
-        with self._lock:
-            self._cache[self._key(model, text)] = (stamp, fields)
-            while len(self._cache) > self.MAX_CACHED:
-                self._cache.popitem(last=False)
-        return fields
-
-    def lost(self, fields: dict[str, Any]) -> bool:
-        """Whether the server lacks a vector of these fields; if so they are uploaded when next asked for."""
-        lost = self._engine.lost(fields)
-        if lost:
-            with self._lock:
-                self._cache.clear()
-        return lost
-
-    def _key(self, model: Model, text: str) -> Any:
-        return text, tuple(sorted((name, str(path)) for name, path in model.vectors.items()))
-
-    def _file(self, model: Model, name: str) -> Path:
-        from steer_plugins.steering.vector import check_name
-
-        return model.vectors.get(name) or self._library.path(check_name(name), self._identity)
-
-    @staticmethod
-    def _stamp(files: tuple[Any, ...]) -> tuple[Any, ...]:
-        found: list[tuple[Any, tuple[int, int] | None]] = []
-        for path, _ in files:
-            try:
-                stat = os.stat(path)
-                found.append((path, (stat.st_mtime_ns, stat.st_size)))
-            except OSError:
-                found.append((path, None))
-        return tuple(found)
-
-
-def resolve(model: Model, name: str, identity: ModelIdentity, library: Library) -> SteeringVector:
-    """The vector of a name: one that the model carries, else the library's.
-
-    Raises:
-        VectorError: it is missing (``steer ollama train`` is named) or does not fit.
-    """
-    from steer_plugins.steering.grammar import TermSpec
-    from steer_plugins.store.library import MissingVector
-    from steer_plugins.store.vectorfile import read_vector
-
-    expression.refuse_files([TermSpec(name)])
-    carried = model.vectors.get(name)
-    if carried is not None:
-        vector = read_vector(carried)
-        vector.check_fits(identity)
-        return vector if vector.name == name else vector.replace(name=name)
-    try:
-        return library.get(name, identity)
-    except MissingVector as error:
-        raise MissingVector(f"{error} (here: steer ollama train {model.name} {name})") from None
+        if not terms:
+            return iter([{"steering": []}])  # said also when empty: nobody but the request steers
+        if runner.desk is None:
+            runner.desk = await asyncio.to_thread(Desk, runner.process, self._library or Library())
+        return await asyncio.to_thread(runner.desk.attempts, model, terms)
 
 
 async def _given_up(process: ServerProcess, starting: asyncio.Task[None]) -> None:

@@ -105,5 +105,5 @@ class Service:
                 raise
             await self.check_not_steered(str(name or ""))
             return None  # Ollama knows better what is wrong with it, or runs it elsewhere
-        wanted = steering is not None or model.steering is not None or self.serve_all
+        wanted = steering is not None or model.terms is not None or self.serve_all
         return model if wanted or self.pool.holds(model.gguf) else None

@@ -1,22 +1,15 @@
-"""Starting a llama-server for the sidecar: with which variables and flags, what it says then, and why it did not start."""
+"""Starting a llama-server for the sidecar: with which variables and flags, and why it did not start."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from steer_plugins.errors import EngineError
 
 from .errors import ApiError, BadRequest
 from .key import server_key
 from .model import Model
 from .options import keep_alive
-
-if TYPE_CHECKING:
-    from steer_plugins.client import ServerProcess
 
 #: Parts of llama.cpp's log that mean a file it has no code for, as Ollama's older layouts are.
 _OLD_LAYOUT = re.compile(
@@ -25,48 +18,6 @@ _OLD_LAYOUT = re.compile(
     re.IGNORECASE,
 )
 _REASON = re.compile(r"(?:error loading model|failed to apply lora adapter): (.+)")
-
-
-@dataclass
-class Facts:
-    """What a running server said of its model."""
-
-    n_ctx: int = 0
-    device: str = "CPU"
-    on_gpu: bool = False
-    think: tuple[str, str] | None = None
-    has_chat_template: bool = False
-    media_marker: str = ""
-    vision: bool = False
-    tools: bool = False
-
-
-def facts_of(process: ServerProcess) -> Facts:
-    """Ask a server that is ready. A stock server answers no ``/steering``: then it cannot be used."""
-    from steer_plugins.client.connection import Connection, ServerRefusal
-
-    connection = Connection(process.url, api_key=process.api_key, timeout=30.0)
-    try:
-        try:
-            said = connection.get("/steering")["model"]
-        except ServerRefusal as refusal:
-            if refusal.status != 404:
-                raise EngineError(str(refusal)) from None
-            raise EngineError("this llama-server cannot steer: build one with `steer build`") from None
-        props = connection.get("/props")
-    finally:
-        connection.close()
-    opening, closing = said.get("think_open"), said.get("think_close")
-    return Facts(
-        n_ctx=int(said.get("n_ctx") or 0),
-        device=process.device,
-        on_gpu=int(said.get("n_gpu_layers") or 0) != 0 and process.device != "CPU",
-        think=(str(opening), str(closing)) if opening and closing else None,
-        has_chat_template=bool(said.get("has_chat_template")),
-        media_marker=str(props.get("media_marker") or "<__media__>"),
-        vision=bool((props.get("modalities") or {}).get("vision")),
-        tools=bool((props.get("chat_template_caps") or {}).get("supports_tools")),
-    )
 
 
 def environment() -> dict[str, str | None]:

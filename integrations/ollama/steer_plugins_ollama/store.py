@@ -14,6 +14,7 @@ from typing import Any
 
 from steer_plugins.atomic import write_atomically
 from steer_plugins.errors import EngineError, ModelError, SpecError
+from steer_plugins.paths import expand_path
 
 from . import expression
 from .bodies import loads
@@ -35,7 +36,7 @@ def store_root(environ: Mapping[str, str] | None = None) -> Path:
     """Where Ollama keeps models: ``OLLAMA_MODELS``, else the user's folder, else that of the Linux service."""
     env = os.environ if environ is None else environ
     if env.get("OLLAMA_MODELS"):
-        return Path(os.path.expanduser(env["OLLAMA_MODELS"]))
+        return expand_path(env["OLLAMA_MODELS"])
     home = Path.home() / ".ollama" / "models"
     service = Path("/usr/share/ollama/.ollama/models")
     if sys.platform == "linux" and not has_models(home) and has_models(service):
@@ -109,8 +110,8 @@ class OllamaStore:
         layers = manifest["layers"]
         parameters = self._json(name, layers, "params", dict)
         licenses = [self._text(name, layer) for layer in layers if layer["mediaType"] == _MEDIA + "license"]
-        steering, carriers = own_steering(parameters, licenses)
-        weights = self._weights(name, layers, steering)
+        terms, carriers = own_steering(parameters, licenses)
+        weights = self._weights(name, layers, steered=bool(terms))
         templates = [self._text(name, layer) for layer in layers if layer["mediaType"] == _MEDIA + "template"]
         systems = [self._text(name, layer) for layer in layers if layer["mediaType"] == _MEDIA + "system"]
         messages = self._json(name, layers, "messages", list)
@@ -121,7 +122,7 @@ class OllamaStore:
             size=sum(int(layer.get("size") or 0) for layer in layers),
             modified=path.stat().st_mtime,
             parameters={key: value for key, value in parameters.items() if key != STEERING},
-            steering=steering,
+            terms=terms,
             template=templates[-1] if templates else None,
             system=systems[-1] if systems else "",
             messages=tuple(m for m in messages if isinstance(m, dict)),
@@ -158,11 +159,11 @@ class OllamaStore:
             raise ModelError(f"the manifest of {name!r} is damaged: pull or create the model again")
         return manifest, raw
 
-    def _weights(self, name: str, layers: list[dict[str, Any]], steering: str | None) -> Path:
+    def _weights(self, name: str, layers: list[dict[str, Any]], *, steered: bool) -> Path:
         models = [layer for layer in layers if layer["mediaType"] == _MEDIA + "model"]
         if not models:
             text = f"{name!r} has no GGUF (it may be a safetensors or cloud model): steer a GGUF model"
-            raise BadRequest(text) if steering else NotSteerable(text)
+            raise BadRequest(text) if steered else NotSteerable(text)
         return self._blob_of(name, models[-1])
 
     def _blob_of(self, name: str, layer: Mapping[str, Any]) -> Path:
@@ -232,7 +233,7 @@ class OllamaStore:
         )
 
 
-def own_steering(parameters: Mapping[str, Any], licenses: list[str]) -> tuple[str | None, bool]:
+def own_steering(parameters: Mapping[str, Any], licenses: list[str]) -> tuple[expression.Terms | None, bool]:
     """A model's steering from its parameters and from licence lines, which come after them; and whether there are such lines.
 
     Raises:
