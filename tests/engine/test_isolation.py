@@ -82,7 +82,8 @@ def run(r: Raw, terms: list[NativeTerm] | None) -> list[np.ndarray]:
     memory, remove = r.memory, H.llama_cpp.llama_memory_seq_rm
     remove(memory, ATTACKER, -1, -1)
     r.steer.clear_sequence(ATTACKER)
-    seen.append(decode(r, H.prompt(80, ATTACKER, seed=7)))  # whoever comes next gets the cells
+    seen.append(decode(r, H.prompt(6, ATTACKER, seed=7)))  # whoever comes next gets the cells: some, the others are masked
+    seen.append(decode(r, H.prompt(74, ATTACKER, start=6, seed=7)))
     return seen
 
 

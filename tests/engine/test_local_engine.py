@@ -17,6 +17,7 @@ from steer_plugins.engine import GenerateRequest, batching
 from steer_plugins.engine.local import LocalEngine
 from steer_plugins.engine.session import Session
 from steer_plugins.errors import EngineError, ModelError
+from steer_plugins.steering.schedule import Schedule
 from steer_plugins.steering.terms import Term
 from tests.engine import harness as H
 from tests.engine.engines import BOTH, LONG, MORE_NOISE, NOISE, PROMPT, moved, near, open_engine, vector
@@ -457,6 +458,29 @@ def test_a_scope_that_begins_late_is_proved_late(engines: Any, tiny: Callable[..
         for scope in ("all", "prompt", "response", "40-", "2-3"):
             engine.generate(LONG + PROMPT, steering=Term(v, 1.0, scope=scope), max_tokens=12)
             engine.read([LONG + PROMPT], steering=Term(v, 0.9, scope=scope))
+
+
+def test_a_long_schedule_takes_few_rows_and_gives_them_back(tiny: Callable[..., Path], llama_cpp: Any) -> None:
+    """A row on the device for each of at most 64 steps, not for each token; an idle context keeps none of them."""
+    with open_engine(tiny("llama"), n_ctx=1024) as engine:
+        v = vector(engine, (1,), scope="response")
+        response = [60 + i % 40 for i in range(520)]
+        engine.read_pairs([(PROMPT, response)], layers=[1])
+        engine.read_pairs([(PROMPT, response)], layers=[1], steering=v)
+        stats = engine._session("texts").steer.stats
+        idle = stats().n_device_bytes
+        seen = []
+        original = native.SteerContext.sequence_error
+
+        def look(self: native.SteerContext, sequence: int = -1) -> str | None:
+            seen.append(self.stats().n_rows_capacity)
+            return original(self, sequence)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native.SteerContext, "sequence_error", look)
+            engine.read_pairs([(PROMPT, response)], layers=[1], steering=Term(v, schedule=Schedule("linear", 520)))
+        assert max(seen) == 64, "59 strengths and the row of zeros"
+        assert stats().n_rows_capacity == 8 and stats().n_device_bytes == idle
 
 
 def test_a_closed_engine_says_so(tiny: Callable[..., Path], runtime: Any) -> None:
