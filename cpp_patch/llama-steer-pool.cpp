@@ -6,6 +6,7 @@ namespace {
 
 constexpr size_t  IDLE_CONFIGS = 64; // kept for whoever wants the same next
 constexpr size_t  IDLE_VECTORS = 16;
+constexpr size_t  IDLE_BYTES   = (size_t) 256 << 20; // above this, far fewer
 constexpr int32_t FIRST_CONFIG = 1 << 24; // ids below are the caller's own
 
 // What nobody uses, beyond the `keep` that were used last, the oldest first.
@@ -23,6 +24,14 @@ std::vector<typename M::iterator> surplus(M & pool, size_t keep, U && used) {
 }
 
 void give_up(llama_steer_state & st, size_t keep_configs, size_t keep_vectors) {
+    size_t n_dirs = 0;
+    for (const auto & [_, v] : st.pool.vectors) {
+        n_dirs += st.vectors.at(v.id).dirs.size();
+    }
+    if (n_dirs*st.n_embd*sizeof(float) > IDLE_BYTES) {
+        keep_configs /= 8;
+        keep_vectors /= 8;
+    }
     if (st.pool.configs.size() > keep_configs) {
         std::set<int32_t> ranged;
         for (const auto & [_, r] : st.ranges) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,7 @@ class Session(SteeredContext):
         self.check_decoded()
         # Some models bring large states into their float16 cache, where they become infinite and then everybody's NaN.
         for k in {e.sequence: k for k, e in enumerate(entries) if e.output}.values():
-            if not np.isfinite(self.logits(k)[0]):
+            if not math.isfinite(self.c.llama_get_logits_ith(self.pointer, k)[0]):
                 raise EngineError("this model does not stay finite under such a steering: use a smaller strength")
 
     def logits(self, index: int) -> npt.NDArray[np.float32]:
