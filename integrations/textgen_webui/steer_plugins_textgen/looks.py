@@ -22,6 +22,7 @@ CSS = (
 .steer-status.warn i { background: #d29922; }
 .steer-status span { color: var(--body-text-color-subdued); }
 .steer-note.bad { border-left: 3px solid #d1671f; padding: 4px 10px; margin: 4px 0; overflow-wrap: anywhere; }
+.steer-hidden { display: none !important; }
 .steer-quiet { color: var(--body-text-color-subdued); margin: 4px 0; }
 .steer-job { margin: 6px 0; overflow-wrap: anywhere; }
 .steer-bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); margin-top: 4px; overflow: hidden; }

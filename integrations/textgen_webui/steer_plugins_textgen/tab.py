@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ OWN = "the vector's own"
 FIT = "Fit in the background"
 MAX_COMPARE = 512
 """Tokens of a comparison."""
+EARLIER = "the steering has changed since this text was shown: press Enter to go back to it, or ↻ to see what acts"
 WINDOW = "from-to, such as 10-20; empty: all"
 
 
@@ -36,18 +38,26 @@ def build() -> None:
     Tab()
 
 
-def told(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Show a handler's SteerError in the tab, then refresh it."""
+def told(at: str = "", *, keep: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Show a handler's SteerError in the tab, then refresh it.
 
-    @functools.wraps(handler)
-    def wrapped(self: Tab, *values: Any) -> Any:
-        try:
-            handler(self, *values)
-        except SteerError as error:
-            return self.view(problem=str(error))
-        return self.view()
+    Args:
+        at: the component beside the button, which says it as well as the note under the expression.
+        keep: the component that was typed into, which keeps what was typed.
+    """
 
-    return wrapped
+    def decorate(handler: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(handler)
+        def wrapped(self: Tab, *values: Any) -> Any:
+            try:
+                handler(self, *values)
+            except SteerError as error:
+                return self.view(problem=str(error), at=at, keep=keep)
+            return self.view()
+
+        return wrapped
+
+    return decorate
 
 
 class Tab:
@@ -57,6 +67,7 @@ class Tab:
         self.all: list[Any] = []
         self.rows: list[tuple[Any, Any, Any, Any]] = []
         self._listed: dict[str, list[str]] = {}
+        self._said: deque[str] = deque(maxlen=200)  # expressions that pages were told
         with gr.Column(elem_id="steering-tab"):
             self.status = self._add(gr.HTML(elem_id="steering-status"))
             with gr.Row():
@@ -71,6 +82,7 @@ class Tab:
             self._train()
             self._activations()
             self._server()
+            self.stale = gr.Textbox(elem_classes="steer-hidden", show_label=False)
         self._connect()
         jobs.trainer.on_done = add_slider
 
@@ -123,6 +135,7 @@ class Tab:
                 self.op = gr.Dropdown([OWN, *OPS], value=OWN, label="Operation", elem_classes="slim-dropdown", min_width=120)
                 self.scope = gr.Textbox(label="Scope", info="all, prompt, response, thinking, answer, or 5-20", min_width=120)
             self.apply = gr.Button("Apply", elem_classes="small-button")
+            self.term_note = self._add(gr.HTML())
 
     def _presets(self) -> None:
         gr.Markdown("### Presets")
@@ -136,6 +149,7 @@ class Tab:
             self.load = gr.Button("Load", elem_classes="small-button", min_width=60)
             self.save = gr.Button("Save", elem_classes="small-button", min_width=60, elem_id="steering-save-preset")
             self.delete = gr.Button("Delete", elem_classes="small-button", min_width=60)
+        self.preset_note = self._add(gr.HTML())
         self.character = self._add(gr.Checkbox(label="Load this preset with the chat's character", elem_id="steering-character"))
 
     def _traits(self) -> None:
@@ -151,6 +165,7 @@ class Tab:
         with gr.Row():
             self.fit = self._add(gr.Button(FIT, elem_classes="small-button", elem_id="steering-fit"))
             self.cancel = self._add(gr.Button("Cancel", elem_classes="small-button", elem_id="steering-cancel", visible=False))
+        self.traits_problem = self._add(gr.HTML())
         self.progress = self._add(gr.HTML(elem_id="steering-progress"))
 
     def _compare(self) -> None:
@@ -199,6 +214,7 @@ class Tab:
                 self.overwrite = gr.Checkbox(label="Replace a vector of this name", scale=0, min_width=240)
                 self.train = gr.Button("Train", elem_classes="small-button", elem_id="steering-start")
                 self.stop = self._add(gr.Button("Cancel", elem_classes="small-button", visible=False))
+            self.train_note = self._add(gr.HTML())
             self.train_progress = self._add(gr.HTML(elem_id="steering-train-progress"))
             self.shown = self._add(gr.Dropdown([], label="Report of", elem_classes="slim-dropdown", elem_id="steering-report-of"))
             self.report = gr.HTML(elem_id="steering-report")
@@ -222,6 +238,7 @@ class Tab:
             )
             self.cpu_too = self._add(gr.Checkbox(label="Use the steering server although it runs on the CPU only"))
             self.adopt = gr.Button("Look for the steering server again", elem_classes="small-button", elem_id="steering-adopt")
+            self.server_note = self._add(gr.HTML())
 
     # ---- what leads to what ----
 
@@ -241,7 +258,7 @@ class Tab:
         self.add.click(self.add_vector, [self.choice], self.all, **quick)
         self.refresh.click(self.view, None, self.all, **quick)
         self.text.submit(self.typed, [self.text], self.all, **quick)
-        self.text.blur(self.typed, [self.text], self.all, **quick)
+        self.text.blur(self.left, [self.text], self.all, **quick)
         self.term.input(self.show_term, [self.term], [self.window, self.op, self.scope], **quick)
         self.apply.click(self.change_term, [self.term, self.window, self.op, self.scope], self.all, **quick)
         self.preset.input(self.choose_preset, [self.preset], [self.character], **quick)
@@ -275,11 +292,17 @@ class Tab:
             page.load(functools.partial(self.view, fresh=True), None, self.all, **quick).then(self.watch, None, self.all, **watch)
         tab = getattr(gr.context.Context, "block", None)
         if tab is not None and hasattr(tab, "select"):
-            tab.select(self.view, None, self.all, **quick)  # a model may have come or gone meanwhile
+            # a model may have come or gone meanwhile; sliders are drawn anew only if they moved elsewhere, since a slider that is
+            # moved while it is being drawn would lose its move
+            moving = {id(c) for c in (self.text, *(part for row in self.rows for part in row[:2]))}
+            calm = [i for i, component in enumerate(self.all) if id(component) not in moving]
+            glance = functools.partial(self.glance, calm)
+            tab.select(glance, [self.text], [*(self.all[i] for i in calm), self.stale], **quick)
+            self.stale.change(self.view, None, self.all, **quick)
 
     # ---- handlers ----
 
-    @told
+    @told()
     def switch(self, on: bool) -> None:
         settings().set_flag("on", on)
         follow()
@@ -291,6 +314,7 @@ class Tab:
         except SpecError as error:
             note = wording.bad(str(error))
         follow()
+        self._said.append(settings().expression)
         return settings().expression, note, wording.status(current_or_none())
 
     def zero(self, i: int) -> list[Any]:
@@ -302,19 +326,31 @@ class Tab:
     def drop(self, i: int) -> list[Any]:
         return self._with(lambda: settings().set_terms([t for k, t in enumerate(settings().terms) if k != i]))
 
-    @told
+    @told()
     def add_vector(self, name: str | None) -> None:
         if not name:
             raise SpecError("choose a vector to add")
         settings().set_terms([*settings().terms, TermSpec(name, 0.0)])
         follow()
 
-    @told
+    def glance(self, calm: list[int], text: str) -> list[Any]:
+        """What may have changed while the page showed another tab; ``calm``: the components in ``self.all`` that are set."""
+        values = self.view()
+        moved = (text or "").strip() != settings().expression
+        return [*(values[i] for i in calm), str(time.monotonic_ns()) if moved else gr.update()]
+
+    @told(keep="text")
     def typed(self, text: str) -> None:
         if (text or "").strip() == settings().expression:
             return
         settings().set_terms(parse(text or ""))
         follow()
+
+    def left(self, text: str) -> list[Any]:
+        """The box was left without Enter. A page that has not seen the sliders move holds an earlier text: that is no wish."""
+        if (text or "").strip() != settings().expression and text in self._said:
+            return self.view(problem=EARLIER, keep="text")
+        return list(self.typed(text))
 
     def show_term(self, index: int | None) -> tuple[str, str, str]:
         terms = settings().terms
@@ -323,7 +359,7 @@ class Tab:
         term = terms[index]
         return wording.window_text(term), term.op or OWN, term.scope or ""
 
-    @told
+    @told("term_note")
     def change_term(self, index: int | None, window: str, op: str, scope: str) -> None:
         terms = settings().terms
         if index is None or not 0 <= index < len(terms):
@@ -338,20 +374,20 @@ class Tab:
     def choose_preset(self, name: str | None) -> Any:
         return name in settings().characters.values() if name else False
 
-    @told
+    @told("preset_note")
     def load_preset(self, name: str | None) -> None:
         settings().set_terms(settings().preset(name or ""))
         follow()
 
-    @told
+    @told("preset_note")
     def save_preset(self, name: str | None) -> None:
         settings().save_preset(name or "")
 
-    @told
+    @told("preset_note")
     def delete_preset(self, name: str | None) -> None:
         settings().delete_preset(name or "")
 
-    @told
+    @told("preset_note")
     def bind_character(self, bound: bool, preset: str | None, character: str | None) -> None:
         if not character:
             raise SpecError("the chat has no character: choose one in the Chat tab")
@@ -364,7 +400,7 @@ class Tab:
             follow()
         return self.view()
 
-    @told
+    @told("traits_problem")
     def fit_traits(self, names: list[str] | None) -> None:
         if not names:
             raise SpecError("choose at least one trait to fit")
@@ -372,7 +408,7 @@ class Tab:
         for name in names:
             jobs.trainer.add(link, name, jobs.load_trait(name))
 
-    @told
+    @told("train_note")
     def start_training(
         self, name: str, kind: str, level: str, count: float, positive: str, negative: str, overwrite: bool
     ) -> None:
@@ -427,7 +463,7 @@ class Tab:
     def flag(self, name: str, value: bool) -> list[Any]:
         return self._with(lambda: settings().set_flag(name, value))
 
-    @told
+    @told("server_note")
     def look_again(self) -> None:
         loader.devices.cache_clear()
         loader.adopt()
@@ -439,9 +475,10 @@ class Tab:
 
     # ---- what is shown ----
 
-    def view(self, *, problem: str = "", show: str | None = None, fresh: bool = False) -> list[Any]:
-        """A value for each of ``self.all``. ``problem``: what the last action came to; ``show``: the report to open;
-        ``fresh``: the page has just been opened, so nobody has chosen anything in it."""
+    def view(self, *, problem: str = "", at: str = "", keep: str = "", show: str | None = None, fresh: bool = False) -> list[Any]:
+        """A value for each of ``self.all``. ``problem``: what the last action came to, said in the note and ``at`` another
+        component; ``keep``: the component that is left as it is; ``show``: the report to open; ``fresh``: the page has just
+        been opened, so nobody has chosen anything in it."""
         link = current_or_none()
         names = wording.names_of(link)
         wording.first_use(names)
@@ -449,8 +486,7 @@ class Tab:
         missing = jobs.missing_traits(link) if link is not None else []
         if fresh:
             self._listed.clear()
-        if show:
-            self._listed.pop("shown", None)
+        self._said.append(settings().expression)
         values: dict[Any, Any] = {
             self.status: wording.status(link),
             self.on: settings().on,
@@ -469,8 +505,13 @@ class Tab:
             self.stop: gr.update(visible=jobs.trainer.active),
             self.progress: wording.progress(),
             self.train_progress: wording.progress(),
-            self.shown: gr.update(**self._list("shown", names, show)),
-            self.along: gr.update(**self._list("along", names, names[0] if names else None)),
+            self.shown: gr.update(choices=names, **({"value": show} if show or fresh else {})),
+            self.along: gr.update(choices=names, **({"value": names[0] if names else None} if fresh else {})),
+            self.term_note: "",
+            self.preset_note: "",
+            self.traits_problem: "",
+            self.train_note: "",
+            self.server_note: "",
             self.details: wording.details(link),
             self.api_too: settings().api_too,
             self.cpu_too: gr.update(value=settings().cpu_too, visible=settings().cpu_too or "CPU only" in loader.state.problem),
@@ -479,6 +520,10 @@ class Tab:
             shown = i < len(terms)
             values[row] = gr.update(visible=shown)
             values[slider] = wording.slider_of(terms[i]) if shown else gr.update()
+        if problem and at:
+            values[getattr(self, at)] = wording.bad(problem)
+        if keep:
+            values[getattr(self, keep)] = gr.update()
         return [values[component] for component in self.all]
 
     def _list(self, key: str, choices: list[str], value: Any) -> dict[str, Any]:

@@ -104,8 +104,10 @@ def status(link: Link | None) -> str:
     """One line: whether the loaded model can be steered, and where it runs."""
     if link is not None:
         model = escape(webui.shared().model_name or link.info.name)
-        active = len(settings().active)
-        what = f"{active} active" if active else ("nothing set" if settings().on else "switched off")
+        wanted = settings().active
+        active = len(link.usable(wanted)[0])
+        count = f"{active} active" if active == len(wanted) else f"{active} of {len(wanted)} active"
+        what = count if wanted else ("nothing set" if settings().on else "switched off")
         where = f"{model} on {escape(link.device)}"
         return f'<div class="steer-status good"><i></i><b>Ready</b><span>{where}</span><span>{what}</span></div>'
     if hooks.applies():
