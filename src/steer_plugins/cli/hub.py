@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import HubError, SpecError
+from ..paths import expand_path
 from ..plugins import hookimpl
-from .common import cell_text, console, json_option, print_json, print_table
+from .common import FilePath, cell_text, console, json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from ..hub.hub import Hub, Offer
@@ -155,7 +156,7 @@ def info(reference: str, model: str | None, index: str | None, as_json: bool) ->
 @click.argument("references", nargs=-1)
 @_model
 @_index
-@click.option("--locked", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Pull what steer hub lock wrote.")
+@click.option("--locked", type=FilePath(dir_okay=False, path_type=Path), metavar="FILE", help="Pull what steer hub lock wrote.")
 @click.option("--force", is_flag=True, help="Keep it even if it lowers refusals and its card does not say so.")
 @json_option
 def pull(
@@ -308,7 +309,7 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
 
 
 @hub.command()
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("steer-hub.lock"), show_default=True)
+@click.option("-o", "--out", type=FilePath(dir_okay=False, path_type=Path), default=Path("steer-hub.lock"), show_default=True)
 def lock(out: Path) -> None:
     """Write down what was pulled, by hash and key, so that steer hub pull --locked repeats it elsewhere."""
     from ..hub.lock import write_lock
@@ -317,7 +318,7 @@ def lock(out: Path) -> None:
 
 
 @hub.command()
-@click.option("--rotate", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="DIR",
+@click.option("--rotate", type=FilePath(file_okay=False, exists=True, path_type=Path), metavar="DIR",
               help="Hand over to a new key, and sign the hub in DIR anew.")  # fmt: skip
 def key(rotate: Path | None) -> None:
     """Print the public key that you publish with; it is made when there is none."""
@@ -385,7 +386,7 @@ def publish(
 
             entry = publish_to(to, own, card, contents, name=index_name, days=days)
         else:
-            entry = Folder(Path(to).expanduser(), own).publish(card, contents, name=index_name, days=days)
+            entry = Folder(expand_path(to), own).publish(card, contents, name=index_name, days=days)
     if as_json:
         print_json(entry)
     else:
@@ -426,7 +427,7 @@ def _figure(text: str) -> tuple[str, float]:
 
 
 @hub.command()
-@click.argument("folder", type=click.Path(file_okay=False, exists=True, path_type=Path))
+@click.argument("folder", type=FilePath(file_okay=False, exists=True, path_type=Path))
 @_days
 def sign(folder: Path, days: int | None) -> None:
     """Check the whole index in FOLDER and sign it, as its keeper does after others have published to it."""
@@ -442,8 +443,8 @@ def sign(folder: Path, days: int | None) -> None:
 
 
 @hub.command()
-@click.argument("folder", type=click.Path(file_okay=False, exists=True, path_type=Path))
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where the pages go.")
+@click.argument("folder", type=FilePath(file_okay=False, exists=True, path_type=Path))
+@click.option("-o", "--out", type=FilePath(file_okay=False, path_type=Path), required=True, help="Where the pages go.")
 @click.option("--url", metavar="URL", help="The address that the pages tell people to add (default: FOLDER).")
 def site(folder: Path, out: Path, url: str | None) -> None:
     """Render the hub in FOLDER as a static page with search, cards and curves, which loads nothing from elsewhere."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ..errors import HubError
+from ..paths import expand_path
 from .huggingface import HuggingFaceSource
 from .sources import FolderSource, GitSource, Source
 from .web import WebSource
@@ -27,7 +28,7 @@ def open_source(url: str, cache: Path) -> Source:
         return FolderSource(_file_path(url))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url):
         raise HubError(f"{url!r:.200} is not a hub's address: use a folder, http(s)://, git+https://, or hf://owner/name")
-    return FolderSource(Path(url).expanduser())
+    return FolderSource(expand_path(url))
 
 
 def _file_path(url: str) -> Path:
