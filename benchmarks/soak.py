@@ -58,7 +58,8 @@ class Soak:
 
     def post(self, path: str, body: Any, **options: Any) -> requests.Response:
         if isinstance(body, bytes):
-            return requests.post(self.url + path, data=body, headers={"Content-Type": "application/octet-stream"}, timeout=120)
+            kind = {"Content-Type": "application/octet-stream"}
+            return requests.post(self.url + path, data=body, headers=kind, params={"replace": "true"}, timeout=120)
         return requests.post(self.url + path, json=body, timeout=120, **options)
 
     def vector(self, seed: int) -> bytes:
@@ -194,9 +195,9 @@ def resident_bytes(process: ServerProcess) -> int:
         return 0
 
 
-def run(seconds: float, threads: int = 8, seed: int = 0) -> tuple[Soak, list[int]]:
+def run(seconds: float, threads: int = 8, seed: int = 0, server: Path | None = None) -> tuple[Soak, list[int]]:
     """Load a server on a tiny random model; returns the load and memory over time (bytes, from the end of the warm-up)."""
-    with tempfile.TemporaryDirectory() as folder, ServerProcess() as process:
+    with tempfile.TemporaryDirectory() as folder, ServerProcess(server) as process:
         model = testing.write("llama", Path(folder) / "llama.gguf", weights="q8_0")[0]
         process.start(model, FLAGS)
         process.wait_ready()
@@ -216,11 +217,11 @@ def run(seconds: float, threads: int = 8, seed: int = 0) -> tuple[Soak, list[int
             w.join()
         if not process.running:
             soak.problems.append("the server has ended: " + " | ".join(process.log_tail[-3:]))
-        left = requests.get(process.url + "/steering", timeout=30).json()["requests"] if process.running else []
+        left = requests.get(process.url + "/steering", timeout=30).json()["n_requests"] if process.running else 0
         deadline = time.monotonic() + 5
         while left and time.monotonic() < deadline:
             time.sleep(0.2)
-            left = requests.get(process.url + "/steering", timeout=30).json()["requests"]
+            left = requests.get(process.url + "/steering", timeout=30).json()["n_requests"]
         if left:
             soak.problems.append(f"requests are left behind: {left}")
         return soak, memory
@@ -238,9 +239,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--server", type=Path, help="another llama-server than the runtime's")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    soak, memory = run(options.seconds, options.threads, options.seed)
+    soak, memory = run(options.seconds, options.threads, options.seed, options.server)
     for problem in soak.problems:
         print(problem)
     grown = growth(memory)

@@ -32,10 +32,10 @@ void note_facts(llama_steer_state & st, const place & at, const ggml_tensor * cu
     if (cur->type != GGML_TYPE_F32 || cur->ne[0] != st.n_embd || cur->ne[3] != 1) {
         found.n_seen += 2; // of another shape: no hook of ours
     } else if (cur->ne[2] == 1 && counts(cur->ne[1])) {
-        found.gathered = cur->ne[1] == n_outputs;
+        found.gathered = n_outputs != n_tokens && cur->ne[1] == n_outputs;
     } else if (at.second == LLAMA_STEER_RESID_POST && counts(cur->ne[2])) {
         found.n_streams = (int32_t) cur->ne[1];
-        found.gathered  = cur->ne[2] == n_outputs;
+        found.gathered  = n_outputs != n_tokens && cur->ne[2] == n_outputs;
     } else {
         found.n_seen += 2;
     }
@@ -44,7 +44,9 @@ void note_facts(llama_steer_state & st, const place & at, const ggml_tensor * cu
 void find_facts(llama_steer_state & st) {
     st.probing = true;
     try {
-        llama_steer_access::build_once(st.ctx, PROBE_TOKENS, PROBE_OUTPUTS);
+        // where states are pooled every token is an output, and the graph cannot be built otherwise
+        const bool pooled = st.ctx.get_cparams().embeddings && st.ctx.pooling_type() != LLAMA_POOLING_TYPE_NONE;
+        llama_steer_access::build_once(st.ctx, PROBE_TOKENS, pooled ? UINT32_MAX : PROBE_OUTPUTS);
     } catch (...) {
         st.probing = false;
         throw;

@@ -322,11 +322,12 @@ struct llama_steer_access {
         return static_cast<const llama_steer_cvec &>(*ctx.cvec);
     }
 
-    // Build a graph of at least n_tokens, and no more. The scheduler and the graphs before are as if new.
+    // Build a graph of at least n_tokens, of which at most n_outputs are outputs, and no more. The scheduler and the graphs before are as if new.
     static void build_once(llama_context & ctx, uint32_t n_tokens, uint32_t n_outputs) {
         auto memory = ctx.memory ? ctx.memory->init_full() : nullptr;
         const uint32_t n_seqs = ctx.n_seq_max(); // a cache with a buffer for each sequence knows graphs over all of them only
-        ctx.graph_reserve((n_tokens + n_seqs - 1)/n_seqs*n_seqs, n_seqs, n_outputs, memory.get(), /*split_only=*/ true);
+        const uint32_t n      = (n_tokens + n_seqs - 1)/n_seqs*n_seqs;
+        ctx.graph_reserve(n, n_seqs, std::min(n_outputs, n), memory.get(), /*split_only=*/ true);
     }
 
     // Reserve the compute buffers for the graph with everything on. Throws when there is not enough memory.

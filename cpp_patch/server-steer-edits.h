@@ -10,6 +10,8 @@
 // The edit id (llama_steer_edit_id) of each token of a server_tokens, by index. Missing entries are 0: not steered.
 struct server_steer_edits {
     std::vector<uint64_t> ids;
+    bool   planned = false;    // the ids are those of a task that waits for a slot
+    size_t moved   = SIZE_MAX; // first token whose state was computed at another position, or is of unknown origin
 
     uint64_t at(size_t i) const { return i < ids.size() ? ids[i] : 0; }
 
@@ -17,13 +19,16 @@ struct server_steer_edits {
         return std::any_of(ids.begin(), ids.end(), [](uint64_t id) { return id != 0; });
     }
 
-    void clear() { ids.clear(); }
+    void clear() { *this = {}; }
+
+    void moved_from(size_t i) { moved = std::min(moved, i); }
 
     // the tokens from n on are gone
     void keep_first(size_t n) {
         if (ids.size() > n) {
             ids.resize(n);
         }
+        moved = n <= moved ? SIZE_MAX : moved;
     }
 
     // First index where two token lists were not treated alike, SIZE_MAX when there is none: no prefix may reach beyond it.

@@ -3,10 +3,13 @@
 #define SERVER_STEER_JSON_H
 
 #include "server-steer.h"
+#include "server-steer-fields.h"
 
 namespace server_steer_json {
 
-constexpr size_t MAX_TERMS = 64; // one bit each in the set of active terms
+const size_t MAX_TERMS = (size_t) server_steer_most("request", "steering");
+constexpr size_t MAX_BODY  = (size_t) 64 << 20; // bytes of a vector file
+constexpr size_t MAX_JSON  = (size_t) 8 << 20;  // bytes of a JSON body
 
 inline const char * const SITES[LLAMA_STEER_SITE_COUNT] = { "resid_post", "attn_out", "ffn_out" };
 
@@ -14,12 +17,26 @@ inline const char * const SITES[LLAMA_STEER_SITE_COUNT] = { "resid_post", "attn_
     throw server_steer_error(400, message);
 }
 
+// A client's text in a sentence: short, and of printable bytes. (A NUL would end the sentence.)
 inline std::string shown(const std::string & text) {
-    return "'" + (text.size() <= 60 ? text : text.substr(0, 57) + "...") + "'";
+    std::string res = text.size() <= 60 ? text : text.substr(0, 57) + "...";
+    for (char & c : res) {
+        c = (unsigned char) c < 0x20 || c == 0x7f ? '?' : c;
+    }
+    return "'" + res + "'";
 }
 
 inline std::string shown(const json & value) {
     return shown(value.dump_safe());
+}
+
+// Every key of an object is one of its declared fields.
+inline void check_keys(const json & item, const char * object, const std::string & where) {
+    for (const auto & entry : item.items()) {
+        if (!server_steer_field_of(object, entry.key().c_str())) {
+            bad(where + " has the unknown key " + shown(entry.key()));
+        }
+    }
 }
 
 inline int32_t index_of(const char * const * names, int32_t n, const std::string & name) {
@@ -38,11 +55,21 @@ inline std::string text_of(const json & value, const std::string & what) {
     return value.get<std::string>();
 }
 
+// A whole number of 64 bits; false for all else. What is beyond them must not come out as another number.
+inline bool is_whole(const json & value, int64_t & number) {
+    if (!value.is_number_integer()) {
+        return false;
+    }
+    number = value.get<int64_t>();
+    return number >= 0 || value.dump()[0] == '-';
+}
+
 inline int32_t small_number(const json & value, const std::string & what) {
-    if (!value.is_number_integer() || value.get<int64_t>() < 0 || value.get<int64_t>() > 1000000) {
+    int64_t number = 0;
+    if (!is_whole(value, number) || number < 0 || number > 1000000) {
         bad(what + " is " + shown(value) + ", not a whole number from 0");
     }
-    return (int32_t) value.get<int64_t>();
+    return (int32_t) number;
 }
 
 inline bool is_absent(const json & data, const char * key) {

@@ -4,19 +4,67 @@
 
 // ---- reading ----
 
-int server_steer::reuse_limit(int slot, int n_past) const {
+bool server_steer_slots::is_exact(int slot) const {
     const auto * s = slots.at(slot).get();
+    return s && s->request && (s->request->special() || s->captures());
+}
+
+int server_steer_slots::reuse_limit(int slot, const server_tokens & cached, int n_past) const {
+    const auto * s = slots.at(slot).get();
+    if (is_exact(slot) && cached.edits.moved < (size_t) n_past) {
+        n_past = (int) cached.edits.moved;
+    }
     return s && s->first_wanted >= 0 ? std::min(n_past, s->first_wanted) : n_past;
 }
 
-bool server_steer::can_shift(int slot, const server_tokens & cached, const server_tokens & wanted) const {
-    return !cached.edits.any() && !wanted.edits.any() && reuse_limit(slot, INT32_MAX) == INT32_MAX;
+bool server_steer_slots::can_shift(int slot, const server_tokens & cached, const server_tokens & wanted) const {
+    return !cached.edits.any() && !wanted.edits.any() && !is_exact(slot);
 }
 
-void server_steer::set_taps(int slot, slot_state & s, const server_tokens & tokens) {
+// Does a request read the last layer, and does it read tokens that are no outputs? Where that layer holds output tokens only, both
+// cannot be captured at once.
+static std::pair<bool, bool> reads_of(const server_steer_request & request, int32_t last_layer) {
+    bool last = false;
+    if (request.read) {
+        const auto & layers = request.read->layers;
+        last = std::find(layers.begin(), layers.end(), last_layer) != layers.end();
+    }
+    for (const auto & probe : request.probes) {
+        last = last || std::find(probe->layers.begin(), probe->layers.end(), last_layer) != probe->layers.end();
+    }
+    const bool inner = (request.read && request.read->kind != server_steer_read_spec::LAST) || request.has_gates();
+    return { last, inner };
+}
+
+bool server_steer_slots::must_wait(const server_steer_request_ptr & request) const {
+    const auto & info = store.model_info();
+    if (!request || !info.last_layer_outputs_only) {
+        return false;
+    }
+    const auto [last, inner] = reads_of(*request, info.n_layer - 1);
+    if (last && inner) {
+        throw server_steer_error(400, string_format("layer %d holds output tokens only, so it cannot be read or probed together with a gate", info.n_layer - 1));
+    }
+    for (const auto & s : slots) {
+        if (s && s->request) {
+            const auto [other_last, other_inner] = reads_of(*s->request, info.n_layer - 1);
+            if ((last && other_inner) || (inner && other_last)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+size_t server_steer_slots::capture_bytes(size_t n_places, bool all_streams, bool many_rows) const {
+    return n_places*(many_rows ? llama_n_ubatch(ctx) : slots.size())*store.n_embd()*sizeof(float)*(all_streams ? store.n_streams() : 1);
+}
+
+void server_steer_slots::set_captures(int slot, slot_state & s, const server_tokens & tokens) {
     std::set<std::pair<int32_t, int32_t>> need;
-    bool all_streams = false;
-    bool many_rows   = drafts;
+    const auto & info = store.model_info();
+    bool need_streams = false;
+    bool need_rows    = store.has_drafts();
     const auto positions = server_steer_positions(tokens);
 
     if (s.request->read) {
@@ -69,12 +117,12 @@ void server_steer::set_taps(int slot, slot_state & s, const server_tokens & toke
         for (int32_t il : spec.layers) {
             need.insert({ il, spec.site });
         }
-        all_streams = spec.streams;
-        many_rows   = many_rows || s.wanted.size() > 1;
+        need_streams = spec.streams;
+        need_rows    = need_rows || s.wanted.size() > 1;
     }
     for (const auto & g : s.gates) {
         need.insert({ g.gate->layers[0], g.gate->sites[0] });
-        many_rows = many_rows || g.first < g.last;
+        need_rows = need_rows || g.first < g.last;
     }
     for (const auto & probe : s.request->probes) {
         for (size_t i = 0; i < probe->n(); ++i) {
@@ -83,16 +131,30 @@ void server_steer::set_taps(int slot, slot_state & s, const server_tokens & toke
     }
 
     const bool others = std::any_of(slots.begin(), slots.end(), [&](const auto & p) {
-        return p && p.get() != &s && p->taps();
+        return p && p.get() != &s && p->captures();
     });
-    const bool enough = std::includes(taps.begin(), taps.end(), need.begin(), need.end()) &&
-        (taps_all_streams || !all_streams) && (taps_many_rows || !many_rows);
+    const auto holds_last = [&](const std::set<std::pair<int32_t, int32_t>> & places) {
+        return info.last_layer_outputs_only && !places.empty() && places.rbegin()->first == info.n_layer - 1;
+    };
+    // a capture of the last layer that nobody needs any more would make reads of other tokens fail
+    const bool wanted_there = std::any_of(slots.begin(), slots.end(), [&](const auto & p) {
+        return p && p.get() != &s && p->request && reads_of(*p->request, info.n_layer - 1).first;
+    });
+    const bool stale  = !wanted_there && holds_last(captures) && !holds_last(need);
+    const bool enough = std::includes(captures.begin(), captures.end(), need.begin(), need.end()) &&
+        (all_streams || !need_streams) && (many_rows || !need_rows) && !stale;
     if (!enough) {
+        // what was captured before will be asked for again: each change of the set rebuilds the graph, and everybody waits for that
         auto next = need;
-        if (others) {
-            next.insert(taps.begin(), taps.end());
-            all_streams = all_streams || taps_all_streams;
-            many_rows   = many_rows   || taps_many_rows;
+        next.insert(captures.begin(), captures.end());
+        while (stale && holds_last(next)) {
+            next.erase(std::prev(next.end()));
+        }
+        if (others || capture_bytes(next.size(), need_streams || all_streams, need_rows || many_rows) <= MAX_CAPTURE_BYTES) {
+            need_streams = need_streams || all_streams;
+            need_rows    = need_rows    || many_rows;
+        } else {
+            next = need;
         }
         std::vector<int32_t> layers;
         std::vector<int32_t> sites;
@@ -101,12 +163,12 @@ void server_steer::set_taps(int slot, slot_state & s, const server_tokens & toke
             sites.push_back(site);
         }
         check(llama_steer_capture_set(ctx, (int32_t) layers.size(), layers.data(), sites.data(),
-            all_streams ? LLAMA_STEER_STREAM_ALL : LLAMA_STEER_STREAM_MEAN, many_rows ? 0 : (int32_t) slots.size(), false));
-        taps = next;
-        taps_all_streams = all_streams;
-        taps_many_rows   = many_rows;
+            need_streams ? LLAMA_STEER_STREAM_ALL : LLAMA_STEER_STREAM_MEAN, need_rows ? 0 : (int32_t) slots.size(), false));
+        captures    = next;
+        all_streams = need_streams;
+        many_rows   = need_rows;
         check(llama_steer_set_read_callback(ctx, [](const llama_steer_rows * rows, void * self) {
-            return static_cast<server_steer *>(self)->on_rows(*rows);
+            return static_cast<server_steer_slots *>(self)->on_rows(*rows);
         }, this));
     }
     // runs of wanted positions
@@ -128,9 +190,9 @@ void server_steer::set_taps(int slot, slot_state & s, const server_tokens & toke
 
 // ---- gates ----
 
-void server_steer::set_gates(slot_state & s, const server_tokens & tokens) {
-    for (const auto & t : s.terms) {
-        if (!t.gate || t.strength == 0.0 || std::any_of(s.gates.begin(), s.gates.end(), [&](const server_steer_gate_state & g) { return g.same(*t.gate); })) {
+void server_steer_slots::set_gates(slot_state & s, const server_tokens & tokens) {
+    for (const auto & t : s.request->terms) {
+        if (!t.gate || !t.is_active() || std::any_of(s.gates.begin(), s.gates.end(), [&](const server_steer_gate_state & g) { return g.same(*t.gate); })) {
             continue;
         }
         const int32_t n_prompt = s.request->n_prompt >= 0 ? s.request->n_prompt : (int32_t) tokens.size();
@@ -144,41 +206,19 @@ void server_steer::set_gates(slot_state & s, const server_tokens & tokens) {
         g.gate  = t.gate;
         g.last  = n_prompt - 2;
         g.first = g.next = t.gate->gate->mean ? 1 : g.last;
-        g.sum.assign(info.n_embd, 0.0);
+        g.sum.assign(store.n_embd(), 0.0);
         s.gates.push_back(g);
         s.held_back    = n_prompt - 1;
         s.first_wanted = s.first_wanted < 0 ? g.first : std::min(s.first_wanted, g.first);
     }
 }
 
-bool server_steer::holds_back(int slot, int32_t index) const {
+bool server_steer_slots::holds_back(int slot, int32_t index) const {
     const auto * s = slots.at(slot).get();
     return s && s->held_back >= 0 && index == s->held_back;
 }
 
-void server_steer::decide(int slot, int32_t index, const server_tokens & tokens) {
-    if (!holds_back(slot, index)) {
-        return;
-    }
-    auto & s = *slots[slot];
-    for (auto & g : s.gates) {
-        if (g.next <= g.last) {
-            throw server_steer_error(500, string_format("a gate waits for position %d, which was not read", g.next));
-        }
-        g.decide();
-    }
-    s.held_back = -1;
-    std::vector<segment> rest; // what was computed keeps the ranges it was computed with
-    for (auto part : segments(*s.request, tokens, s)) {
-        part.first = std::max(part.first, index); // a position too: there are no images
-        if (part.end < 0 || part.end > part.first) {
-            rest.push_back(part);
-        }
-    }
-    set_ranges(slot, s, rest);
-}
-
-bool server_steer::on_rows(const llama_steer_rows & rows) {
+bool server_steer_slots::on_rows(const llama_steer_rows & rows) {
     const size_t n_embd = rows.n_embd;
     std::vector<float> mean(n_embd);
     const auto averaged = [&](const float * row) {
@@ -209,7 +249,7 @@ bool server_steer::on_rows(const llama_steer_rows & rows) {
             const auto   layer = std::lower_bound(spec.layers.begin(), spec.layers.end(), rows.layer);
             const auto   at    = std::lower_bound(s.wanted.begin(), s.wanted.end(), pos);
             if (layer != spec.layers.end() && *layer == rows.layer && at != s.wanted.end() && *at == pos && s.seen.insert({ rows.layer, pos }).second) {
-                const size_t n_out = spec.streams ? info.n_streams : 1;
+                const size_t n_out = spec.streams ? store.n_streams() : 1;
                 const size_t width = n_out*n_embd;
                 const float * src  = n_out == 1 ? averaged(row) : row;
                 const size_t li = layer - spec.layers.begin();
@@ -253,17 +293,17 @@ bool server_steer::on_rows(const llama_steer_rows & rows) {
     return true;
 }
 
-bool server_steer::ends_at_prompt(int slot) const {
+bool server_steer_slots::ends_at_prompt(int slot) const {
     const auto * s = slots.at(slot).get();
     return s && s->reads();
 }
 
-bool server_steer::forces(int slot) const {
+bool server_steer_slots::forces(int slot) const {
     const auto * s = slots.at(slot).get();
     return s && s->request && s->request->scores;
 }
 
-llama_token server_steer::force(int slot, const float * logits, int32_t n_vocab, llama_token sampled) {
+llama_token server_steer_slots::force(int slot, const float * logits, int32_t n_vocab, llama_token sampled) {
     auto & s = *slots.at(slot);
     const auto & forced = s.request->forced;
     if ((size_t) s.n_sampled >= forced.size()) {
@@ -279,7 +319,7 @@ llama_token server_steer::force(int slot, const float * logits, int32_t n_vocab,
     return token;
 }
 
-std::shared_ptr<server_steer_values> server_steer::take_values(int slot) {
+std::shared_ptr<server_steer_values> server_steer_slots::take_values(int slot) {
     auto * s = slots.at(slot).get();
     if (!s || !s->values) {
         return nullptr;
@@ -294,52 +334,30 @@ std::shared_ptr<server_steer_values> server_steer::take_values(int slot) {
 
 // ---- answers ----
 
-json server_steer::extra(int slot, part_t part) {
+std::shared_ptr<server_steer_extra> server_steer_slots::extra(int slot, part_t part) {
     auto * s = slots.at(slot).get();
     if (!s || !s->request || !s->request->named) {
-        return json(nullptr);
+        return nullptr;
     }
-    json res = json::object();
+    auto res = std::make_shared<server_steer_extra>();
+    res->whole = part == WHOLE;
     if (part == WHOLE || !s->id_sent) {
-        res["request_id"] = s->request->id;
+        res->request_id = s->request->id;
         s->id_sent = true;
     }
     if (part != WHOLE) {
         // the stock server sends no chunk for a token that ends inside a character, and forgets its id
-        res["tokens"] = s->unsent;
-        s->unsent.clear();
+        res->has_tokens = true;
+        res->tokens.swap(s->unsent);
     }
-    if (!s->request->probes.empty() && part != STREAM_END) {
-        json probe = json::object();
-        for (size_t i = 0; i < s->request->probes.size(); ++i) {
-            if (part == WHOLE) {
-                probe[s->request->probe_names[i]] = s->probe_all[i];
-            } else {
-                probe[s->request->probe_names[i]] = i < s->probe_now.size() ? s->probe_now[i] : 0.0;
-            }
+    if (part == WHOLE) {
+        res->probe_names = s->request->probe_names;
+        res->probes      = s->probe_all;
+    } else if (part == CHUNK) {
+        res->probe_names = s->request->probe_names;
+        for (size_t i = 0; i < res->probe_names.size(); ++i) {
+            res->probes.push_back({ i < s->probe_now.size() ? s->probe_now[i] : 0.0 });
         }
-        res["steering_probe"] = probe;
     }
     return res;
-}
-
-void server_steer::merge(json & answer, const json & extra) {
-    if (extra.is_null() || answer.is_null()) {
-        return;
-    }
-    json * target = &answer;
-    if (answer.is_array()) {
-        if (answer.empty()) {
-            return;
-        }
-        target = &answer.at((size_t) 0);
-    }
-    if (!target->is_object() || target->contains("event")) {
-        return; // the events of other APIs have a fixed form
-    }
-    for (const auto & entry : extra.items()) {
-        if (entry.key() != "tokens" || target->contains("tokens")) {
-            (*target)[entry.key()] = entry.value();
-        }
-    }
 }

@@ -1,5 +1,7 @@
 // server-steer-routes.h - the HTTP routes of steering (docs/http-protocol.md). Included in server-context.cpp, after server_res_generator.
 
+#include "server-steer-fields.h"
+
 namespace {
 
 [[noreturn]] void steer_bad(const std::string & message) {
@@ -8,14 +10,17 @@ namespace {
 
 json steer_json(server_task_result & result) {
     json res = result.to_json();
-    server_steer::merge(res, result.steer);
+    if (result.steer) {
+        server_steer_merge(res, *result.steer);
+    }
     return res;
 }
 
 // The steering of a completion request; false: `res` holds the error.
-bool steer_parse(server_steer & steer, server_res_generator & res, const json & data, const std::string & id, task_response_type type, server_steer_request_ptr & out) {
+bool steer_parse(server_steer_store & steer, const common_chat_templates * templates, server_res_generator & res, const json & data, const std::string & id, task_response_type type, server_steer_request_ptr & out) {
     try {
-        out = steer.parse(data, id, type != TASK_RESPONSE_TYPE_NONE && type != TASK_RESPONSE_TYPE_OAI_CMPL, res.steer_ticket);
+        const bool raw = type == TASK_RESPONSE_TYPE_NONE || type == TASK_RESPONSE_TYPE_OAI_CMPL;
+        out = steer.parse(data, id, raw ? nullptr : templates, res.steer_ticket);
         if (out && out->named) {
             res.headers["X-Steering-Request"] = out->id;
         }
@@ -26,22 +31,24 @@ bool steer_parse(server_steer & steer, server_res_generator & res, const json & 
     }
 }
 
-json steer_body(const std::string & text, std::initializer_list<const char *> keys) {
-    json body;
-    try {
-        body = json::parse(text);
-    } catch (const std::exception &) {
-        steer_bad("the body is not valid JSON");
-    }
-    if (!body.is_object()) {
-        steer_bad("the body is not a JSON object");
-    }
+// `object`: of server-steer-fields.h
+json steer_body(const std::string & text, const char * object) {
+    json body = server_steer_parse_object(text, "the body");
     for (const auto & entry : body.items()) {
-        if (std::none_of(keys.begin(), keys.end(), [&](const char * key) { return entry.key() == key; })) {
+        if (!server_steer_field_of(object, entry.key().c_str())) {
             steer_bad("unknown key '" + entry.key().substr(0, 60) + "'");
         }
     }
     return body;
+}
+
+// "?name=true", or 1; left out it is false
+bool steer_switch(const server_http_req & req, const char * name) {
+    const std::string value = req.get_param(name, "false");
+    if (!common_arg_utils::is_truthy(value) && !common_arg_utils::is_falsey(value)) {
+        steer_bad(std::string(name) + " is '" + value.substr(0, 60) + "', neither true nor false");
+    }
+    return common_arg_utils::is_truthy(value);
 }
 
 llama_tokens steer_tokens(const llama_vocab * vocab, const json & text, bool special, const std::string & where) {
@@ -74,7 +81,7 @@ struct steer_item {
 
 std::vector<steer_item> steer_items(const llama_vocab * vocab, const json & items, bool need_response) {
     const char * what = need_response ? "items" : "prompts";
-    if (!items.is_array() || items.empty() || items.size() > 4096) {
+    if (!items.is_array() || items.empty() || items.size() > server_steer_most("read", "prompts")) {
         steer_bad(std::string(what) + " has to be a list of 1 to 4096");
     }
     std::vector<steer_item> res;
@@ -198,7 +205,11 @@ void server_routes::init_steer_routes() {
         };
     };
 
-    route("GET /steering", true, [this](const server_http_req &, server_res_generator & res) {
+    route("GET /steering", true, [this](const server_http_req & req, server_res_generator & res) {
+        std::set<std::string> ids;
+        for (const auto & id : string_split<std::string>(req.get_param("ids"), ',')) {
+            ids.insert(id);
+        }
         json facts;
         {
             std::lock_guard<std::mutex> lock(mutex_cache);
@@ -228,6 +239,8 @@ void server_routes::init_steer_routes() {
                 } catch (const std::exception &) {
                     // a template that cannot be rendered has no tags to offer
                 }
+                const bool has_tags = !steer_facts.at("think_open").is_null() || !steer_facts.at("think_close").is_null();
+                steer_facts["thinks_untold"] = server_steer_thinks_untold(tmpls, has_tags);
                 json devices = json::array();
                 for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
                     auto * dev = ggml_backend_dev_get(i);
@@ -241,26 +254,28 @@ void server_routes::init_steer_routes() {
             }
             facts = steer_facts;
         }
-        res.ok(ctx_server.steer.describe(facts));
+        json answer = ctx_server.steer_store.describe(facts, ids);
+        answer["admin"] = server_steer_admin(params);
+        res.ok(answer);
     });
 
     route("POST /steering/vectors/:name", false, [this](const server_http_req & req, server_res_generator & res) {
-        res.ok(ctx_server.steer.put_vector(req.get_param("name"), req.body, req.get_param("force") == "1"));
+        res.ok(ctx_server.steer_store.put_vector(req.get_param("name"), req.body, steer_switch(req, "force"), steer_switch(req, "replace")));
     });
 
     route("DELETE /steering/vectors/:name", true, [this](const server_http_req & req, server_res_generator & res) {
-        res.ok(ctx_server.steer.delete_vector(req.get_param("name")));
+        res.ok(ctx_server.steer_store.delete_vector(req.get_param("name")));
     });
 
     route("POST /steering/requests/:id", false, [this](const server_http_req & req, server_res_generator & res) {
-        const json body = steer_body(req.body, { "steering" });
+        const json body = steer_body(req.body, "change");
         const std::string id = req.get_param("id");
         if (!body.contains("steering")) {
             steer_bad("'steering' is missing: give the terms that are to act from now on, [] for none");
         }
         auto change = std::make_shared<server_steer_request>();
-        change->terms = ctx_server.steer.parse_terms(body.at("steering"));
-        ctx_server.steer.check_running(id);
+        change->terms = ctx_server.steer_store.parse_terms(body.at("steering"));
+        ctx_server.steer_store.check_running(id);
 
         server_task task(SERVER_TASK_TYPE_CONTROL);
         task.id = res.rd.get_new_id();
@@ -282,10 +297,10 @@ void server_routes::init_steer_routes() {
     });
 
     route("POST /steering/read", false, [this](const server_http_req & req, server_res_generator & res) {
-        const json body = steer_body(req.body, { "prompts", "messages", "layers", "positions", "site", "stream", "steering", "steering_tags", "request_id", "chat_template_kwargs" });
-        auto & steer = ctx_server.steer;
+        const json body = steer_body(req.body, "read");
+        auto & steer = ctx_server.steer_store;
         server_steer_request base = steer.parse_special(body, gen_chatcmplid(), res.steer_ticket);
-        base.read = steer.parse_read(body);
+        base.read = steer.parse_read(body, meta->slot_n_ctx);
 
         if (body.contains("prompts") == body.contains("messages")) {
             steer_bad("give either prompts or messages");
@@ -294,6 +309,15 @@ void server_routes::init_steer_routes() {
         if (body.contains("messages")) {
             std::vector<raw_buffer> files;
             json chat = json { {"messages", body.at("messages")} };
+            for (size_t i = 0; chat.at("messages").is_array() && i < chat.at("messages").size(); ++i) {
+                const json & message = chat.at("messages").at(i);
+                const json   content = message.is_object() && message.contains("content") ? message.at("content") : json(nullptr);
+                for (size_t k = 0; content.is_array() && k < content.size(); ++k) {
+                    if (!content.at(k).is_object() || json_value(content.at(k), "type", std::string()) != "text") {
+                        steer_bad("messages to read hold more than text: images and sound cannot be read");
+                    }
+                }
+            }
             if (body.contains("chat_template_kwargs")) {
                 chat["chat_template_kwargs"] = body.at("chat_template_kwargs");
             }
@@ -348,8 +372,8 @@ void server_routes::init_steer_routes() {
     });
 
     route("POST /steering/logprobs", false, [this](const server_http_req & req, server_res_generator & res) {
-        const json body = steer_body(req.body, { "items", "steering", "steering_tags", "request_id" });
-        auto & steer = ctx_server.steer;
+        const json body = steer_body(req.body, "logprobs");
+        auto & steer = ctx_server.steer_store;
         if (steer.has_drafts()) {
             throw server_steer_error(501, "log-probabilities cannot be had with speculative decoding: start the server without a draft model");
         }
@@ -373,6 +397,11 @@ void server_routes::init_steer_routes() {
             task.tokens = server_tokens(item.prompt, ctx_server.mctx != nullptr);
             task.params = server_schema::eval_llama_cmpl_schema(ctx_server.vocab, params, meta->logit_bias_eog,
                 json { {"n_predict", item.response.size()}, {"temperature", 0.0}, {"backend_sampling", false} });
+            // what the command line says of replies is not meant for given ones
+            task.params.antiprompt.clear();
+            task.params.sampling.grammar = {};
+            task.params.n_cache_reuse    = 0;
+            task.params.t_max_predict_ms = -1;
             task.params.steer = request;
             tasks.push_back(std::move(task));
         }

@@ -2,9 +2,12 @@
 #ifndef SERVER_STEER_STATE_H
 #define SERVER_STEER_STATE_H
 
-#include "server-steer.h"
+#include "server-steer-slots.h"
+#include "server-steer-tags.h"
 
 #include <cmath>
+
+constexpr size_t MAX_CAPTURE_BYTES = (size_t) 64 << 20; // larger buffers for reading are freed when nobody reads
 
 // Position of each token; an image may take another number of positions than of tokens.
 inline std::vector<llama_pos> server_steer_positions(const server_tokens & tokens) {
@@ -26,64 +29,6 @@ inline std::vector<llama_pos> server_steer_positions(const server_tokens & token
     }
     return res;
 }
-
-// Follows the text of a response through thinking and tool calls, by the template's own tags.
-struct server_steer_phases {
-    const server_steer_tags * tags = nullptr;
-    bool thinking = false;
-    bool tool     = false;
-    std::string tail; // text that could be the beginning of a tag
-
-    // Anything to follow? Done for every steered request with tags: a live change may bring a scope that needs it.
-    bool tracks() const {
-        return !tags->open.empty() || !tags->close.empty() || !tags->tool_open.empty();
-    }
-
-    void start(const server_steer_tags & t) {
-        *this = {};
-        tags = &t;
-        tool = t.all_tools;
-    }
-
-    void feed(const std::string & piece, bool response) {
-        const size_t seen = tail.size();
-        tail += piece;
-        size_t best = 0; // end of the last tag that ends within the piece
-        size_t longest = 0;
-        const auto look = [&](const std::string & tag, bool & phase, bool value) {
-            longest = std::max(longest, tag.size());
-            const size_t at = tag.empty() ? std::string::npos : tail.rfind(tag);
-            if (at != std::string::npos && at + tag.size() > seen && at + tag.size() >= best) {
-                best  = at + tag.size();
-                phase = value;
-            }
-        };
-        look(tags->open, thinking, true);
-        for (const auto & tag : tags->close) {
-            look(tag, thinking, false);
-        }
-        if (response && !tags->all_tools) {
-            best = 0;
-            for (const auto & tag : tags->tool_open) {
-                look(tag, tool, true);
-            }
-            for (const auto & tag : tags->tool_close) {
-                look(tag, tool, false);
-            }
-        }
-        if (tail.size() > longest) {
-            tail.erase(0, tail.size() - longest);
-        }
-    }
-};
-
-// Tokens first <= p < end (end < 0: no end) have the terms of `active`, at the strengths they have where response token n is decided.
-struct server_steer::segment {
-    llama_pos first;
-    llama_pos end;
-    uint64_t  active;
-    int32_t   n;
-};
 
 // A gate of a slot: the sum of the states it looks at, until it is decided.
 struct server_steer_gate_state {
@@ -122,13 +67,10 @@ struct server_steer_gate_state {
     }
 };
 
-struct server_steer::slot_state {
+struct server_steer_slots::slot_state {
     server_steer_request_ptr request; // null: the slot is not ours
-    server_steer_terms terms;         // of the request, until a live change replaces them
+    plan_ptr      plan;               // points into the request's terms
     llama_pos     last_pos = 0;       // of the prompt
-    server_steer_phases phases;
-    uint64_t      active = 0;         // terms at the next token
-    std::set<std::string> held;       // configs that its ranges name
     bool steered = false;
     bool begun   = false;             // the tokens in its cache are those of this request
     bool shifted = false;             // positions no longer say where in the text a token is
@@ -152,7 +94,7 @@ struct server_steer::slot_state {
 
     bool reads() const { return request && request->read; }
 
-    bool taps() const { return request && (request->read || !request->probes.empty() || !gates.empty()); }
+    bool captures() const { return request && (request->read || !request->probes.empty() || !gates.empty()); }
 
     bool open(const server_steer_vector & gate) const {
         for (const auto & g : gates) {
@@ -161,54 +103,6 @@ struct server_steer::slot_state {
             }
         }
         return false;
-    }
-
-    llama_pos response_start() const { return std::max(1, last_pos); }
-
-    // Terms that act at a position, in the present phase.
-    uint64_t active_at(llama_pos pos) const {
-        const bool response = pos >= response_start();
-        uint64_t res = 0;
-        for (size_t i = 0; i < terms.size(); ++i) {
-            const auto & t = terms[i];
-            bool acts = false;
-            switch (t.scope) {
-                case server_steer_term::ALL:      acts = pos >= 1; break;
-                case server_steer_term::PROMPT:   acts = pos >= 1 && !response; break;
-                case server_steer_term::RESPONSE: acts = response; break;
-                case server_steer_term::THINKING: acts = response && phases.thinking; break;
-                case server_steer_term::ANSWER:   acts = response && !phases.thinking && !phases.tool; break;
-                case server_steer_term::RANGE:    acts = pos >= t.first && (t.last < 0 || pos <= t.last); break;
-            }
-            acts = acts && (!t.gate || open(*t.gate));
-            res |= acts && t.strength != 0.0 ? 1ull << i : 0;
-        }
-        return res;
-    }
-
-    // What the tokens from a position on get, in the present phase.
-    std::vector<segment> from(llama_pos pos) const {
-        std::set<llama_pos> edges = { pos, 1, response_start() };
-        for (const auto & t : terms) {
-            for (int32_t n = t.schedule.over; n >= 1 && response_start() + n >= pos; --n) {
-                edges.insert(response_start() + n);
-            }
-            if (t.scope == server_steer_term::RANGE) {
-                edges.insert(t.first);
-                edges.insert(t.last < 0 ? t.first : t.last + 1);
-            }
-        }
-        std::vector<segment> res;
-        for (llama_pos edge : edges) {
-            if (edge < pos) {
-                continue;
-            }
-            if (!res.empty()) {
-                res.back().end = edge;
-            }
-            res.push_back({ edge, -1, active_at(edge), std::max(0, edge - response_start()) });
-        }
-        return res;
     }
 };
 

@@ -1,5 +1,6 @@
 // server-steer-vectors.cpp - vector files and the identity of a model, read without trust.
 
+#include "server-steer-http.h"
 #include "server-steer-json.h"
 
 #include "gguf.h"
@@ -164,20 +165,7 @@ server_steer_identity server_steer_identity_of(const std::string & path, int32_t
 
 namespace {
 
-constexpr size_t MAX_HEADER_BYTES = 16u << 20;
-
-json parse_object(const std::string & text, const char * what) {
-    json res;
-    try {
-        res = json::parse(text);
-    } catch (const std::exception &) {
-        bad(std::string("the ") + what + " is not valid JSON");
-    }
-    if (!res.is_object()) {
-        bad(std::string("the ") + what + " is not a JSON object");
-    }
-    return res;
-}
+constexpr size_t MAX_HEADER_BYTES = 1u << 20;
 
 std::string text_at(const json & data, const char * key) {
     if (!data.contains(key) || !data.at(key).is_string()) {
@@ -320,7 +308,7 @@ void check_identity(const json & stored, const server_steer_identity & model, bo
         bad("it was made for " + other + " with another vocabulary: fit it on this model (steer train)");
     }
     if (differs("norms_sha256", model.norms_sha256) && !force) {
-        bad("it was made for a model that differs in its norm weights, such as a fine-tune of this one: fit it on this model (steer train), or upload it with ?force=1");
+        bad("it was made for a model that differs in its norm weights, such as a fine-tune of this one: fit it on this model (steer train), or upload it with ?force=true");
     }
 }
 
@@ -355,9 +343,9 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
         length = length << 8 | (uint8_t) file[i];
     }
     if (length < 2 || length > MAX_HEADER_BYTES || length > file.size() - 8) {
-        bad("not a safetensors file, or truncated: its header does not fit into it");
+        bad("not a safetensors file, or truncated: its header does not fit into it, or is longer than 1 MiB");
     }
-    const json header = parse_object(file.substr(8, length), "safetensors header");
+    const json header = server_steer_parse_object(file.substr(8, length), "the safetensors header");
     const char * data = file.data() + 8 + length;
     const size_t size = file.size() - 8 - length;
 
@@ -365,7 +353,7 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
             !header.at("__metadata__").at("steer").is_string()) {
         bad("a safetensors file without a steering vector (no 'steer' metadata)");
     }
-    const json meta = parse_object(header.at("__metadata__").at("steer").get<std::string>(), "'steer' metadata");
+    const json meta = server_steer_parse_object(header.at("__metadata__").at("steer").get<std::string>(), "the 'steer' metadata");
     if (text_at(meta, "format") != "steer-vector-v1") {
         bad("unknown format version " + shown(text_at(meta, "format")) + ": this server knows steer-vector-v1");
     }
@@ -473,5 +461,11 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
         res->scales.push_back(d.scale);
         res->dirs.insert(res->dirs.end(), d.values.begin(), d.values.end());
     }
+    res->native.key    = res->content_sha256.c_str();
+    res->native.n      = (int32_t) res->n();
+    res->native.layers = res->layers.data();
+    res->native.sites  = res->sites.data();
+    res->native.dirs   = res->dirs.data();
+    res->native.scales = res->scales.data();
     return res;
 }

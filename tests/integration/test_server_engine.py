@@ -219,7 +219,7 @@ def test_slots_are_free_after_cancelling(served: Any) -> None:
             for _ in stream:
                 stream.cancel()
             assert stream.result.finish_reason == "cancelled" and len(stream.result.tokens) < 1900
-        eventually(lambda: not engine.status()["requests"])
+        eventually(lambda: not engine.status()["n_requests"])
         assert engine.generate(PROMPT, max_tokens=5).tokens == want
 
 

@@ -75,10 +75,15 @@ class Server:
         return str(error["message"])
 
     def put(self, name: str, vector: SteeringVector, folder: Path, **query: str) -> requests.Response:
+        """Upload, in place of what another test has left under that name unless ``replace`` says otherwise."""
         file = folder / "upload.safetensors"
         write_vector(vector, file)
         return self.http.post(
-            f"{self.url}/steering/vectors/{name}", data=file.read_bytes(), headers=OCTETS, params=query, timeout=60
+            f"{self.url}/steering/vectors/{name}",
+            data=file.read_bytes(),
+            headers=OCTETS,
+            params={"replace": "true", **query},
+            timeout=60,
         )
 
     def complete(self, prompt: Any = PROMPT, steering: Any = None, n: int = 16, **fields: Any) -> dict[str, Any]:

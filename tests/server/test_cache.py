@@ -115,7 +115,14 @@ def live(server: Server, prompt: Any, first: Any, second: Any) -> dict[str, Any]
     """
     n_prompt = len(server.tokens(prompt))
     for n in (300, 600, 1200, 1700):
-        body = {"prompt": prompt, "n_predict": n, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+        body = {
+            "prompt": prompt,
+            "n_predict": n,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_tokens": True,
+            "cache_prompt": False,
+        }
         answer = server.stream("/completion", {**body, "steering": first, "request_id": f"live-{n}"})
         assert answer.headers["X-Steering-Request"] == f"live-{n}"
         tokens: list[int] = []

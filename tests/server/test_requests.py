@@ -144,7 +144,7 @@ def test_embeddings_are_not_steered(own: Any, tmp_path: Path) -> None:
     for fields in asked:
         for path in ("/v1/embeddings", "/embeddings"):
             assert "embeddings cannot be steered" in server.error(path, {"input": PROMPT, **fields}), fields
-    server.error("/rerank", {"query": "a", "documents": ["b"], "steering": term()}, 501)  # no model for it, before all else
+    assert "/rerank cannot be steered" in server.error("/rerank", {"query": "a", "documents": ["b"], "steering": term()})
     _, steered = server.read(prompts=[PROMPT], positions="all", layers=[2], steering=term(scope="3-"))
     _, rows = server.read(prompts=[PROMPT], positions="all", layers=[2])
     moved = np.abs(steered["0.values"] - rows["0.values"]).max(axis=(0, 2))
@@ -185,7 +185,7 @@ def test_a_read_whose_client_goes_away(own: Any, tmp_path: Path) -> None:
     server = loaded(own("llama", *ONE_SLOT, "--slots"), tmp_path)
     with pytest.raises(requests.Timeout):
         requests.post(server.url + "/steering/read", json={"prompts": [LONG] * 4000, "positions": "all"}, timeout=0.3)
-    eventually(lambda: server.get("/steering").json()["requests"] == [])
+    eventually(lambda: server.get("/steering").json()["n_requests"] == 0)
     assert len(server.complete(PROMPT, term(), 4)["tokens"]) == 4
     eventually(lambda: not any(s["is_processing"] for s in server.get("/slots").json()))
 
@@ -201,8 +201,8 @@ def test_more_projections_than_fit_at_once(own: Any, tmp_path: Path) -> None:
     answer = server.stream("/completion", body)
     lines = (line for line in answer.iter_lines() if line.startswith(b"data: "))
     next(lines)
-    assert "64 columns project" in server.error("/completion", {"prompt": PROMPT, "n_predict": 2, "steering": last}, 503)
+    assert "64 vectors project" in server.error("/completion", {"prompt": PROMPT, "n_predict": 2, "steering": last}, 503)
     assert server.complete(PROMPT, [{"vector": "v64"}], 2)["tokens"]  # adding has no such limit
     answer.close()
-    eventually(lambda: server.get("/steering").json()["requests"] == [])
+    eventually(lambda: server.get("/steering").json()["n_requests"] == 0)
     assert server.complete(PROMPT, last, 2)["tokens"]

@@ -168,7 +168,7 @@ def test_answer_leaves_tool_calls_alone(exact: Any, tmp_path: Path) -> None:
     along = coefficients(server, item, [{"vector": "one", "scope": "answer"}], 1, 0, steering_tags=tags)
     expected = [0.0] * (len(prompt) - 1) + [0.0 if c else 3.0 for c in calls]
     assert np.allclose(along, expected, atol=2e-3)
-    for bad in ({"tool": "x"}, {"open": ["a", "b"]}, {"open": 3}, {"close": ""}, {"close": "x" * 257}, [1]):
+    for bad in ({"tool": "x"}, {"open": ["a"] * 17}, {"open": 3}, {"close": ""}, {"close": "x" * 257}, [1]):
         server.error("/steering/read", {"prompts": [PROMPT], "steering_tags": bad})
 
 

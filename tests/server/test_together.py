@@ -245,7 +245,7 @@ def test_request_ids(own: Any, tmp_path: Path) -> None:
     lines = answer.iter_lines()
     chunk = json.loads(next(line for line in lines if line.startswith(b"data: "))[6:])
     assert chunk["request_id"] == "first"
-    listed = server.get("/steering").json()["requests"]
+    listed = server.get("/steering?ids=first").json()["requests"]
     assert [(r["request_id"], r["state"], r["steering"]) for r in listed] == [("first", "running", term())]
     assert "in use" in server.error("/completion", {"prompt": PROMPT, "request_id": "first"}, 409)
     answer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -24,7 +25,9 @@ from tests.server.test_cache import LONG, term
 
 
 def upload(server: Server, name: str, data: bytes, **query: str) -> requests.Response:
-    return server.http.post(f"{server.url}/steering/vectors/{name}", data=data, headers=OCTETS, params=query, timeout=60)
+    return server.http.post(
+        f"{server.url}/steering/vectors/{name}", data=data, headers=OCTETS, params={"replace": "true", **query}, timeout=60
+    )
 
 
 def file_of(vector: SteeringVector, folder: Path) -> bytes:
@@ -42,6 +45,7 @@ def test_upload_list_replace_delete(own: Any, tmp_path: Path) -> None:
     server = own("llama", *EXACT)
     vector = make_vector(server, 1, 2, scope="response")
     assert server.put("a", vector, tmp_path).json() == {"name": "a", "content_sha256": vector.content_hash, "replaced": False}
+    assert server.put("a", make_vector(server, 1, seed=3), tmp_path).json()["replaced"] is True
     assert server.put("a", vector, tmp_path).json()["replaced"] is True
     listed = server.get("/steering").json()["vectors"]
     assert listed == [{
@@ -83,7 +87,7 @@ def test_vectors_of_other_models(exact: Any, tiny_model: Any, tmp_path: Path) ->
     assert "it was made for qwen2" in refused(server, with_identity(architecture="qwen2"))
     assert "another vocabulary" in refused(server, with_identity(tokens_sha256="0" * 64))
     assert "norm weights" in refused(server, with_identity(norms_sha256="0" * 64))
-    assert upload(server, "v", with_identity(norms_sha256="0" * 64), force="1").status_code == 200
+    assert upload(server, "v", with_identity(norms_sha256="0" * 64), force="true").status_code == 200
     wide = SteeringVector("v", {(1, "resid_post"): np.ones(64, np.float32)})
     assert "64 numbers" in refused(server, file_of(wide, tmp_path))
     deep = SteeringVector("v", {(99, "resid_post"): np.ones(server.n_embd, np.float32)})
@@ -214,9 +218,10 @@ def test_a_thousand_distinct_uploads_do_not_leak(own: Any, tmp_path: Path) -> No
 def test_memory_of_a_hundred_vectors(own: Any, tmp_path: Path) -> None:
     """Loaded, and each used once: what their floats weigh and a fifth more, beside what one of them costs to use."""
     server = own("llama", "--parallel", "1", "-c", "512", "--cache-ram", "0", n_layer=64)
-    vectors = [file_of(make_vector(server, *range(64), seed=i), tmp_path) for i in range(101)]
-    upload(server, "first", vectors[100])
-    server.complete(PROMPT, [{"vector": "first"}], 2)
+    vectors = [file_of(make_vector(server, *range(64), seed=i), tmp_path) for i in range(180)]
+    for i in range(100, 180):  # what is kept for whoever wants the same next is full then
+        upload(server, f"w{i}", vectors[i])
+        server.complete(PROMPT, [{"vector": f"w{i}", "strength": 0.1}], 1)
     before = resident(server)
     for i in range(100):
         assert upload(server, f"v{i}", vectors[i]).status_code == 200
@@ -314,6 +319,31 @@ def test_router_mode(server_binary: Path) -> None:
         for method, path in (("GET", "/steering"), ("POST", "/steering/read"), ("DELETE", "/steering/vectors/a")):
             answer = requests.request(method, process.url + path, json={}, timeout=20)
             assert answer.status_code == 501 and "router" in answer.json()["error"]["message"], answer.text
+
+
+def test_a_router_hands_its_flags_on(own: Any, server_binary: Path, tiny_model: Any, tmp_path: Path) -> None:
+    """The servers of its models steer as a plain server does."""
+    from steer_plugins.client import ServerProcess
+
+    alone = own("llama", *EXACT)
+    vector = make_vector(alone)
+    alone.put("mood", vector, tmp_path)
+    terms = [{"vector": "mood", "strength": 0.5}]
+    steered, plain = (alone.complete(PROMPT, t)["tokens"] for t in (terms, []))
+    assert steered != plain
+    (tmp_path / "vectors").mkdir()
+    (tmp_path / "models").mkdir()
+    write_vector(vector, tmp_path / "vectors" / "mood.safetensors")
+    shutil.copy(tiny_model("llama"), tmp_path / "models" / "tiny.gguf")
+    flags = ("--steering-dir", str(tmp_path / "vectors"), "--steering", json.dumps(terms), "--no-warmup", "-t", "1")
+    body = {"model": "tiny", "prompt": PROMPT, "n_predict": 16, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+    with ServerProcess(server_binary) as process:
+        process.start(None, ["--models-dir", str(tmp_path / "models"), *flags, *EXACT])
+        process.wait_ready(60)
+        for fields, want in (({}, steered), ({"steering": []}, plain)):
+            answer = requests.post(process.url + "/completion", json={**body, **fields}, timeout=120)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["tokens"] == want
 
 
 def test_api_key_guards_the_steering_routes(server_binary: Path, tiny_model: Any) -> None:

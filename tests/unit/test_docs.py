@@ -51,6 +51,20 @@ def test_python_reference_is_up_to_date() -> None:
         assert re.sub(r"```.*?```", "", text, flags=re.S).strip(), f"{heading} has no description"
 
 
+def test_protocol_tables_are_up_to_date(tmp_path: Path) -> None:
+    """The fields of a request are declared once, in the server's source."""
+    spec = importlib.util.spec_from_file_location("protocol", ROOT / "scripts" / "protocol.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python scripts/protocol.py"
+    # a field that is declared and not shown is seen
+    module.HEADER = tmp_path / "fields.h"
+    declared = (ROOT / "cpp_patch" / "server-steer-fields.h").read_text(encoding="utf-8")
+    module.HEADER.write_text(declared.replace('"term",     "op",', '"term",     "oq",'), encoding="utf-8")
+    assert module.PAGE.read_text(encoding="utf-8") != module.page()
+
+
 def test_public_names_are_sorted_and_have_docstrings() -> None:
     assert steer_plugins.__all__ == sorted(steer_plugins.__all__)
     for name, home in steer_plugins._HOMES.items():

@@ -147,8 +147,10 @@ class Connection:
     def _refused(self, response: requests.Response, path: str) -> Exception:
         status = response.status_code
         message = _message(self._content(response)) or response.reason or f"status {status}"
-        if status in (401, 403):
+        if status == 401:
             return EngineError(f"{self.url} wants an API key ({message}): give it as api_key, or in STEER_API_KEY")
+        if status == 403:
+            return EngineError(f"{self.url} refuses this: {message}")
         if status == 503:
             return ServerBusy(f"{self.url} cannot answer yet ({message}): try again in a moment")
         if 400 <= status < 500:

@@ -32,6 +32,7 @@ class ServerFacts:
         has_chat_template: whether the model brings a template for chats.
         vectors: name -> content sha256 of the vectors that are loaded there.
         props: what ``GET /props`` of llama-server says: its chat template, what kinds of input it takes.
+        thinks_untold: the template speaks of thinking without a tag that ends it, so neither scope of it can be followed.
     """
 
     url: str
@@ -44,6 +45,7 @@ class ServerFacts:
     has_chat_template: bool
     vectors: Mapping[str, str]
     props: Mapping[str, Any] = field(repr=False)
+    thinks_untold: bool = False
 
     @classmethod
     def ask(cls, url: str, *, api_key: str | None = None, timeout: float = 600.0) -> ServerFacts:
@@ -92,6 +94,7 @@ def ask(connection: Connection) -> ServerFacts:
             has_chat_template=bool(model.get("has_chat_template")),
             vectors={str(v["name"]): str(v["content_sha256"]) for v in said.get("vectors", [])},
             props=dict(connection.get("/props")),
+            thinks_untold=bool(model.get("thinks_untold")),
         )
     except (KeyError, TypeError, ValueError, AttributeError, VectorError) as error:
         raise EngineError(f"{connection.url} does not say what its model is ({error}); it may be a different version") from None

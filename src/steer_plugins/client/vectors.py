@@ -114,7 +114,9 @@ class Uploads:
 
 def _upload(connection: Connection, name: str, vector: SteeringVector) -> None:
     gate = (vector.provenance or {}).get("gate") if name.startswith("g-") else None
-    bare = vector.replace(name=name, provenance=None if gate is None else {"gate": gate}, calibration=None)
+    # what the name does not stand for is the same in every upload: the server replaces no vector by another unasked
+    provenance = None if gate is None else {"gate": gate}
+    bare = vector.replace(name=name, default_scope="response", provenance=provenance, calibration=None)
     with tempfile.TemporaryDirectory(prefix="steer-") as folder:
         path = Path(folder) / "vector.safetensors"
         write_vector(bare, path)
@@ -135,6 +137,7 @@ class ServerVectors:
         self._connection = connection
         self._info = facts.info
         self._tags = facts.tags
+        self._untold = facts.thinks_untold
         self._uploads = Uploads.of(connection)
         self._uploads.learn(facts.vectors)
 
@@ -145,6 +148,11 @@ class ServerVectors:
             check_fits(term.vector, self._info)
             if term.gate is not None:
                 check_fits(term.gate.vector, self._info)
+            if term.effective_scope in ("thinking", "answer") and self._untold:
+                raise SpecError(
+                    f"scope '{term.effective_scope}' of {term.vector.name!r} cannot be followed, "
+                    "as this model's template does not say where thinking ends: use response"
+                )
             if term.effective_scope == "thinking" and self._tags is None:
                 raise SpecError(f"scope 'thinking' of {term.vector.name!r} needs a model with <think> tags: use response or all")
 

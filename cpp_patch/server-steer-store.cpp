@@ -1,5 +1,7 @@
-// server-steer.cpp - the vectors by name, the requests that run, what the server tells of itself, and its command line.
+// server-steer-store.cpp - the vectors by name, the requests that run, and what the server tells of itself.
 
+#include "server-steer-store.h"
+#include "server-steer-http.h"
 #include "server-steer-json.h"
 
 #include "common.h"
@@ -14,10 +16,6 @@ namespace {
 
 constexpr size_t MAX_VECTORS      = 1024;
 constexpr size_t MAX_VECTOR_BYTES = (size_t) 4 << 30;
-constexpr size_t MAX_BODY         = (size_t) 64 << 20;
-
-std::string g_folder;
-std::string g_default;
 
 bool is_name(const std::string & name, const char * more, size_t most) {
     const auto ok = [&](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || strchr(more, c); };
@@ -35,10 +33,12 @@ void check_vector_name(const std::string & name) {
 json server_steer_error::to_json() const {
     const char * type = "invalid_request_error";
     switch (code) {
+        case 403: type = "permission_error";  break;
         case 404: type = "not_found_error";   break;
         case 409: type = "conflict_error";    break;
         case 411:
         case 413: type = "too_large_error";   break;
+        case 415: type = "media_type_error";  break;
         case 429: type = "limit_error";       break;
         case 500: type = "server_error";      break;
         case 501: type = "not_supported_error"; break;
@@ -51,7 +51,7 @@ json server_steer_error::to_json() const {
 // ---- tickets ----
 
 struct server_steer_ticket {
-    server_steer * owner;
+    server_steer_store * owner;
     std::string    id;
 
     ~server_steer_ticket() {
@@ -60,7 +60,7 @@ struct server_steer_ticket {
     }
 };
 
-server_steer::running_request * server_steer::entry_of(const server_steer_request & request) {
+server_steer_store::running_request * server_steer_store::entry_of(const server_steer_request & request) {
     const auto it = running.find(request.id);
     return it != running.end() && it->second.serial == request.serial ? &it->second : nullptr;
 }
@@ -73,10 +73,10 @@ static json given_of(const server_steer_terms & terms) {
     return res;
 }
 
-std::shared_ptr<server_steer_ticket> server_steer::reserve(server_steer_request & request) {
+std::shared_ptr<server_steer_ticket> server_steer_store::reserve(server_steer_request & request) {
     const std::string & id = request.id;
-    if (id.empty() || id.size() > 64 || !std::all_of(id.begin(), id.end(), [](char c) { return isalnum((unsigned char) c) || strchr("._:-", c); })) {
-        bad("request_id " + shown(id) + " is no name for a request: use 1 to 64 of A-Z, a-z, 0-9, '.', '_', ':' and '-'");
+    if (id.empty() || id.size() > 64 || !std::all_of(id.begin(), id.end(), [](char c) { return c != '\0' && (isalnum((unsigned char) c) || strchr("._:-", c)); })) {
+        bad("request_id " + shown(id) + " is not a name for a request: use 1 to 64 of A-Z, a-z, 0-9, '.', '_', ':' and '-'");
     }
     {
         std::lock_guard<std::mutex> lock(mutex);
@@ -85,14 +85,14 @@ std::shared_ptr<server_steer_ticket> server_steer::reserve(server_steer_request 
         }
         request.serial = next_serial++;
         running[id].serial   = request.serial;
-        running[id].steering = given_of(request.terms);
+        running[id].terms  = request.terms;
     }
     return std::shared_ptr<server_steer_ticket>(new server_steer_ticket { this, id });
 }
 
 // ---- vectors ----
 
-json server_steer::put_vector(const std::string & name, const std::string & body, bool force) {
+json server_steer_store::put_vector(const std::string & name, const std::string & body, bool force, bool replace) {
     check_vector_name(name);
     if (!unsupported.empty()) {
         bad(unsupported);
@@ -107,36 +107,50 @@ json server_steer::put_vector(const std::string & name, const std::string & body
         throw server_steer_error(e.code, "vector " + shown(name) + ": " + e.what());
     }
     std::lock_guard<std::mutex> lock(mutex);
-    size_t bytes = vector->bytes();
-    for (auto & [other, stored] : store) {
-        bytes += other == name ? 0 : stored->bytes();
+    for (auto & [other, stored] : vectors) {
         if (stored->content_sha256 == vector->content_sha256 && stored->scope == vector->scope && stored->gate == vector->gate) {
             vector = stored; // the same content is held once
         }
     }
-    const bool replaced = store.count(name) > 0;
-    if ((!replaced && store.size() >= MAX_VECTORS) || bytes > MAX_VECTOR_BYTES) {
-        throw server_steer_error(429, string_format("the server holds %zu vectors, the limits are %zu and %zu bytes: delete some with DELETE /steering/vectors/NAME",
-                    store.size(), MAX_VECTORS, MAX_VECTOR_BYTES));
+    const auto held     = vectors.find(name);
+    const bool replaced = held != vectors.end() && held->second != vector;
+    if (replaced && !replace) {
+        throw server_steer_error(409, "another vector " + shown(name) + " is loaded: upload with ?replace=true to put this one in its place, or choose another name");
     }
-    store[name] = vector;
+    // what a request still uses takes memory as well, whether or not it has a name
+    size_t bytes = 0;
+    bool   known = false;
+    alive.erase(std::remove_if(alive.begin(), alive.end(), [](const auto & weak) { return weak.expired(); }), alive.end());
+    for (const auto & weak : alive) {
+        const auto other = weak.lock();
+        bytes += other ? other->bytes() : 0;
+        known = known || other == vector;
+    }
+    if ((held == vectors.end() && vectors.size() >= MAX_VECTORS) || (!known && bytes + vector->bytes() > MAX_VECTOR_BYTES)) {
+        throw server_steer_error(429, string_format("the server holds %zu vectors, the limits are %zu and %zu bytes: delete some with DELETE /steering/vectors/NAME",
+                    vectors.size(), MAX_VECTORS, MAX_VECTOR_BYTES));
+    }
+    if (!known) {
+        alive.push_back(vector);
+    }
+    vectors[name] = vector;
     return json { {"name", name}, {"content_sha256", vector->content_sha256}, {"replaced", replaced} };
 }
 
-json server_steer::delete_vector(const std::string & name) {
+json server_steer_store::delete_vector(const std::string & name) {
     check_vector_name(name);
     std::lock_guard<std::mutex> lock(mutex);
-    if (!store.erase(name)) {
+    if (!vectors.erase(name)) {
         throw server_steer_error(404, "no vector " + shown(name) + " is loaded");
     }
     return json { {"name", name}, {"deleted", true} };
 }
 
 // What the command line asked for. Throws when it cannot be had.
-void server_steer::load_configured() {
+void server_steer_store::load_configured(const std::string & folder, const std::string & default_terms) {
     std::vector<std::filesystem::path> files;
-    if (!g_folder.empty()) {
-        for (const auto & entry : std::filesystem::directory_iterator(g_folder)) {
+    if (!folder.empty()) {
+        for (const auto & entry : std::filesystem::directory_iterator(folder)) {
             if (entry.path().extension() == ".safetensors") {
                 files.push_back(entry.path());
             }
@@ -149,15 +163,15 @@ void server_steer::load_configured() {
         }
         std::ifstream in(file, std::ios::binary);
         const std::string data((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-        put_vector(file.stem().string(), data, false);
+        put_vector(file.stem().string(), data, false, false);
     }
     if (!files.empty()) {
-        SRV_INF("%zu steering vectors loaded from %s\n", files.size(), g_folder.c_str());
+        SRV_INF("%zu steering vectors loaded from %s\n", files.size(), folder.c_str());
     }
-    if (!g_default.empty()) {
+    if (!default_terms.empty()) {
         json terms;
         try {
-            terms = json::parse(g_default);
+            terms = json::parse(default_terms);
         } catch (const std::exception &) {
             bad("--steering is not valid JSON: give a list of terms, such as [{\"vector\": \"mood\"}]");
         }
@@ -165,7 +179,7 @@ void server_steer::load_configured() {
     }
 }
 
-void server_steer::check_running(const std::string & id) {
+void server_steer_store::check_running(const std::string & id) {
     std::lock_guard<std::mutex> lock(mutex);
     const auto it = running.find(id);
     if (it == running.end() || (it->second.started && it->second.n_slots == 0)) {
@@ -176,7 +190,7 @@ void server_steer::check_running(const std::string & id) {
     }
 }
 
-json server_steer::describe(const json & server) {
+json server_steer_store::describe(const json & server, const std::set<std::string> & ids) {
     std::lock_guard<std::mutex> lock(mutex);
     json model_json = server;
     model_json["identity"] = identity.to_json();
@@ -192,16 +206,16 @@ json server_steer::describe(const json & server) {
     } else {
         model_json["error"] = unsupported;
     }
-    json vectors = json::array();
+    json listed = json::array();
     size_t bytes = 0;
     std::set<const server_steer_vector *> counted;
-    for (const auto & [name, v] : store) {
+    for (const auto & [name, v] : vectors) {
         std::set<int32_t> layers(v->layers.begin(), v->layers.end());
         std::set<std::string> sites;
         for (int32_t s : v->sites) {
             sites.insert(SITES[s]);
         }
-        vectors.push_back({
+        listed.push_back({
             {"name", name}, {"content_sha256", v->content_sha256}, {"op", v->op}, {"default_scope", v->scope},
             {"layers", std::vector<int32_t>(layers.begin(), layers.end())}, {"sites", std::vector<std::string>(sites.begin(), sites.end())}, {"bytes", v->bytes()},
             {"gate", v->gate.has_value()},
@@ -210,59 +224,98 @@ json server_steer::describe(const json & server) {
     }
     json requests = json::array();
     for (const auto & [id, r] : running) {
+        if (!ids.count(id)) {
+            continue; // an id is all that it takes to change a request: only who knows it is told of it
+        }
         const char * state = !r.started ? "queued" : r.n_slots > 0 ? "running" : "ended";
-        requests.push_back({ {"request_id", id}, {"state", state}, {"steering", r.steering}, {"tokens", r.n_tokens} });
+        requests.push_back({ {"request_id", id}, {"state", state}, {"steering", given_of(r.terms)}, {"tokens", r.n_tokens} });
     }
     return json {
         {"protocol", SERVER_STEER_PROTOCOL},
         {"model",    model_json},
-        {"vectors",  vectors},
+        {"vectors",  listed},
+        {"n_requests", running.size()},
         {"requests", requests},
         {"default",  given_of(defaults)},
         {"limits", {
-            {"vectors", MAX_VECTORS}, {"vector_bytes", MAX_VECTOR_BYTES}, {"terms", MAX_TERMS}, {"body_bytes", MAX_BODY},
+            {"vectors", MAX_VECTORS}, {"vector_bytes", MAX_VECTOR_BYTES}, {"terms", MAX_TERMS}, {"body_bytes", MAX_BODY}, {"json_bytes", MAX_JSON},
         }},
         {"memory", { {"vector_bytes", bytes}, {"device_bytes", device_bytes} }},
     };
 }
 
-// ---- odds and ends ----
+// ---- what the main thread tells ----
 
-server_http_res_ptr server_steer_router(const server_http_req &) {
-    auto res = std::make_unique<server_http_res>();
-    const server_steer_error error(501, "a router does not steer: ask one of its models' own servers");
-    res->status = error.code;
-    res->data   = safe_json_to_str(json {{ "error", error.to_json() }});
-    return res;
-}
-
-void server_steer_take_args(int & argc, char ** argv) {
-    const auto from_env = [](const char * name) {
-        const char * value = getenv(name);
-        return std::string(value ? value : "");
-    };
-    g_folder  = from_env("STEER_SERVER_DIR");
-    g_default = from_env("STEER_SERVER_DEFAULT");
-    int n = 0;
-    for (int i = 0; i < argc; ++i) {
-        const std::string arg = argv[i];
-        std::string * target = arg == "--steering-dir" ? &g_folder : arg == "--steering" ? &g_default : nullptr;
-        if (arg == "--help" || arg == "-h" || arg == "--usage") {
-            printf("----- steering -----\n\n"
-                   "--steering-dir DIR                      load every vector file (*.safetensors) of a folder (env: STEER_SERVER_DIR)\n"
-                   "--steering JSON                         default steering of requests that bring none: a list of terms (env: STEER_SERVER_DEFAULT)\n\n");
-        }
-        if (!target) {
-            argv[n++] = argv[i];
-        } else if (i + 1 < argc) {
-            *target = argv[++i];
-        } else {
-            argv[n++] = argv[i]; // llama.cpp's parser says what it thinks of it
-        }
+void server_steer_store::note_start(const server_steer_request & request) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (auto * entry = entry_of(request)) {
+        entry->started = true;
+        entry->n_slots++;
     }
-    argc = n;
-    argv[argc] = nullptr;
 }
+
+void server_steer_store::note_end(const server_steer_request & request) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (auto * entry = entry_of(request)) {
+        entry->n_slots--;
+    }
+}
+
+void server_steer_store::note_token(const server_steer_request & request) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (auto * entry = entry_of(request)) {
+        entry->n_tokens++;
+    }
+}
+
+void server_steer_store::note_terms(const server_steer_request & request) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (auto * entry = entry_of(request)) {
+        entry->terms = request.terms;
+    }
+}
+
+void server_steer_store::note_device(size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    device_bytes = bytes;
+}
+
+bool server_steer_store::is_running(const server_steer_request & request) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return entry_of(request) != nullptr;
+}
+
+// ---- the beginning ----
+
+bool server_steer_store::open(llama_context * ctx, const common_params & params, bool drafts_new) {
+    if (is_open) {
+        return true; // resumed from sleep: names and vectors are as they were
+    }
+    drafts = drafts_new;
+    try {
+        const bool known = llama_steer_context_info(ctx, &info) == LLAMA_STEER_OK;
+        identity = server_steer_identity_of(params.model.path, info.n_layer, info.n_embd, info.n_streams);
+        if (!known) {
+            unsupported = "models of the architecture '" + identity.architecture + "' cannot be steered: it is not in the tested list";
+        }
+    } catch (const std::exception & e) {
+        unsupported = std::string("this model cannot be steered: ") + e.what();
+        SRV_WRN("%s\n", unsupported.c_str());
+    }
+    try {
+        load_configured(common_steering().dir, common_steering().terms);
+    } catch (const std::exception & e) {
+        SRV_ERR("steering: %s\n", e.what());
+        return false;
+    }
+    if (!server_steer_admin(params)) {
+        SRV_INF("%s", "steering: uploads, reads and live changes are off (--steering-admin)\n");
+    }
+    is_open = true;
+    return true;
+}
+
+// ---- answers ----
 
 void server_steer_copy_fields(const json & from, json & to) {
     for (const char * key : { "steering", "steering_probe", "steering_tags", "request_id" }) {
@@ -272,16 +325,29 @@ void server_steer_copy_fields(const json & from, json & to) {
     }
 }
 
-bool server_steer_is_route(const std::string & path) {
-    return path.find("/steering") != std::string::npos; // a prefix may come before it
-}
-
-int server_steer_body_status(const std::string & method, const std::string & path, const std::string & content_length) {
-    if (method != "POST" || !server_steer_is_route(path)) {
-        return 0;
+void server_steer_merge(json & answer, const server_steer_extra & extra) {
+    if (answer.is_null() || (answer.is_array() && answer.empty())) {
+        return;
     }
-    if (content_length.empty() || content_length.size() > 18 || !std::all_of(content_length.begin(), content_length.end(), ::isdigit)) {
-        return 411;
+    json & target = answer.is_array() ? answer.at((size_t) 0) : answer;
+    if (!target.is_object() || target.contains("event")) {
+        return; // the events of other APIs have a fixed form
     }
-    return std::stoull(content_length) > MAX_BODY ? 413 : 0;
+    if (!extra.request_id.empty()) {
+        target["request_id"] = extra.request_id;
+    }
+    if (extra.has_tokens && target.contains("tokens")) {
+        target["tokens"] = extra.tokens;
+    }
+    if (!extra.probe_names.empty()) {
+        json probe = json::object();
+        for (size_t i = 0; i < extra.probe_names.size(); ++i) {
+            if (extra.whole) {
+                probe[extra.probe_names[i]] = extra.probes[i];
+            } else {
+                probe[extra.probe_names[i]] = extra.probes[i].at(0);
+            }
+        }
+        target["steering_probe"] = probe;
+    }
 }
