@@ -94,3 +94,13 @@ def test_the_front_page_leads_to_every_page() -> None:
     front = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "CONTRIBUTING.md"))
     for page in (ROOT / "docs").glob("*.md"):
         assert f"](docs/{page.name}" in front, f"nothing leads to {page.name}"
+
+
+def test_every_variable_of_the_environment_is_documented() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]
+    read = {
+        name for file in sources for name in re.findall(r"environ\W+(?:get\W+)?(STEER_\w+)", file.read_text(encoding="utf-8"))
+    }
+    assert "STEER_LIBRARY" in read
+    assert sorted(name for name in read if name not in pages) == []
