@@ -28,8 +28,9 @@ from .hub import Check
 
 REFUSAL = "refusal"
 """The library's name for a direction towards refusing, fitted on the user's model."""
-LOWERS = -1.0
-"""Nats: refusals against answers become less than 0.37 times as likely as they were. Named as such from here on."""
+LOWERS = -4.0
+"""Nats: refusals against answers become less than 0.02 times as likely as they were. Named as such from here on. An honest vector
+of mood, calibrated on a model of 135M, has -1.8: cheerfulness, too, begins its answers readily."""
 OPPOSED = -0.3
 """A cosine with the refusal direction that is named as such; random directions of 576 numbers have 0.04."""
 
