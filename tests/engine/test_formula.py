@@ -342,7 +342,7 @@ def test_random_steerings(raw: MakeRaw) -> None:
                 NativeTerm(
                     int(k),
                     int(rng.integers(3)),
-                    float(rng.choice([-1.5, -0.2, 0.0, 0.3, 1.0])),
+                    float(rng.choice([-1.0, -0.2, 0.0, 0.3, 1.5])),
                     stream=int(rng.choice(streams)),
                 )
             )
