@@ -8,11 +8,11 @@ namespace llama_steer {
 
 ggml_context_ptr new_tensor_context(size_t n_tensors) {
     ggml_init_params params = {
-        /*.mem_size   =*/ n_tensors*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
+        /*.mem_size   =*/n_tensors * ggml_tensor_overhead(),
+        /*.mem_buffer =*/nullptr,
+        /*.no_alloc   =*/true,
     };
-    ggml_context_ptr ctx { ggml_init(params) };
+    ggml_context_ptr ctx{ ggml_init(params) };
     if (!ctx) {
         throw std::bad_alloc();
     }
@@ -20,7 +20,7 @@ ggml_context_ptr new_tensor_context(size_t n_tensors) {
 }
 
 ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t buft, bool weights, const char * what) {
-    ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft) };
+    ggml_backend_buffer_ptr buf{ ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft) };
     if (!buf) {
         throw steer_error(LLAMA_STEER_ERR_MEMORY, format("not enough memory on %s for %s", ggml_backend_buft_name(buft), what));
     }
@@ -33,19 +33,19 @@ ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t 
 // Where the directions of a layer are kept: with its weights, if that device can gather and scatter rows.
 static ggml_backend_buffer_type_t buft_of(const llama_steer_state & st, int32_t il) {
     auto * buft = st.model.select_buft(il);
-    auto * dev  = ggml_backend_buft_get_device(buft);
+    auto * dev = ggml_backend_buft_get_device(buft);
     if (!dev) {
         return buft; // the CPU's own
     }
     auto ctx = new_tensor_context(8);
     ggml_tensor * rows = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, st.n_embd, 4);
     ggml_tensor * some = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, st.n_embd, 2);
-    ggml_tensor * get  = ggml_get_rows(ctx.get(), rows, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 2));
-    ggml_tensor * set  = ggml_set_rows(ctx.get(), rows, some, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 2));
+    ggml_tensor * get = ggml_get_rows(ctx.get(), rows, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 2));
+    ggml_tensor * set = ggml_set_rows(ctx.get(), rows, some, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 2));
     for (const auto * op : { get, set }) {
         if (!ggml_backend_dev_supports_op(dev, op)) {
             throw steer_error(LLAMA_STEER_ERR_ARCH, format("the device of layer %d (%s) cannot %s: keep this layer on another one", il,
-                        ggml_backend_dev_name(dev), ggml_op_desc(op)));
+                                                           ggml_backend_dev_name(dev), ggml_op_desc(op)));
         }
     }
     return buft;
@@ -79,30 +79,30 @@ void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups,
                 v = it->second.v;
             }
         }
-        ggml_backend_tensor_set(g.v, v.data(), sl.index*g.v->nb[2] + dyn*g.v->nb[1], v.size()*sizeof(float));
+        ggml_backend_tensor_set(g.v, v.data(), sl.index * g.v->nb[2] + dyn * g.v->nb[1], v.size() * sizeof(float));
         // vt: one float of each of its n_embd rows; read back, change, write whole rows (this is rare and small)
-        std::vector<float> t((size_t) n_dyn*st.n_embd);
-        ggml_backend_tensor_get(g.vt, t.data(), sl.index*g.vt->nb[2], t.size()*sizeof(float));
+        std::vector<float> t((size_t) n_dyn * st.n_embd);
+        ggml_backend_tensor_get(g.vt, t.data(), sl.index * g.vt->nb[2], t.size() * sizeof(float));
         for (int32_t i = 0; i < st.n_embd; ++i) {
-            t[(size_t) i*n_dyn + dyn] = v[i];
+            t[(size_t) i * n_dyn + dyn] = v[i];
         }
-        ggml_backend_tensor_set(g.vt, t.data(), sl.index*g.vt->nb[2], t.size()*sizeof(float));
+        ggml_backend_tensor_set(g.vt, t.data(), sl.index * g.vt->nb[2], t.size() * sizeof(float));
     }
 }
 
 static void allocate_dyn(const llama_steer_state & st, std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn,
-        const std::vector<int32_t> & dyn_cols, const vectors_by_id & vectors) {
+                         const std::vector<int32_t> & dyn_cols, const vectors_by_id & vectors) {
     if (n_dyn == 0) {
         return;
     }
     for (auto & g : groups) {
         auto ctx = new_tensor_context(2);
-        auto * v  = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, st.n_embd, n_dyn, g.slots.size());
+        auto * v = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, st.n_embd, n_dyn, g.slots.size());
         auto * vt = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, n_dyn, st.n_embd, g.slots.size());
-        ggml_set_name(v,  "steer_v");
+        ggml_set_name(v, "steer_v");
         ggml_set_name(vt, "steer_vt");
         auto buf = allocate(ctx.get(), g.buft, true, "projecting directions");
-        g.v  = v;
+        g.v = v;
         g.vt = vt;
         g.ctx_dyn = std::move(ctx);
         g.buf_dyn = std::move(buf);
@@ -118,19 +118,19 @@ static void allocate_dyn(const llama_steer_state & st, std::vector<group> & grou
 // Bring the device side to the given places, row capacity and projecting vectors, reserve compute buffers for the new graph,
 // and only then let go of the old side. On any failure the old side is in force again.
 void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
-        const vectors_by_id & vectors) {
+                  const vectors_by_id & vectors) {
     st.not_in_callback("making room for new layers or a new projecting vector");
 
-    std::vector<slot>        slots;
+    std::vector<slot> slots;
     std::map<place, int32_t> slot_of;
-    std::vector<group>       groups;
+    std::vector<group> groups;
 
     for (const auto & at : places) {
         slot sl;
         sl.at = at;
         auto * buft = buft_of(st, at.first);
         const int32_t n_streams = st.streams_at(at);
-        const bool    last      = st.gathered(at);
+        const bool last = st.gathered(at);
         int32_t gi = 0;
         while (gi < (int32_t) groups.size() &&
                !(groups[gi].buft == buft && groups[gi].n_streams == n_streams && groups[gi].last == last)) {
@@ -138,9 +138,9 @@ void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int
         }
         if (gi == (int32_t) groups.size()) {
             groups.emplace_back();
-            groups.back().buft      = buft;
+            groups.back().buft = buft;
             groups.back().n_streams = n_streams;
-            groups.back().last      = last;
+            groups.back().last = last;
         }
         sl.group = gi;
         sl.index = (int32_t) groups[gi].slots.size();
@@ -156,18 +156,18 @@ void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int
     allocate_dyn(st, groups, slots, n_dyn, dyn_cols, vectors);
 
     auto swap_all = [&]() {
-        std::swap(st.slots,   slots);
+        std::swap(st.slots, slots);
         std::swap(st.slot_of, slot_of);
-        std::swap(st.groups,  groups);
+        std::swap(st.groups, groups);
         st.kind_used.assign(st.slots.size(), {});
         st.generation++;
     };
     const int32_t n_rows_old = st.n_rows;
-    const int32_t n_dyn_old  = st.n_dyn;
+    const int32_t n_dyn_old = st.n_dyn;
 
     swap_all();
     st.n_rows = n_rows;
-    st.n_dyn  = n_dyn;
+    st.n_dyn = n_dyn;
     drop_rows(st);
     try {
         st.want_all();
@@ -176,7 +176,7 @@ void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int
     } catch (...) {
         swap_all();
         st.n_rows = n_rows_old;
-        st.n_dyn  = n_dyn_old;
+        st.n_dyn = n_dyn_old;
         drop_rows(st);
         st.want_all();
         llama_steer_access::reserve_again(st.ctx);
@@ -203,10 +203,10 @@ static void resize_rows(llama_steer_state & st, int32_t n_rows, bool keep) {
     std::vector<group> groups;
     for (const auto & g : st.groups) {
         groups.emplace_back();
-        groups.back().buft      = g.buft;
+        groups.back().buft = g.buft;
         groups.back().n_streams = g.n_streams;
-        groups.back().last      = g.last;
-        groups.back().slots     = g.slots;
+        groups.back().last = g.last;
+        groups.back().slots = g.slots;
     }
     allocate_sums(st, groups, n_rows);
     for (size_t i = 0; i < groups.size(); ++i) {
@@ -214,10 +214,10 @@ static void resize_rows(llama_steer_state & st, int32_t n_rows, bool keep) {
             break;
         }
         const auto * src = st.groups[i].sum;
-        std::vector<float> tmp((size_t) st.n_embd*st.n_rows);
+        std::vector<float> tmp((size_t) st.n_embd * st.n_rows);
         for (int64_t s = 0; s < src->ne[2]; ++s) {
-            ggml_backend_tensor_get(src, tmp.data(), s*src->nb[2], tmp.size()*sizeof(float));
-            ggml_backend_tensor_set(groups[i].sum, tmp.data(), s*groups[i].sum->nb[2], tmp.size()*sizeof(float));
+            ggml_backend_tensor_get(src, tmp.data(), s * src->nb[2], tmp.size() * sizeof(float));
+            ggml_backend_tensor_set(groups[i].sum, tmp.data(), s * groups[i].sum->nb[2], tmp.size() * sizeof(float));
         }
     }
     for (size_t i = 0; i < groups.size(); ++i) {
@@ -235,8 +235,8 @@ static void resize_rows(llama_steer_state & st, int32_t n_rows, bool keep) {
 }
 
 static int32_t max_rows(const llama_steer_state & st) {
-    const size_t row = std::max<size_t>(1, st.slots.size())*st.n_embd*sizeof(float);
-    return (int32_t) std::min<size_t>(MAX_ROWS, std::max<size_t>(MIN_MAX_ROWS, MAX_ROW_BYTES/row));
+    const size_t row = std::max<size_t>(1, st.slots.size()) * st.n_embd * sizeof(float);
+    return (int32_t) std::min<size_t>(MAX_ROWS, std::max<size_t>(MIN_MAX_ROWS, MAX_ROW_BYTES / row));
 }
 
 void reserve_rows(llama_steer_state & st, const std::map<llama_seq_id, interval_map<int32_t>> & ranges) {
@@ -254,7 +254,8 @@ void reserve_rows(llama_steer_state & st, const std::map<llama_seq_id, interval_
     int32_t need = 1;
     for (int32_t id : ahead) {
         auto c = st.configs.find(id);
-        need += c == st.configs.end() ? 0 : c->second.by_stream() ? st.n_streams : 1;
+        need += c == st.configs.end() ? 0 : c->second.by_stream() ? st.n_streams
+                                                                  : 1;
     }
     int32_t n_rows = st.n_rows;
     while (n_rows < std::min(need, max_rows(st))) {
@@ -279,13 +280,13 @@ void give_back_rows(llama_steer_state & st) {
 
 // Fill row r for (terms, callback values) at one stream (-1: all streams alike) and write it to the device.
 static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_steer_term> & terms, int32_t stream,
-        const float * cb_c, const float * cb_g, int32_t n_cb) {
+                     const float * cb_c, const float * cb_g, int32_t n_cb) {
     auto & row = st.rows[r];
     row.zero = true;
-    row.g.assign(st.slots.size()*st.n_dyn, 0.0f);
+    row.g.assign(st.slots.size() * st.n_dyn, 0.0f);
     row.kinds.assign(st.slots.size(), 0);
 
-    std::vector<float> packed(st.slots.size()*(size_t) st.n_embd, 0.0f);
+    std::vector<float> packed(st.slots.size() * (size_t) st.n_embd, 0.0f);
     std::vector<double> acc(st.n_embd);
     std::map<uint64_t, std::pair<double, const direction *>> sums;
     growth_bound bound; // of a config it was checked when it was set; what a callback adds comes on top
@@ -293,8 +294,8 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
     for (size_t s = 0; s < st.slots.size(); ++s) {
         const place & at = st.slots[s].at;
         sums.clear();
-        bool   renorm = false;
-        double added  = 0.0;
+        bool renorm = false;
+        double added = 0.0;
         std::vector<std::pair<const direction *, double>> parts;
         auto take = [&](const steer_vector & col, const direction & d, double c, double g) {
             added += std::fabs(c);
@@ -307,7 +308,7 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
                 e.second = &d;
             }
             if (g != 0.0) {
-                row.g[s*st.n_dyn + col.dyn] += (float) g;
+                row.g[s * st.n_dyn + col.dyn] += (float) g;
             }
         };
         for (const auto & t : terms) {
@@ -332,10 +333,10 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
                 if (renorm) {
                     throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave a coefficient to vector %d at layer %d, where a config restores the length", k, at.first));
                 }
-                const double c = (double) cb_c[k]*it->second.scale;
+                const double c = (double) cb_c[k] * it->second.scale;
                 if (!(std::fabs(c) <= LLAMA_STEER_MAX_DOSE)) {
                     throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave vector %d a coefficient of %g, which is too large at layer %d: a dose of %g is the limit",
-                                k, cb_c[k], at.first, LLAMA_STEER_MAX_DOSE));
+                                                                  k, cb_c[k], at.first, LLAMA_STEER_MAX_DOSE));
                 }
                 take(col, it->second, c, cb_g[k]);
             }
@@ -352,15 +353,15 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             any = true;
             const float * v = e.second->v.data();
             for (int32_t i = 0; i < st.n_embd; ++i) {
-                acc[i] += e.first*v[i];
+                acc[i] += e.first * v[i];
             }
         }
         if (any) {
-            std::transform(acc.begin(), acc.end(), packed.data() + s*st.n_embd, [](double x) { return (float) x; });
+            std::transform(acc.begin(), acc.end(), packed.data() + s * st.n_embd, [](double x) { return (float) x; });
         }
-        const bool dyn = std::any_of(row.g.begin() + s*st.n_dyn, row.g.begin() + (s + 1)*st.n_dyn, [](float g) { return g != 0.0f; });
+        const bool dyn = std::any_of(row.g.begin() + s * st.n_dyn, row.g.begin() + (s + 1) * st.n_dyn, [](float g) { return g != 0.0f; });
         row.kinds[s] = (any ? KIND_ADD : 0) | (dyn ? KIND_DYN : 0) | (renorm && any ? KIND_RENORM : 0);
-        row.zero     = row.zero && row.kinds[s] == 0;
+        row.zero = row.zero && row.kinds[s] == 0;
     }
 
     if (row.zero) {
@@ -368,7 +369,7 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
     }
     for (size_t s = 0; s < st.slots.size(); ++s) {
         auto * sum = st.groups[st.slots[s].group].sum;
-        ggml_backend_tensor_set(sum, packed.data() + s*st.n_embd, st.slots[s].index*sum->nb[2] + r*sum->nb[1], st.n_embd*sizeof(float));
+        ggml_backend_tensor_set(sum, packed.data() + s * st.n_embd, st.slots[s].index * sum->nb[2] + r * sum->nb[1], st.n_embd * sizeof(float));
     }
     st.stats.n_row_uploads++;
 }
@@ -386,11 +387,11 @@ int32_t row_for(llama_steer_state & st, int32_t cfg, int32_t stream, const float
     static const std::vector<llama_steer_term> no_terms;
 
     std::string key(8, '\0');
-    memcpy(&key[0], &cfg,    4);
+    memcpy(&key[0], &cfg, 4);
     memcpy(&key[4], &stream, 4);
     if (n_cb > 0) {
-        key.append(reinterpret_cast<const char *>(cb_c), n_cb*sizeof(float));
-        key.append(reinterpret_cast<const char *>(cb_g), n_cb*sizeof(float));
+        key.append(reinterpret_cast<const char *>(cb_c), n_cb * sizeof(float));
+        key.append(reinterpret_cast<const char *>(cb_g), n_cb * sizeof(float));
     }
 
     auto it = st.row_of.find(key);
@@ -411,7 +412,7 @@ int32_t row_for(llama_steer_state & st, int32_t cfg, int32_t stream, const float
                 throw steer_error(LLAMA_STEER_ERR_LIMIT, format("more than %d different steerings meet in one batch: use a smaller n_ubatch, or fewer at once", st.n_rows - 1));
             }
             best = st.n_rows;
-            resize_rows(st, st.n_rows*2, true);
+            resize_rows(st, st.n_rows * 2, true);
         }
         if (!st.rows[best].key.empty()) {
             st.row_of.erase(st.rows[best].key);
@@ -419,7 +420,7 @@ int32_t row_for(llama_steer_state & st, int32_t cfg, int32_t stream, const float
         }
         auto c = st.configs.find(cfg);
         fill_row(st, best, c == st.configs.end() ? no_terms : c->second.terms, stream, cb_c, cb_g, n_cb);
-        st.rows[best].key    = key;
+        st.rows[best].key = key;
         st.rows[best].config = cfg;
         it = st.row_of.emplace(key, best).first;
     }

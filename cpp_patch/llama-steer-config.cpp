@@ -21,10 +21,18 @@ void term_coefficients(const llama_steer_term & t, const direction & d, double &
     }
     switch (t.op) {
         case LLAMA_STEER_ADD:
-        case LLAMA_STEER_RENORM:  c = t.strength*d.scale;           break;
-        case LLAMA_STEER_PROJECT: g = -t.strength;                  break;
-        case LLAMA_STEER_CLAMP:   c = t.strength*d.scale; g = -1.0; break;
-        default: break;
+        case LLAMA_STEER_RENORM:
+            c = t.strength * d.scale;
+            break;
+        case LLAMA_STEER_PROJECT:
+            g = -t.strength;
+            break;
+        case LLAMA_STEER_CLAMP:
+            c = t.strength * d.scale;
+            g = -1.0;
+            break;
+        default:
+            break;
     }
 }
 
@@ -38,7 +46,8 @@ void check_renorm(const vectors_by_id & vectors, const std::vector<llama_steer_t
             for (const auto & [at, d] : vectors.at(t.vector).dirs) {
                 if (term_covers(t, at, -1) && term_covers(other, at, -1) && vectors.at(other.vector).dirs.count(at)) {
                     throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d restores the length at layer %d, where vector %d acts with another op: "
-                                "what comes first is not defined", t.vector, at.first, other.vector));
+                                                                  "what comes first is not defined",
+                                                                  t.vector, at.first, other.vector));
                 }
             }
         }
@@ -59,10 +68,10 @@ static double growth(const std::vector<std::pair<const direction *, double>> & p
             if (a != b && a->hash != b->hash) {
                 dot = 0.0;
                 for (size_t i = 0; i < a->v.size(); ++i) {
-                    dot += (double) a->v[i]*b->v[i];
+                    dot += (double) a->v[i] * b->v[i];
                 }
             }
-            row += std::sqrt(std::fabs(g*other))*std::fabs(dot);
+            row += std::sqrt(std::fabs(g * other)) * std::fabs(dot);
         }
         (g > 0.0 ? up : down) = std::max(g > 0.0 ? up : down, row);
     }
@@ -70,10 +79,11 @@ static double growth(const std::vector<std::pair<const direction *, double>> & p
 }
 
 void growth_bound::pass(const place & at, double added, const std::vector<std::pair<const direction *, double>> & parts) {
-    size = (parts.empty() ? 1.0 : growth(parts))*size + added;
+    size = (parts.empty() ? 1.0 : growth(parts)) * size + added;
     if (!(size <= MAX_STATE)) {
         throw steer_error(LLAMA_STEER_ERR_ARG, format("these terms together can let the hidden state grow beyond %g by layer %d, which float32 does not "
-                    "hold safely: use smaller strengths or fewer layers", MAX_STATE, at.first));
+                                                      "hold safely: use smaller strengths or fewer layers",
+                                                      MAX_STATE, at.first));
     }
 }
 
@@ -89,11 +99,11 @@ void check_bounds(const llama_steer_state & st, const vectors_by_id & vectors, c
             places.insert(at);
             if (t.op == LLAMA_STEER_PROJECT && !(t.strength >= LLAMA_STEER_MIN_PROJECT && t.strength <= LLAMA_STEER_MAX_PROJECT)) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, format("strength %g of vector %d is out of range: project takes %g to %g", t.strength, t.vector,
-                            LLAMA_STEER_MIN_PROJECT, LLAMA_STEER_MAX_PROJECT));
+                                                              LLAMA_STEER_MIN_PROJECT, LLAMA_STEER_MAX_PROJECT));
             }
-            if (t.op != LLAMA_STEER_PROJECT && !(std::fabs(t.strength*d.scale) <= LLAMA_STEER_MAX_DOSE)) {
+            if (t.op != LLAMA_STEER_PROJECT && !(std::fabs(t.strength * d.scale) <= LLAMA_STEER_MAX_DOSE)) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, format("strength %g of vector %d is too large at layer %d: a dose of %g is the limit",
-                            t.strength, t.vector, at.first, LLAMA_STEER_MAX_DOSE));
+                                                              t.strength, t.vector, at.first, LLAMA_STEER_MAX_DOSE));
             }
         }
     }
@@ -122,7 +132,10 @@ void check_bounds(const llama_steer_state & st, const vectors_by_id & vectors, c
 
 uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer_term> & terms, const place * only) {
     // merged by direction content first: v - v is nothing, whatever the vectors are called
-    struct item { double c = 0.0; double g = 0.0; };
+    struct item {
+        double c = 0.0;
+        double g = 0.0;
+    };
     std::map<std::array<uint64_t, 4>, item> items;
     for (const auto & t : terms) {
         auto it = st.vectors.find(t.vector);
@@ -177,13 +190,13 @@ bool in_use(const llama_steer_state & st, int32_t vector) {
 // ---- vectors and configs ----
 
 void set_vector(llama_steer_state & st, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites,
-        const float * dirs, const double * scales, bool room) {
+                const float * dirs, const double * scales, bool room) {
     st.not_in_callback("changing a vector");
     if (vector_id < 0 || vector_id >= LLAMA_STEER_MAX_VECTORS) {
         throw steer_error(LLAMA_STEER_ERR_LIMIT, format("vector %d is out of range: 0 to %d", vector_id, LLAMA_STEER_MAX_VECTORS - 1));
     }
-    if (n <= 0 || n > st.n_layer*LLAMA_STEER_SITE_COUNT || !layers || !sites || !dirs || !scales) {
-        throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d needs 1 to %d directions with layers, sites and scales", vector_id, st.n_layer*LLAMA_STEER_SITE_COUNT));
+    if (n <= 0 || n > st.n_layer * LLAMA_STEER_SITE_COUNT || !layers || !sites || !dirs || !scales) {
+        throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d needs 1 to %d directions with layers, sites and scales", vector_id, st.n_layer * LLAMA_STEER_SITE_COUNT));
     }
     steer_vector col;
     for (int32_t i = 0; i < n; ++i) {
@@ -191,10 +204,10 @@ void set_vector(llama_steer_state & st, int32_t vector_id, int32_t n, const int3
         if (!std::isfinite(scales[i])) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("the scale of vector %d at layer %d is not finite", vector_id, layers[i]));
         }
-        const float * v = dirs + (size_t) i*st.n_embd;
+        const float * v = dirs + (size_t) i * st.n_embd;
         double sq = 0.0;
         for (int32_t j = 0; j < st.n_embd; ++j) {
-            sq += (double) v[j]*v[j];
+            sq += (double) v[j] * v[j];
         }
         if (!std::isfinite(sq)) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("the direction of vector %d at layer %d holds NaN or Inf", vector_id, layers[i]));
@@ -205,7 +218,7 @@ void set_vector(llama_steer_state & st, int32_t vector_id, int32_t n, const int3
         direction d;
         d.v.assign(v, v + st.n_embd);
         d.scale = scales[i];
-        d.hash  = hash_bytes(v, st.n_embd*sizeof(float), 1);
+        d.hash = hash_bytes(v, st.n_embd * sizeof(float), 1);
         if (!col.dirs.emplace(place(layers[i], sites[i]), std::move(d)).second) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("vector %d has two directions at layer %d, %s", vector_id, layers[i], site_name(sites[i])));
         }
@@ -279,7 +292,7 @@ static bool is_dyn(const llama_steer_term & t) {
 
 // Give a vector a column of V: a free one, or that of a vector which projects no longer.
 static void promote_to_dyn(const llama_steer_state & st, int32_t vector_id, int32_t config_id, const std::vector<llama_steer_term> & wanted,
-        const std::vector<int32_t> & promote, std::vector<int32_t> & dyn_cols, vectors_by_id & vectors) {
+                           const std::vector<int32_t> & promote, std::vector<int32_t> & dyn_cols, vectors_by_id & vectors) {
     auto free = std::find(dyn_cols.begin(), dyn_cols.end(), -1);
     if (free == dyn_cols.end() && (int32_t) dyn_cols.size() >= LLAMA_STEER_MAX_DYN) {
         const auto needs = [](const std::vector<llama_steer_term> & terms, int32_t k) {
@@ -287,7 +300,7 @@ static void promote_to_dyn(const llama_steer_state & st, int32_t vector_id, int3
         };
         free = std::find_if(dyn_cols.begin(), dyn_cols.end(), [&](int32_t k) {
             return !needs(wanted, k) && std::find(promote.begin(), promote.end(), k) == promote.end() &&
-                std::none_of(st.configs.begin(), st.configs.end(), [&](const auto & c) { return c.first != config_id && needs(c.second.terms, k); });
+                   std::none_of(st.configs.begin(), st.configs.end(), [&](const auto & c) { return c.first != config_id && needs(c.second.terms, k); });
         });
         if (free == dyn_cols.end()) {
             throw steer_error(LLAMA_STEER_ERR_LIMIT, format("more than %d vectors project or clamp at once", LLAMA_STEER_MAX_DYN));
@@ -362,7 +375,7 @@ void set_config(llama_steer_state & st, int32_t config_id, int32_t n_terms, cons
     if (!promote.empty() || more) {
         st.not_in_callback("a config that needs new layers or another kind of edit");
         auto dyn_cols = st.dyn_cols;
-        auto vectors  = st.vectors;
+        auto vectors = st.vectors;
         for (int32_t k : promote) {
             promote_to_dyn(st, k, config_id, wanted, promote, dyn_cols, vectors);
         }
@@ -388,7 +401,7 @@ void set_config(llama_steer_state & st, int32_t config_id, int32_t n_terms, cons
             drop_rows(st); // a vector may have lost its place
         }
         st.dyn_cols = std::move(dyn_cols);
-        st.vectors  = std::move(vectors);
+        st.vectors = std::move(vectors);
     }
 
     auto & c = st.configs[config_id];

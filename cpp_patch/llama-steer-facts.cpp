@@ -10,9 +10,35 @@ namespace llama_steer {
 
 // By name, so that a tree need not know all of them. A further one: a generator in steer_plugins.testing, a line here, and the tests.
 static const char * const TESTED[] = {
-    "llama",   "qwen2",     "qwen3",      "gemma3",   "deepseek2",  "deepseek4", "llama4",  "mistral3",   "mistral4", "qwen2moe",
-    "qwen3moe", "qwen3next", "qwen35",    "qwen35moe", "gemma",     "gemma2",    "phi3",    "glm4",       "gpt-oss",  "granite",
-    "granitemoe", "olmo2",  "smollm3",    "command-r", "cohere2",   "starcoder2", "exaone", "exaone4",    "stablelm",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "deepseek2",
+    "deepseek4",
+    "llama4",
+    "mistral3",
+    "mistral4",
+    "qwen2moe",
+    "qwen3moe",
+    "qwen3next",
+    "qwen35",
+    "qwen35moe",
+    "gemma",
+    "gemma2",
+    "phi3",
+    "glm4",
+    "gpt-oss",
+    "granite",
+    "granitemoe",
+    "olmo2",
+    "smollm3",
+    "command-r",
+    "cohere2",
+    "starcoder2",
+    "exaone",
+    "exaone4",
+    "stablelm",
 };
 
 bool is_tested(llm_arch arch) {
@@ -21,7 +47,7 @@ bool is_tested(llm_arch arch) {
 }
 
 // Numbers of tokens that no other extent of a hidden state is likely to have, so that the shape says which axis counts what.
-constexpr uint32_t PROBE_TOKENS  = 11; // or a few more
+constexpr uint32_t PROBE_TOKENS = 11; // or a few more
 constexpr uint32_t PROBE_OUTPUTS = 3;
 
 // A node that passed a hook of the graph that is built to find out.
@@ -35,7 +61,7 @@ void note_facts(llama_steer_state & st, const place & at, const ggml_tensor * cu
         found.gathered = n_outputs != n_tokens && cur->ne[1] == n_outputs;
     } else if (at.second == LLAMA_STEER_RESID_POST && counts(cur->ne[2])) {
         found.n_streams = (int32_t) cur->ne[1];
-        found.gathered  = n_outputs != n_tokens && cur->ne[2] == n_outputs;
+        found.gathered = n_outputs != n_tokens && cur->ne[2] == n_outputs;
     } else {
         found.n_seen += 2;
     }
@@ -78,8 +104,8 @@ static void begin_info(const llama_model * model, llama_steer_info * out) {
         throw steer_error(LLAMA_STEER_ERR_ARG, "the model or the result is NULL");
     }
     *out = {};
-    out->n_layer   = (int32_t) model->hparams.n_layer();
-    out->n_embd    = (int32_t) model->hparams.n_embd;
+    out->n_layer = (int32_t) model->hparams.n_layer();
+    out->n_embd = (int32_t) model->hparams.n_embd;
     out->n_streams = 1;
     if (!is_tested(model->arch)) {
         throw steer_error(LLAMA_STEER_ERR_ARCH, format("architecture '%s' has not been tested with steering", llm_arch_name(model->arch)));
@@ -89,7 +115,7 @@ static void begin_info(const llama_model * model, llama_steer_info * out) {
 } // namespace llama_steer
 
 const char * llama_steer_arch_name(int32_t i) {
-    const int32_t n = sizeof(TESTED)/sizeof(TESTED[0]);
+    const int32_t n = sizeof(TESTED) / sizeof(TESTED[0]);
     return i >= 0 && i < n ? TESTED[i] : nullptr;
 }
 
@@ -105,10 +131,10 @@ int32_t llama_steer_model_info(const llama_model * model, llama_steer_info * out
         begin_info(model, out);
         // the facts are those of its graph, so a context is made for a moment, as small as can be
         auto params = llama_context_default_params();
-        params.n_ctx     = 256;
-        params.n_batch   = params.n_ubatch = PROBE_TOKENS;
+        params.n_ctx = 256;
+        params.n_batch = params.n_ubatch = PROBE_TOKENS;
         params.n_seq_max = 1;
-        llama_context_ptr ctx { llama_init_from_model(const_cast<llama_model *>(model), params) };
+        llama_context_ptr ctx{ llama_init_from_model(const_cast<llama_model *>(model), params) };
         if (!ctx) {
             throw steer_error(LLAMA_STEER_ERR_MEMORY, "not enough memory for a small context, in which to look at the model's graph");
         }

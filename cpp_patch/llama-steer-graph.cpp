@@ -12,23 +12,23 @@ constexpr size_t FUSE_MAX_BYTES = 8u << 20;
 class input_steer : public llm_graph_input_i {
 public:
     struct group_input {
-        ggml_tensor * idx   = nullptr; // I32 [rows, n_slots]
-        ggml_tensor * g     = nullptr; // F32 [n_dyn, rows, n_slots]
-        ggml_tensor * w     = nullptr; // F32 [1, rows, n_slots]: 1 where the length is restored
-        ggml_tensor * fused = nullptr; // F32 [n_embd, rows, n_slots]
-        ggml_tensor * all   = nullptr; // view of idx: [rows]
+        ggml_tensor * idx = nullptr;       // I32 [rows, n_slots]
+        ggml_tensor * g = nullptr;         // F32 [n_dyn, rows, n_slots]
+        ggml_tensor * w = nullptr;         // F32 [1, rows, n_slots]: 1 where the length is restored
+        ggml_tensor * fused = nullptr;     // F32 [n_embd, rows, n_slots]
+        ggml_tensor * all = nullptr;       // view of idx: [rows]
         std::vector<ggml_tensor *> deltas; // [n_slots] views of fused
         bool outputs_only = false;
     };
     struct capture_input {
-        ggml_tensor * idx = nullptr;   // I64 [rows]
+        ggml_tensor * idx = nullptr; // I64 [rows]
         bool outputs_only = false;
         int32_t n_out = 1;
     };
 
-    input_steer(llama_steer_state * st, int mode, uint32_t n_tokens, uint32_t n_outputs) :
-        st(st), mode(mode), kinds(st->kinds), generation(st->generation), n_tokens(n_tokens), n_outputs(n_outputs),
-        groups(st->groups.size()), captures(st->captures.size()) {}
+    input_steer(llama_steer_state * st, int mode, uint32_t n_tokens, uint32_t n_outputs)
+        : st(st), mode(mode), kinds(st->kinds), generation(st->generation), n_tokens(n_tokens), n_outputs(n_outputs),
+          groups(st->groups.size()), captures(st->captures.size()) {}
 
     // the token behind each row of a node: all tokens, or the outputs in batch order (as llm_graph_input_out_ids has them)
     static std::vector<uint32_t> tokens_of(const llama_ubatch * ub, bool outputs_only, uint32_t n_outputs) {
@@ -50,45 +50,45 @@ public:
             }
             const auto & gr = st->groups[gi];
             const auto toks = tokens_of(ub, in.outputs_only, n_outputs);
-            const size_t n_rows  = toks.size()*gr.n_streams;
+            const size_t n_rows = toks.size() * gr.n_streams;
             const size_t n_slots = gr.slots.size();
             GGML_ASSERT((int64_t) n_rows == in.idx->ne[0]);
 
-            idx.assign(n_rows*in.idx->ne[1], 0);
+            idx.assign(n_rows * in.idx->ne[1], 0);
             if (live) {
                 for (size_t t = 0; t < toks.size(); ++t) {
                     for (int32_t s = 0; s < gr.n_streams; ++s) {
-                        idx[t*gr.n_streams + s] = st->row_idx[toks[t]*st->n_streams + s];
+                        idx[t * gr.n_streams + s] = st->row_idx[toks[t] * st->n_streams + s];
                     }
                 }
                 for (int64_t k = 1; k < in.idx->ne[1]; ++k) {
-                    std::copy_n(idx.begin(), n_rows, idx.begin() + k*n_rows);
+                    std::copy_n(idx.begin(), n_rows, idx.begin() + k * n_rows);
                 }
             }
-            ggml_backend_tensor_set(in.idx, idx.data(), 0, idx.size()*sizeof(int32_t));
+            ggml_backend_tensor_set(in.idx, idx.data(), 0, idx.size() * sizeof(int32_t));
 
             if (in.g && in.g->buffer) {
                 const size_t n_dyn = st->n_dyn;
-                g.assign(n_slots*n_rows*n_dyn, 0.0f);
+                g.assign(n_slots * n_rows * n_dyn, 0.0f);
                 if (live) {
                     for (size_t k = 0; k < n_slots; ++k) {
                         for (size_t r = 0; r < n_rows; ++r) {
                             if (idx[r] != 0) {
-                                std::copy_n(st->rows[idx[r]].g.begin() + gr.slots[k]*n_dyn, n_dyn, g.begin() + (k*n_rows + r)*n_dyn);
+                                std::copy_n(st->rows[idx[r]].g.begin() + gr.slots[k] * n_dyn, n_dyn, g.begin() + (k * n_rows + r) * n_dyn);
                             }
                         }
                     }
                 }
-                ggml_backend_tensor_set(in.g, g.data(), 0, g.size()*sizeof(float));
+                ggml_backend_tensor_set(in.g, g.data(), 0, g.size() * sizeof(float));
             }
             if (in.w && in.w->buffer) {
-                g.assign(n_slots*n_rows, 0.0f);
+                g.assign(n_slots * n_rows, 0.0f);
                 for (size_t k = 0; live && k < n_slots; ++k) {
                     for (size_t r = 0; r < n_rows; ++r) {
-                        g[k*n_rows + r] = idx[r] != 0 && (st->rows[idx[r]].kinds[gr.slots[k]] & KIND_RENORM) != 0 ? 1.0f : 0.0f;
+                        g[k * n_rows + r] = idx[r] != 0 && (st->rows[idx[r]].kinds[gr.slots[k]] & KIND_RENORM) != 0 ? 1.0f : 0.0f;
                     }
                 }
-                ggml_backend_tensor_set(in.w, g.data(), 0, g.size()*sizeof(float));
+                ggml_backend_tensor_set(in.w, g.data(), 0, g.size() * sizeof(float));
             }
             if (live) {
                 for (int32_t k : gr.slots) {
@@ -118,38 +118,38 @@ public:
                 continue;
             }
             const auto toks = tokens_of(ub, in.outputs_only, n_outputs);
-            GGML_ASSERT((int64_t) toks.size()*in.n_out == in.idx->ne[0]);
-            rows.resize(toks.size()*in.n_out);
+            GGML_ASSERT((int64_t) toks.size() * in.n_out == in.idx->ne[0]);
+            rows.resize(toks.size() * in.n_out);
             for (size_t t = 0; t < toks.size(); ++t) {
                 const int32_t at = live ? st->capture_idx[toks[t]] : -1;
                 for (int32_t s = 0; s < in.n_out; ++s) {
-                    rows[t*in.n_out + s] = (int64_t) (at < 0 ? st->capture_rows : at)*in.n_out + s;
+                    rows[t * in.n_out + s] = (int64_t) (at < 0 ? st->capture_rows : at) * in.n_out + s;
                 }
             }
-            ggml_backend_tensor_set(in.idx, rows.data(), 0, rows.size()*sizeof(int64_t));
+            ggml_backend_tensor_set(in.idx, rows.data(), 0, rows.size() * sizeof(int64_t));
         }
     }
 
     bool can_reuse(const llm_graph_params & params) override {
         return st->mode == mode && (mode == 0 || st->generation == generation) && (!(mode & MODE_EDIT) || st->kinds == kinds) &&
-            params.ubatch.n_tokens == n_tokens && params.n_outputs == n_outputs;
+               params.ubatch.n_tokens == n_tokens && params.n_outputs == n_outputs;
     }
 
     llama_steer_state * st;
-    const int      mode;
+    const int mode;
     const std::vector<uint8_t> kinds; // of edits, by slot
     const uint64_t generation;
     const uint32_t n_tokens;
     const uint32_t n_outputs;
 
     std::vector<group_input> groups;
-    std::vector<capture_input>   captures;
-    std::map<place, bool>    hooked; // places whose edit is in this graph
-    uint64_t n_nodes = 0;            // of edits
+    std::vector<capture_input> captures;
+    std::map<place, bool> hooked; // places whose edit is in this graph
+    uint64_t n_nodes = 0;         // of edits
 
 private:
     std::vector<int32_t> idx;
-    std::vector<float>   g;
+    std::vector<float> g;
     std::vector<int64_t> rows;
 };
 
@@ -186,9 +186,9 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
     const auto & gr = st->groups[sl.group];
     auto & gin = in->groups[sl.group];
 
-    const uint8_t kinds   = in->kinds[si];
-    const int64_t n_embd  = cur->ne[0];
-    const int64_t n_rows  = ggml_nrows(cur);
+    const uint8_t kinds = in->kinds[si];
+    const int64_t n_embd = cur->ne[0];
+    const int64_t n_rows = ggml_nrows(cur);
     const int64_t n_slots = (int64_t) gr.slots.size();
 
     if (!gin.idx) {
@@ -197,7 +197,7 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
         };
         // one gather for all, unless most of it would be for nothing, or too large
         const int64_t n_adds = count(KIND_ADD);
-        const bool fuse = n_adds > 1 && 2*n_adds > n_slots && (size_t) (n_embd*n_rows*n_slots)*sizeof(float) <= FUSE_MAX_BYTES;
+        const bool fuse = n_adds > 1 && 2 * n_adds > n_slots && (size_t) (n_embd * n_rows * n_slots) * sizeof(float) <= FUSE_MAX_BYTES;
 
         gin.outputs_only = outputs_only;
         gin.idx = ggml_new_tensor_2d(ctx0, GGML_TYPE_I32, n_rows, fuse ? n_slots : 1);
@@ -219,7 +219,7 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
             gin.deltas.resize(n_slots);
             for (int64_t k = 0; k < n_slots; ++k) { // now, so that each add stands next to what it adds to
                 if (in->kinds[gr.slots[k]] & KIND_ADD) {
-                    gin.deltas[k] = ggml_view_2d(ctx0, gin.fused, n_embd, n_rows, gin.fused->nb[1], k*gin.fused->nb[2]);
+                    gin.deltas[k] = ggml_view_2d(ctx0, gin.fused, n_embd, n_rows, gin.fused->nb[1], k * gin.fused->nb[2]);
                     ggml_build_forward_expand(graph.gf, gin.deltas[k]);
                 }
             }
@@ -237,31 +237,31 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
     if (kinds & KIND_ADD) {
         ggml_tensor * delta = gin.fused ? gin.deltas[sl.index] : nullptr;
         if (!delta) {
-            ggml_tensor * sum = ggml_view_2d(ctx0, gr.sum, n_embd, gr.sum->ne[1], gr.sum->nb[1], sl.index*gr.sum->nb[2]);
+            ggml_tensor * sum = ggml_view_2d(ctx0, gr.sum, n_embd, gr.sum->ne[1], gr.sum->nb[1], sl.index * gr.sum->nb[2]);
             delta = op(ggml_get_rows(ctx0, sum, gin.all));
         }
         out = op(ggml_add(ctx0, h, delta));
     }
     if (kinds & KIND_DYN) {
-        ggml_tensor * v  = ggml_view_2d(ctx0, gr.v,  n_embd, st->n_dyn, gr.v->nb[1],  sl.index*gr.v->nb[2]);
-        ggml_tensor * vt = ggml_view_2d(ctx0, gr.vt, st->n_dyn, n_embd, gr.vt->nb[1], sl.index*gr.vt->nb[2]);
-        ggml_tensor * g  = ggml_view_2d(ctx0, gin.g, st->n_dyn, n_rows, gin.g->nb[1], sl.index*gin.g->nb[2]);
+        ggml_tensor * v = ggml_view_2d(ctx0, gr.v, n_embd, st->n_dyn, gr.v->nb[1], sl.index * gr.v->nb[2]);
+        ggml_tensor * vt = ggml_view_2d(ctx0, gr.vt, st->n_dyn, n_embd, gr.vt->nb[1], sl.index * gr.vt->nb[2]);
+        ggml_tensor * g = ggml_view_2d(ctx0, gin.g, st->n_dyn, n_rows, gin.g->nb[1], sl.index * gin.g->nb[2]);
 
         ggml_tensor * t = op(ggml_mul_mat(ctx0, v, h)); // V^T h: [n_dyn, rows]
         ggml_prec_set_acc(t, GGML_PREC_F32);            // some back ends would round to TF32
         t = op(ggml_mul(ctx0, t, g));
-        t = op(ggml_mul_mat(ctx0, vt, t));              // V (g o V^T h)
+        t = op(ggml_mul_mat(ctx0, vt, t)); // V (g o V^T h)
         ggml_prec_set_acc(t, GGML_PREC_F32);
         out = op(ggml_add(ctx0, out, t));
     }
     if (kinds & KIND_RENORM) {
         // out * (1 + w (|h| / |out| - 1)): with w = 0 not a bit changes
-        ggml_tensor * w = ggml_view_2d(ctx0, gin.w, 1, n_rows, gin.w->nb[1], sl.index*gin.w->nb[2]);
+        ggml_tensor * w = ggml_view_2d(ctx0, gin.w, 1, n_rows, gin.w->nb[1], sl.index * gin.w->nb[2]);
         ggml_tensor * before = op(ggml_sqrt(ctx0, op(ggml_sum_rows(ctx0, op(ggml_sqr(ctx0, h))))));
-        ggml_tensor * after  = op(ggml_sum_rows(ctx0, op(ggml_sqr(ctx0, out))));
+        ggml_tensor * after = op(ggml_sum_rows(ctx0, op(ggml_sqr(ctx0, out))));
         after = op(ggml_sqrt(ctx0, op(ggml_scale_bias(ctx0, after, 1.0f, 1e-30f)))); // a state of zero stays what it is
         ggml_tensor * f = op(ggml_scale_bias(ctx0, op(ggml_div(ctx0, before, after)), 1.0f, -1.0f));
-        f   = op(ggml_scale_bias(ctx0, op(ggml_mul(ctx0, f, w)), 1.0f, 1.0f));
+        f = op(ggml_scale_bias(ctx0, op(ggml_mul(ctx0, f, w)), 1.0f, 1.0f));
         out = op(ggml_mul(ctx0, out, f));
     }
 
@@ -275,23 +275,23 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
 void build_capture(const llm_graph_context & graph, llama_steer_state * st, input_steer * in, ggml_tensor * cur, size_t ti, bool outputs_only) {
     ggml_context * ctx0 = graph.ctx0;
 
-    auto & tp  = st->captures[ti];
+    auto & tp = st->captures[ti];
     auto & tin = in->captures[ti];
 
     ggml_tensor * src;
     if (tp.n_streams > tp.n_out) { // mean over the streams
         src = ggml_view_2d(ctx0, cur, cur->ne[0], cur->ne[2], cur->nb[2], 0);
         for (int32_t s = 1; s < tp.n_streams; ++s) {
-            src = ggml_add(ctx0, src, ggml_view_2d(ctx0, cur, cur->ne[0], cur->ne[2], cur->nb[2], s*cur->nb[1]));
+            src = ggml_add(ctx0, src, ggml_view_2d(ctx0, cur, cur->ne[0], cur->ne[2], cur->nb[2], s * cur->nb[1]));
         }
-        src = ggml_scale(ctx0, src, 1.0f/tp.n_streams);
+        src = ggml_scale(ctx0, src, 1.0f / tp.n_streams);
     } else {
         src = ggml_is_contiguous(cur) ? cur : ggml_cont(ctx0, cur);
         src = ggml_reshape_2d(ctx0, src, cur->ne[0], ggml_nrows(cur));
     }
 
     tin.outputs_only = outputs_only;
-    tin.n_out        = tp.n_out;
+    tin.n_out = tp.n_out;
     // captures with the same rows share their index
     for (size_t k = 0; k < in->captures.size(); ++k) {
         const auto & other = in->captures[k];
@@ -331,7 +331,7 @@ ggml_tensor * llama_steer_build(const llm_graph_context & graph, ggml_tensor * c
         ti++;
     }
     const bool edit = (in->mode & MODE_EDIT) && slot_it != st->slot_of.end() && in->kinds[slot_it->second] != 0;
-    const bool read = (in->mode & MODE_CAPTURE)  && ti < st->captures.size();
+    const bool read = (in->mode & MODE_CAPTURE) && ti < st->captures.size();
     if (!edit && !read) {
         return cur;
     }
@@ -351,7 +351,7 @@ ggml_tensor * llama_steer_build(const llm_graph_context & graph, ggml_tensor * c
 
 uint32_t llama_steer_max_nodes(const llama_adapter_cvec & cvec) {
     const auto * st = static_cast<const llama_steer_cvec &>(cvec).state.get();
-    return st ? 32u*(uint32_t) st->slots.size() + (8u + 2u*st->n_streams)*(uint32_t) st->captures.size() + 16u : 0u;
+    return st ? 32u * (uint32_t) st->slots.size() + (8u + 2u * st->n_streams) * (uint32_t) st->captures.size() + 16u : 0u;
 }
 
 // ---- one ubatch ----
@@ -373,8 +373,8 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
     std::vector<float> cb_c;
     std::vector<float> cb_g;
     if (st.add_cb && n_cb_all > 0) {
-        cb_c.assign((size_t) n*n_cb_all, 0.0f);
-        cb_g.assign((size_t) n*n_cb_all, 0.0f);
+        cb_c.assign((size_t) n * n_cb_all, 0.0f);
+        cb_g.assign((size_t) n * n_cb_all, 0.0f);
         llama_steer_tokens tokens = { (int32_t) n, n_cb_all, st.ub_seq.data(), st.ub_pos.data() };
         st.in_callback = true;
         const bool go_on = st.add_cb(&tokens, cb_c.data(), cb_g.data(), st.add_cb_data);
@@ -389,7 +389,7 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
             }
             if (!(cb_g[i] >= -LLAMA_STEER_MAX_PROJECT && cb_g[i] <= -LLAMA_STEER_MIN_PROJECT)) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave vector %d a g of %g: %g to %g are possible", k, cb_g[i],
-                            -LLAMA_STEER_MAX_PROJECT, -LLAMA_STEER_MIN_PROJECT));
+                                                              -LLAMA_STEER_MAX_PROJECT, -LLAMA_STEER_MIN_PROJECT));
             }
             if (cb_c[i] == 0.0f && cb_g[i] == 0.0f) {
                 continue;
@@ -419,7 +419,7 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
         }
     };
     st.row_waited = false;
-    st.row_idx.assign((size_t) n*st.n_streams, 0);
+    st.row_idx.assign((size_t) n * st.n_streams, 0);
     st.capture_idx.assign(n, -1);
     st.capture_at.clear();
     st.uses.clear();
@@ -434,8 +434,7 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
             const int32_t other = config_of(ub.seq_id[i][s], st.ub_pos[i]);
             const auto id = [&](int32_t c) { auto it = st.configs.find(c); return it == st.configs.end() ? 0 : it->second.id; };
             if (other != cfg && id(other) != id(cfg)) {
-                fail(i, LLAMA_STEER_ERR_ARG, format("sequences %d and %d share the token at position %d but not its steering",
-                            st.ub_seq[i], ub.seq_id[i][s], st.ub_pos[i]));
+                fail(i, LLAMA_STEER_ERR_ARG, format("sequences %d and %d share the token at position %d but not its steering", st.ub_seq[i], ub.seq_id[i][s], st.ub_pos[i]));
             }
         }
 
@@ -443,8 +442,8 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
         const float * g = nullptr;
         int32_t n_cb = 0;
         if (!cb_c.empty()) {
-            c = cb_c.data() + (size_t) i*n_cb_all;
-            g = cb_g.data() + (size_t) i*n_cb_all;
+            c = cb_c.data() + (size_t) i * n_cb_all;
+            g = cb_g.data() + (size_t) i * n_cb_all;
             for (int32_t k = 0; k < n_cb_all; ++k) {
                 n_cb = c[k] != 0.0f || g[k] != 0.0f ? k + 1 : n_cb;
             }
@@ -460,15 +459,15 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
             const bool by_stream = it != st.configs.end() && it->second.by_stream();
             try {
                 for (int32_t s = 0; s < st.n_streams; ++s) {
-                    const int32_t r = by_stream || s == 0 ? row_for(st, cfg, by_stream ? s : -1, c, g, n_cb) : st.row_idx[(size_t) i*st.n_streams];
-                    st.row_idx[(size_t) i*st.n_streams + s] = r;
+                    const int32_t r = by_stream || s == 0 ? row_for(st, cfg, by_stream ? s : -1, c, g, n_cb) : st.row_idx[(size_t) i * st.n_streams];
+                    st.row_idx[(size_t) i * st.n_streams + s] = r;
                     any_edit = any_edit || r != 0;
                 }
             } catch (const steer_error & e) {
                 if (n_cb > 0) {
                     throw; // the callback is the context's own, and so is its fault
                 }
-                std::fill_n(st.row_idx.begin() + (size_t) i*st.n_streams, st.n_streams, 0);
+                std::fill_n(st.row_idx.begin() + (size_t) i * st.n_streams, st.n_streams, 0);
                 st.uses.erase(cfg);
                 fail(i, e.code, e.what());
             }
@@ -480,8 +479,7 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
         }
         for (const auto & tp : st.captures) {
             if (reader >= 0 && tp.last && n_outputs != n && !ub.output[i]) {
-                st.seq_error(reader, LLAMA_STEER_ERR_ARG, format("layer %d holds output tokens only: position %d of sequence %d is no output and cannot be read there",
-                            tp.at.first, st.ub_pos[i], st.ub_seq[i]));
+                st.seq_error(reader, LLAMA_STEER_ERR_ARG, format("layer %d holds output tokens only: position %d of sequence %d is no output and cannot be read there", tp.at.first, st.ub_pos[i], st.ub_seq[i]));
                 reader = -1;
             }
         }
@@ -521,7 +519,8 @@ void prove(llama_steer_state & st) {
             if (n == 0 && (use.output || !st.gathered(at))) {
                 for (llama_seq_id seq : use.sequences) {
                     st.seq_error(seq, LLAMA_STEER_ERR_ARCH, format("steering was asked for at layer %d (%s), but this model never passed through that hook: "
-                                "leave the layer out, and please report the architecture", at.first, site_name(at.second)));
+                                                                   "leave the layer out, and please report the architecture",
+                                                                   at.first, site_name(at.second)));
                 }
             }
         }
@@ -536,7 +535,8 @@ void finish_ubatch(llama_steer_state & st) {
     if (!st.capture_built) {
         for (const auto & [seq, pos] : st.capture_at) {
             st.seq_error(seq, LLAMA_STEER_ERR_ARCH, format("position %d was to be read at a layer that this model did not pass through: leave the layer out, and please "
-                        "report the architecture", pos));
+                                                           "report the architecture",
+                                                           pos));
         }
         return;
     }
@@ -544,7 +544,7 @@ void finish_ubatch(llama_steer_state & st) {
 
     const size_t n = st.capture_at.size();
     std::vector<llama_seq_id> seq;
-    std::vector<llama_pos>    pos;
+    std::vector<llama_pos> pos;
     for (const auto & [s, p] : st.capture_at) {
         seq.push_back(s);
         pos.push_back(p);
@@ -552,8 +552,8 @@ void finish_ubatch(llama_steer_state & st) {
     std::vector<std::vector<float>> data(st.captures.size());
     for (size_t i = 0; i < st.captures.size(); ++i) {
         auto & tp = st.captures[i];
-        data[i].resize(n*tp.n_out*st.n_embd);
-        ggml_backend_tensor_get(tp.rows, data[i].data(), 0, data[i].size()*sizeof(float));
+        data[i].resize(n * tp.n_out * st.n_embd);
+        ggml_backend_tensor_get(tp.rows, data[i].data(), 0, data[i].size() * sizeof(float));
         if (st.read_cb) {
             llama_steer_rows rows = { tp.at.first, tp.at.second, (int32_t) n, tp.n_out, st.n_embd, seq.data(), pos.data(), data[i].data() };
             st.in_callback = true;
@@ -569,7 +569,7 @@ void finish_ubatch(llama_steer_state & st) {
         for (size_t i = 0; i < st.captures.size(); ++i) {
             auto & kept = st.captures[i].kept;
             if (kept.capacity() < kept.size() + data[i].size()) {
-                kept.reserve(std::max(2*kept.capacity(), kept.size() + data[i].size()));
+                kept.reserve(std::max(2 * kept.capacity(), kept.size() + data[i].size()));
             }
         }
         st.kept_at.insert(st.kept_at.end(), st.capture_at.begin(), st.capture_at.end());
@@ -581,7 +581,8 @@ void finish_ubatch(llama_steer_state & st) {
 
 } // namespace
 
-llama_steer_ubatch::llama_steer_ubatch(llama_context & ctx, const llama_ubatch & ubatch, uint32_t n_outputs) : ctx(ctx) {
+llama_steer_ubatch::llama_steer_ubatch(llama_context & ctx, const llama_ubatch & ubatch, uint32_t n_outputs)
+    : ctx(ctx) {
     state = llama_steer_access::cvec(ctx).state.get();
     if (!state) {
         return;

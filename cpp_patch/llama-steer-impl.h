@@ -32,8 +32,8 @@ struct llama_steer_ubatch {
     bool finish(); // after the compute; false: a callback refused, or reading failed
 
     llama_steer_state * state = nullptr;
-    llama_context     & ctx;
-    bool                ok    = true;
+    llama_context & ctx;
+    bool ok = true;
 };
 
 uint32_t llama_steer_max_nodes(const llama_adapter_cvec & cvec);

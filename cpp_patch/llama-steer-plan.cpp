@@ -43,10 +43,10 @@ bool guarded(F && body) {
 // Follows the text of a response through thinking and tool calls, by the template's own tags.
 struct phases {
     std::vector<std::string> open, close, tool_open, tool_close;
-    bool known     = false;
+    bool known = false;
     bool all_tools = false;
-    bool thinking  = false;
-    bool tool      = false;
+    bool thinking = false;
+    bool tool = false;
     std::string tail; // text that could be the beginning of a tag
 
     static std::vector<std::string> copied(const char * const * tags, int32_t n, const char * what) {
@@ -64,11 +64,11 @@ struct phases {
         if (!tags) {
             return;
         }
-        known      = tags->known;
-        all_tools  = tool = tags->all_tools;
-        open       = copied(tags->open,       tags->n_open,       "opens thinking");
-        close      = copied(tags->close,      tags->n_close,      "closes thinking");
-        tool_open  = copied(tags->tool_open,  tags->n_tool_open,  "opens a tool call");
+        known = tags->known;
+        all_tools = tool = tags->all_tools;
+        open = copied(tags->open, tags->n_open, "opens thinking");
+        close = copied(tags->close, tags->n_close, "closes thinking");
+        tool_open = copied(tags->tool_open, tags->n_tool_open, "opens a tool call");
         tool_close = copied(tags->tool_close, tags->n_tool_close, "closes a tool call");
 
         const std::string begin = tags->generation_prompt ? tags->generation_prompt : last_tag(tags->prompt_end);
@@ -107,16 +107,16 @@ struct phases {
                 longest = std::max(longest, tag.size());
                 const size_t at = tail.rfind(tag);
                 if (at != std::string::npos && at + tag.size() > seen && at + tag.size() >= best) {
-                    best  = at + tag.size();
+                    best = at + tag.size();
                     phase = value;
                 }
             }
         };
-        look(open,  thinking, true);
+        look(open, thinking, true);
         look(close, thinking, false);
         if (response && !all_tools) {
             best = 0;
-            look(tool_open,  tool, true);
+            look(tool_open, tool, true);
             look(tool_close, tool, false);
         }
         if (tail.size() > longest) {
@@ -125,10 +125,14 @@ struct phases {
     }
 };
 
-bool decays(const llama_steer_plan_term & t) { return t.strength != 0.0 && t.schedule != LLAMA_STEER_CONSTANT; }
+bool decays(const llama_steer_plan_term & t) {
+    return t.strength != 0.0 && t.schedule != LLAMA_STEER_CONSTANT;
+}
 
 // tokens for which a schedule holds a strength
-int32_t step_of(const llama_steer_plan_term & t) { return (t.over + LLAMA_STEER_MAX_STEPS - 1)/LLAMA_STEER_MAX_STEPS; }
+int32_t step_of(const llama_steer_plan_term & t) {
+    return (t.over + LLAMA_STEER_MAX_STEPS - 1) / LLAMA_STEER_MAX_STEPS;
+}
 
 // What is left of a strength where response token n is decided.
 double factor(const llama_steer_plan_term & t, int32_t n) {
@@ -138,9 +142,9 @@ double factor(const llama_steer_plan_term & t, int32_t n) {
     if (n >= t.over) {
         return t.floor;
     }
-    const double part = (double) (n - n % step_of(t))/t.over;
-    const double left = t.schedule == LLAMA_STEER_LINEAR ? 1.0 - part : 0.5*(1.0 + std::cos(3.14159265358979323846*part));
-    return t.floor + (1.0 - t.floor)*left;
+    const double part = (double) (n - n % step_of(t)) / t.over;
+    const double left = t.schedule == LLAMA_STEER_LINEAR ? 1.0 - part : 0.5 * (1.0 + std::cos(3.14159265358979323846 * part));
+    return t.floor + (1.0 - t.floor) * left;
 }
 
 void check(const llama_steer_plan_term & t, const phases & ph) {
@@ -153,10 +157,10 @@ void check(const llama_steer_plan_term & t, const phases & ph) {
     }
     if (t.op == LLAMA_STEER_PROJECT && !(t.strength >= LLAMA_STEER_MIN_PROJECT && t.strength <= LLAMA_STEER_MAX_PROJECT)) {
         bad("the strength of %.80s is %g: project takes %g to %g (1 removes the component, 2 reflects it)", name, t.strength,
-                LLAMA_STEER_MIN_PROJECT, LLAMA_STEER_MAX_PROJECT);
+            LLAMA_STEER_MIN_PROJECT, LLAMA_STEER_MAX_PROJECT);
     }
     for (int32_t i = 0; t.op != LLAMA_STEER_PROJECT && t.vector && i < t.vector->n; ++i) {
-        if (!(std::fabs(t.strength*t.vector->scales[i]) <= LLAMA_STEER_MAX_DOSE)) {
+        if (!(std::fabs(t.strength * t.vector->scales[i]) <= LLAMA_STEER_MAX_DOSE)) {
             bad("strength %g of %.80s is too large at layer %d: a dose of %g is the limit", t.strength, name, t.vector->layers[i], LLAMA_STEER_MAX_DOSE);
         }
     }
@@ -184,7 +188,7 @@ void check(const llama_steer_plan_term & t, const phases & ph) {
         const bool thinking = t.scope == LLAMA_STEER_SCOPE_THINKING;
         if (!ph.known) {
             bad("scope '%s' of %.80s cannot be followed here, as it is not known how this model parts thinking from its answer: use response",
-                    thinking ? "thinking" : "answer", name);
+                thinking ? "thinking" : "answer", name);
         }
         if (thinking && ph.open.empty() && ph.close.empty()) {
             bad("scope 'thinking' of %.80s needs a model with thinking tags: use response or all", name);
@@ -197,13 +201,13 @@ void check(const llama_steer_plan_term & t, const phases & ph) {
 struct llama_steer_plan {
     std::vector<llama_steer_plan_term> terms;
     int32_t last_prompt;
-    phases  phase;
+    phases phase;
 
     std::vector<llama_steer_segment> segments;
-    std::vector<double>              strengths; // [segments][terms]
+    std::vector<double> strengths; // [segments][terms]
 
-    llama_steer_plan(int32_t n_terms, const llama_steer_plan_term * given, int32_t last_prompt, const llama_steer_tags * tags) :
-        last_prompt(last_prompt), phase(tags) {
+    llama_steer_plan(int32_t n_terms, const llama_steer_plan_term * given, int32_t last_prompt, const llama_steer_tags * tags)
+        : last_prompt(last_prompt), phase(tags) {
         if (last_prompt < 0) {
             bad("a prompt cannot end at position %d", last_prompt);
         }
@@ -215,17 +219,23 @@ struct llama_steer_plan {
     bool acts(const llama_steer_plan_term & t, int32_t pos) const {
         const bool response = pos >= response_start();
         switch (t.scope) {
-            case LLAMA_STEER_SCOPE_ALL:      return pos >= 1;
-            case LLAMA_STEER_SCOPE_PROMPT:   return pos >= 1 && !response;
-            case LLAMA_STEER_SCOPE_RESPONSE: return response;
-            case LLAMA_STEER_SCOPE_THINKING: return response && phase.thinking;
-            case LLAMA_STEER_SCOPE_ANSWER:   return response && !phase.thinking && !phase.tool;
-            default:                         return pos >= t.first && (t.last < 0 || pos <= t.last);
+            case LLAMA_STEER_SCOPE_ALL:
+                return pos >= 1;
+            case LLAMA_STEER_SCOPE_PROMPT:
+                return pos >= 1 && !response;
+            case LLAMA_STEER_SCOPE_RESPONSE:
+                return response;
+            case LLAMA_STEER_SCOPE_THINKING:
+                return response && phase.thinking;
+            case LLAMA_STEER_SCOPE_ANSWER:
+                return response && !phase.thinking && !phase.tool;
+            default:
+                return pos >= t.first && (t.last < 0 || pos <= t.last);
         }
     }
 
     double strength_at(const llama_steer_plan_term & t, int32_t pos) const {
-        return acts(t, pos) ? t.strength*factor(t, pos - response_start()) : 0.0;
+        return acts(t, pos) ? t.strength * factor(t, pos - response_start()) : 0.0;
     }
 
     void set_terms(int32_t n_terms, const llama_steer_plan_term * given, int32_t pos) {
@@ -263,12 +273,12 @@ struct llama_steer_plan {
         edges.erase(edges.begin(), edges.lower_bound(pos));
         if (edges.size() > LLAMA_STEER_MAX_SEGMENTS) {
             bad("the schedules and positions of these terms change the steering at %zu places, %d are the limit: give terms the same ones",
-                    edges.size(), LLAMA_STEER_MAX_SEGMENTS);
+                edges.size(), LLAMA_STEER_MAX_SEGMENTS);
         }
         while (!segments.empty() && segments.back().first >= pos) {
             segments.pop_back();
         }
-        strengths.resize(segments.size()*terms.size());
+        strengths.resize(segments.size() * terms.size());
         if (!segments.empty()) {
             segments.back().end = pos;
         }
@@ -276,10 +286,10 @@ struct llama_steer_plan {
             bool same = !segments.empty();
             for (size_t i = 0; i < terms.size(); ++i) {
                 strengths.push_back(strength_at(terms[i], edge));
-                same = same && strengths.back() == strengths[(segments.size() - 1)*terms.size() + i];
+                same = same && strengths.back() == strengths[(segments.size() - 1) * terms.size() + i];
             }
             if (same) { // one runs on
-                strengths.resize(segments.size()*terms.size());
+                strengths.resize(segments.size() * terms.size());
                 segments.back().end = -1;
                 continue;
             }
@@ -289,13 +299,13 @@ struct llama_steer_plan {
             segments.push_back({ edge, -1, nullptr });
         }
         for (size_t i = 0; i < segments.size(); ++i) {
-            segments[i].strengths = strengths.data() + i*terms.size();
+            segments[i].strengths = strengths.data() + i * terms.size();
         }
     }
 
     bool feed(int32_t pos, const std::string & text) {
         const bool thinking = phase.thinking;
-        const bool tool     = phase.tool;
+        const bool tool = phase.tool;
         phase.feed(text, true);
         if (thinking == phase.thinking && tool == phase.tool) {
             return false;
@@ -345,7 +355,9 @@ int32_t llama_steer_plan_change(llama_steer_plan * plan, int32_t pos, int32_t n_
             bad("a change cannot begin at position %d", pos);
         }
         plan->set_terms(n_terms, terms, pos);
-    }) ? 0 : -1;
+    })
+               ? 0
+               : -1;
 }
 
 bool llama_steer_plan_thinking(const llama_steer_plan * plan) {

@@ -4,10 +4,10 @@
 
 namespace {
 
-constexpr size_t  IDLE_CONFIGS = 64; // kept for whoever wants the same next
-constexpr size_t  IDLE_VECTORS = 16;
-constexpr size_t  IDLE_BYTES   = (size_t) 256 << 20; // above this, far fewer
-constexpr int32_t FIRST_CONFIG = 1 << 24; // ids below are the caller's own
+constexpr size_t IDLE_CONFIGS = 64; // kept for whoever wants the same next
+constexpr size_t IDLE_VECTORS = 16;
+constexpr size_t IDLE_BYTES = (size_t) 256 << 20; // above this, far fewer
+constexpr int32_t FIRST_CONFIG = 1 << 24;         // ids below are the caller's own
 
 // What nobody uses, beyond the `keep` that were used last, the oldest first.
 template <typename M, typename U>
@@ -28,7 +28,7 @@ void give_up(llama_steer_state & st, size_t keep_configs, size_t keep_vectors) {
     for (const auto & [_, v] : st.pool.vectors) {
         n_dirs += st.vectors.at(v.id).dirs.size();
     }
-    if (n_dirs*st.n_embd*sizeof(float) > IDLE_BYTES) {
+    if (n_dirs * st.n_embd * sizeof(float) > IDLE_BYTES) {
         keep_configs /= 8;
         keep_vectors /= 8;
     }
@@ -64,7 +64,7 @@ int32_t vector_for(llama_steer_state & st, const llama_steer_vector & v) {
             id++;
         }
         set_vector(st, id, v.n, v.layers, v.sites, v.dirs, v.scales, false);
-        it = st.pool.vectors.emplace(v.key, pooled { id, 0, 0 }).first;
+        it = st.pool.vectors.emplace(v.key, pooled{ id, 0, 0 }).first;
     }
     it->second.last = ++st.pool.clock;
     return it->second.id;
@@ -111,7 +111,7 @@ int32_t config_for(llama_steer_state & st, const std::vector<llama_steer_term> &
         const int32_t id = FIRST_CONFIG + st.pool.next_config;
         set_config(st, id, (int32_t) terms.size(), terms.data());
         st.pool.next_config = (st.pool.next_config + 1) % FIRST_CONFIG; // years of live changes
-        it = st.pool.configs.emplace(std::move(key), pooled { id, 0, 0 }).first;
+        it = st.pool.configs.emplace(std::move(key), pooled{ id, 0, 0 }).first;
     }
     it->second.last = ++st.pool.clock;
     return it->second.id;
@@ -132,12 +132,12 @@ int32_t llama_steer_plan_edits(llama_context * ctx, const llama_steer_plan * pla
         if (n < 0 || (n > 0 && (!pos || !out))) {
             throw steer_error(LLAMA_STEER_ERR_ARG, "the positions or the result is NULL");
         }
-        const llama_steer_segment   * parts;
+        const llama_steer_segment * parts;
         const llama_steer_plan_term * terms;
         const int32_t n_parts = llama_steer_plan_segments(plan, &parts);
         const int32_t n_terms = llama_steer_plan_terms(plan, &terms);
         std::vector<uint64_t> ids(n_parts);
-        std::vector<bool>     known(n_parts);
+        std::vector<bool> known(n_parts);
         for (int32_t i = 0; i < n; ++i) {
             const auto * after = std::upper_bound(parts, parts + n_parts, pos[i], [](llama_pos p, const llama_steer_segment & s) { return p < s.first; });
             if (after == parts) {
@@ -145,7 +145,7 @@ int32_t llama_steer_plan_edits(llama_context * ctx, const llama_steer_plan * pla
             }
             const int32_t k = (int32_t) (after - parts) - 1;
             if (!known[k]) {
-                ids[k]   = config_hash(st, terms_of(st, parts[k], n_terms, terms));
+                ids[k] = config_hash(st, terms_of(st, parts[k], n_terms, terms));
                 known[k] = true;
             }
             out[i] = ids[k];
@@ -161,7 +161,7 @@ int32_t llama_steer_plan_apply(llama_context * ctx, const llama_steer_plan * pla
         if (seq < 0 || from < 0) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("sequence %d has no position %d", seq, from));
         }
-        const llama_steer_segment   * parts;
+        const llama_steer_segment * parts;
         const llama_steer_plan_term * terms;
         const int32_t n_parts = llama_steer_plan_segments(plan, &parts);
         const int32_t n_terms = llama_steer_plan_terms(plan, &terms);

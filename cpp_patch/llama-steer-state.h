@@ -24,25 +24,30 @@
 
 namespace llama_steer {
 
-constexpr int32_t MIN_ROWS      = 8;   // distinct sums on the device, row 0 included; what an idle context keeps
-constexpr size_t  MAX_ROWS      = 1024;
-constexpr size_t  MIN_MAX_ROWS  = 128; // however large a row is
-constexpr size_t  MAX_ROW_BYTES = (size_t) 512 << 20;
+constexpr int32_t MIN_ROWS = 8; // distinct sums on the device, row 0 included; what an idle context keeps
+constexpr size_t MAX_ROWS = 1024;
+constexpr size_t MIN_MAX_ROWS = 128; // however large a row is
+constexpr size_t MAX_ROW_BYTES = (size_t) 512 << 20;
 
-constexpr double MAX_STATE  = 1e18; // its square is still far from the largest float32
-constexpr double ANY_STATE  = 1e6;  // longer than the states of models are
+constexpr double MAX_STATE = 1e18; // its square is still far from the largest float32
+constexpr double ANY_STATE = 1e6;  // longer than the states of models are
 
 inline const char * site_name(int site) {
     switch (site) {
-        case LLAMA_STEER_RESID_POST: return "resid_post";
-        case LLAMA_STEER_ATTN_OUT:   return "attn_out";
-        case LLAMA_STEER_FFN_OUT:    return "ffn_out";
-        default:                     return "unknown site";
+        case LLAMA_STEER_RESID_POST:
+            return "resid_post";
+        case LLAMA_STEER_ATTN_OUT:
+            return "attn_out";
+        case LLAMA_STEER_FFN_OUT:
+            return "ffn_out";
+        default:
+            return "unknown site";
     }
 }
 
 struct steer_error : std::runtime_error {
-    steer_error(int32_t code, const std::string & what) : std::runtime_error(what), code(code) {}
+    steer_error(int32_t code, const std::string & what)
+        : std::runtime_error(what), code(code) {}
     int32_t code;
 };
 
@@ -90,7 +95,7 @@ struct interval_map {
         const bool open = p1 < 0;
         const T after = open ? T() : at(p1);
         auto first = starts.lower_bound(p0);
-        auto last  = open ? starts.end() : starts.lower_bound(p1);
+        auto last = open ? starts.end() : starts.lower_bound(p1);
         starts.erase(first, last);
         starts[p0] = value;
         if (!open && starts.find(p1) == starts.end()) {
@@ -100,14 +105,14 @@ struct interval_map {
 };
 
 struct direction {
-    std::vector<float> v;     // [n_embd], unit
-    double             scale; // dose at strength 1
-    uint64_t           hash;  // of v
+    std::vector<float> v; // [n_embd], unit
+    double scale;         // dose at strength 1
+    uint64_t hash;        // of v
 };
 
 struct steer_vector {
     std::map<place, direction> dirs;
-    int32_t dyn = -1;         // its index among the vectors that project or clamp
+    int32_t dyn = -1; // its index among the vectors that project or clamp
 };
 
 using vectors_by_id = std::map<int32_t, steer_vector>;
@@ -133,33 +138,33 @@ struct config_use {
 struct group {
     ggml_backend_buffer_type_t buft = nullptr;
     int32_t n_streams = 1;
-    bool    last      = false; // the slot may hold output rows only
+    bool last = false; // the slot may hold output rows only
 
     std::vector<int32_t> slots;
 
-    ggml_context_ptr        ctx;
+    ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buf;
     ggml_tensor * sum = nullptr; // [n_embd, rows, n_slots]: sum of c*v for each distinct combination; row 0 is zero
 
-    ggml_context_ptr        ctx_dyn;
+    ggml_context_ptr ctx_dyn;
     ggml_backend_buffer_ptr buf_dyn;
-    ggml_tensor * v  = nullptr;  // [n_embd, n_dyn, n_slots]
-    ggml_tensor * vt = nullptr;  // [n_dyn, n_embd, n_slots]
+    ggml_tensor * v = nullptr;  // [n_embd, n_dyn, n_slots]
+    ggml_tensor * vt = nullptr; // [n_dyn, n_embd, n_slots]
 };
 
 struct slot {
-    place   at;
+    place at;
     int32_t group = 0;
     int32_t index = 0; // in the group
 };
 
 struct capture {
-    place   at;
-    int32_t n_streams = 1;  // streams of the node
-    int32_t n_out     = 1;  // rows kept for a token
-    bool    last      = false;
+    place at;
+    int32_t n_streams = 1; // streams of the node
+    int32_t n_out = 1;     // rows kept for a token
+    bool last = false;
 
-    ggml_context_ptr        ctx;
+    ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buf;
     ggml_tensor * rows = nullptr; // [n_embd, (n_rows + 1)*n_out]; the last n_out rows are scratch, for tokens that are not wanted
 
@@ -168,31 +173,35 @@ struct capture {
 
 // one distinct (config, callback values, stream) combination, resident on the device as a row of group::sum
 struct row_info {
-    std::string        key;
-    uint64_t           used = 0;     // ubatch that used it last
-    bool               zero = true;  // nothing to apply: row 0 stands for it
-    std::vector<float> g;            // [n_slots][n_dyn]
-    std::vector<uint8_t> kinds;      // [n_slots] kind_bits: what it does there
-    int32_t            config = 0;
+    std::string key;
+    uint64_t used = 0;          // ubatch that used it last
+    bool zero = true;           // nothing to apply: row 0 stands for it
+    std::vector<float> g;       // [n_slots][n_dyn]
+    std::vector<uint8_t> kinds; // [n_slots] kind_bits: what it does there
+    int32_t config = 0;
 };
 
 // A vector or config that llama-steer-pool.cpp found a place for.
 struct pooled {
-    int32_t  id;
-    int32_t  pins; // by callbacks; ranges and configs are looked at where they are
+    int32_t id;
+    int32_t pins;  // by callbacks; ranges and configs are looked at where they are
     uint64_t last; // use
 };
 
-enum mode_bits { MODE_EDIT = 1, MODE_CAPTURE = 2, MODE_ALL = 3 };
+enum mode_bits { MODE_EDIT = 1,
+                 MODE_CAPTURE = 2,
+                 MODE_ALL = 3 };
 
-enum kind_bits { KIND_ADD = 1, KIND_DYN = 2, KIND_RENORM = 4 };
+enum kind_bits { KIND_ADD = 1,
+                 KIND_DYN = 2,
+                 KIND_RENORM = 4 };
 constexpr uint64_t KIND_KEPT = 64; // edited ubatches for which a graph keeps doing what none of them needs
 
 // What is known of a place in this model's graphs. Found out, not listed: see llama-steer-facts.cpp.
 struct place_facts {
-    int32_t n_streams = 1;     // the node is [n_embd, n_streams, n_tokens]; with 1: [n_embd, n_tokens]
-    bool    gathered  = false; // it holds output tokens only
-    int32_t n_seen    = 0;     // nodes that passed; more than one cannot be told apart
+    int32_t n_streams = 1; // the node is [n_embd, n_streams, n_tokens]; with 1: [n_embd, n_tokens]
+    bool gathered = false; // it holds output tokens only
+    int32_t n_seen = 0;    // nodes that passed; more than one cannot be told apart
 };
 
 } // namespace llama_steer
@@ -200,79 +209,82 @@ struct place_facts {
 using namespace llama_steer; // this header is private to three files
 
 struct llama_steer_state {
-    llama_context     & ctx;
+    llama_context & ctx;
     const llama_model & model;
     std::map<place, place_facts> facts;
     bool probing = false; // facts are being found out
-    int32_t n_embd    = 0;
-    int32_t n_layer   = 0;
+    int32_t n_embd = 0;
+    int32_t n_layer = 0;
     int32_t n_streams = 1;
 
-    std::map<int32_t, steer_vector>                       vectors;
-    std::map<int32_t, config>                       configs;
-    std::map<llama_seq_id, interval_map<int32_t>>   ranges;
-    std::map<llama_seq_id, interval_map<bool>>      wanted;
-    std::map<llama_seq_id, llama_pos> applied_from; // what lies before was computed
+    std::map<int32_t, steer_vector> vectors;
+    std::map<int32_t, config> configs;
+    std::map<llama_seq_id, interval_map<int32_t>> ranges;
+    std::map<llama_seq_id, interval_map<bool>> wanted;
+    std::map<llama_seq_id, llama_pos> applied_from;                     // what lies before was computed
     std::map<llama_seq_id, std::pair<int32_t, std::string>> seq_errors; // what the caller has not been told yet
 
     struct {
         std::map<std::string, pooled> vectors; // by content
         std::map<std::string, pooled> configs; // by their terms, written out
-        int32_t  next_config = 0;
+        int32_t next_config = 0;
         uint64_t clock = 0;
     } pool;
 
     // device side
-    std::vector<slot>        slots;
+    std::vector<slot> slots;
     std::map<place, int32_t> slot_of;
-    std::vector<group>       groups;
-    int32_t                  n_dyn = 0;      // capacity of the projecting vectors
-    bool                     norms = false;  // graphs can restore lengths: a config has asked for it
-    std::vector<int32_t>     dyn_cols;       // dyn index -> vector, -1 free
-    int32_t                  n_rows = 0;     // capacity, row 0 included
-    std::vector<row_info>    rows;
+    std::vector<group> groups;
+    int32_t n_dyn = 0;             // capacity of the projecting vectors
+    bool norms = false;            // graphs can restore lengths: a config has asked for it
+    std::vector<int32_t> dyn_cols; // dyn index -> vector, -1 free
+    int32_t n_rows = 0;            // capacity, row 0 included
+    std::vector<row_info> rows;
     std::unordered_map<std::string, int32_t> row_of;
 
     std::vector<capture> captures;
     int32_t capture_stream = LLAMA_STEER_STREAM_MEAN;
-    int32_t capture_rows   = 0;
-    bool    capture_keep   = true;
+    int32_t capture_rows = 0;
+    bool capture_keep = true;
     std::vector<std::pair<llama_seq_id, llama_pos>> kept_at;
 
-    llama_steer_read_callback read_cb = nullptr; void * read_cb_data = nullptr;
-    llama_steer_add_callback  add_cb  = nullptr; void * add_cb_data  = nullptr;
+    llama_steer_read_callback read_cb = nullptr;
+    void * read_cb_data = nullptr;
+    llama_steer_add_callback add_cb = nullptr;
+    void * add_cb_data = nullptr;
     bool in_callback = false; // the graph and its buffers must stay as they are
 
     uint64_t generation = 1; // of the device side: a graph that was built for another one cannot be reused
 
     // the ubatch that is being computed
-    int      mode     = MODE_ALL; // what the next graph must carry; reserve passes must see everything
-    bool     live     = false;
-    std::vector<uint8_t> kinds;                // [n_slots] of the rows in use: what the graph has to do there
+    int mode = MODE_ALL; // what the next graph must carry; reserve passes must see everything
+    bool live = false;
+    std::vector<uint8_t> kinds;                     // [n_slots] of the rows in use: what the graph has to do there
     std::vector<std::array<uint64_t, 3>> kind_used; // [n_slots][bit of kind_bits]: the edited ubatch that needed it last, 0 for none
-    uint64_t n_edits    = 0;                   // edited ubatches so far
-    bool     row_waited = false;
-    bool     capture_built = true;             // every capture is in the graph
+    uint64_t n_edits = 0;                           // edited ubatches so far
+    bool row_waited = false;
+    bool capture_built = true; // every capture is in the graph
     uint32_t n_tokens = 0;
-    std::vector<int32_t> row_idx;              // [n_tokens][n_streams]
-    std::vector<int32_t> capture_idx;              // [n_tokens], -1 not wanted
+    std::vector<int32_t> row_idx;     // [n_tokens][n_streams]
+    std::vector<int32_t> capture_idx; // [n_tokens], -1 not wanted
     std::vector<llama_seq_id> ub_seq;
-    std::vector<llama_pos>    ub_pos;
+    std::vector<llama_pos> ub_pos;
     std::vector<std::pair<llama_seq_id, llama_pos>> capture_at;
 
-    std::map<int32_t, config_use> uses;        // config -> what of the ubatch has it
+    std::map<int32_t, config_use> uses; // config -> what of the ubatch has it
 
     std::map<place, int64_t> fired;
     llama_steer_stats stats = {};
     std::string error = "no error";
 
-    explicit llama_steer_state(llama_context & ctx) : ctx(ctx), model(ctx.get_model()) {
-        n_embd  = (int32_t) model.hparams.n_embd;
+    explicit llama_steer_state(llama_context & ctx)
+        : ctx(ctx), model(ctx.get_model()) {
+        n_embd = (int32_t) model.hparams.n_embd;
         n_layer = (int32_t) model.hparams.n_layer();
     }
 
     int32_t streams_at(const place & at) const { return facts.at(at).n_streams; }
-    bool    gathered  (const place & at) const { return facts.at(at).gathered; } // only output tokens get there
+    bool gathered(const place & at) const { return facts.at(at).gathered; } // only output tokens get there
 
     // Graphs of reserve passes have to hold everything.
     void want_all() {
@@ -301,7 +313,7 @@ struct llama_steer_state {
         }
         if (!site_ok(site)) {
             throw steer_error(LLAMA_STEER_ERR_ARCH, format("site %s is not available in architecture '%s': use resid_post",
-                        site_name(site), llm_arch_name(model.arch)));
+                                                           site_name(site), llm_arch_name(model.arch)));
         }
         if (il < 0 || il >= n_layer) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("layer %d is out of range: this model has layers 0 to %d", il, n_layer - 1));
@@ -326,8 +338,8 @@ struct llama_steer_access {
     static void build_once(llama_context & ctx, uint32_t n_tokens, uint32_t n_outputs) {
         auto memory = ctx.memory ? ctx.memory->init_full() : nullptr;
         const uint32_t n_seqs = ctx.n_seq_max(); // a cache with a buffer for each sequence knows graphs over all of them only
-        const uint32_t n      = (n_tokens + n_seqs - 1)/n_seqs*n_seqs;
-        ctx.graph_reserve(n, n_seqs, std::min(n_outputs, n), memory.get(), /*split_only=*/ true);
+        const uint32_t n = (n_tokens + n_seqs - 1) / n_seqs * n_seqs;
+        ctx.graph_reserve(n, n_seqs, std::min(n_outputs, n), memory.get(), /*split_only=*/true);
     }
 
     // Reserve the compute buffers for the graph with everything on. Throws when there is not enough memory.
@@ -366,10 +378,10 @@ llama_steer_state & state_for(llama_context * ctx);
 // llama-steer-config.cpp
 
 // room: there is a place on the device for each of its directions; else for those that a config uses.
-void set_vector  (llama_steer_state & st, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites, const float * dirs,
-        const double * scales, bool room);
+void set_vector(llama_steer_state & st, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites, const float * dirs,
+                const double * scales, bool room);
 void clear_vector(llama_steer_state & st, int32_t vector_id);
-void set_config  (llama_steer_state & st, int32_t config_id, int32_t n_terms, const llama_steer_term * terms);
+void set_config(llama_steer_state & st, int32_t config_id, int32_t n_terms, const llama_steer_term * terms);
 void clear_config(llama_steer_state & st, int32_t config_id);
 
 void set_error(llama_context * ctx, const std::string & what);
@@ -399,7 +411,7 @@ int32_t guarded(llama_context * ctx, F && body) {
 
 // llama-steer-bank.cpp
 
-ggml_context_ptr        new_tensor_context(size_t n_tensors);
+ggml_context_ptr new_tensor_context(size_t n_tensors);
 ggml_backend_buffer_ptr allocate(ggml_context * ctx, ggml_backend_buffer_type_t buft, bool weights, const char * what);
 
 void drop_rows(llama_steer_state & st);
@@ -408,16 +420,16 @@ void forget_rows_of(llama_steer_state & st, int32_t config_id);
 
 // Write direction dyn of the projecting vectors, or zeros for col == nullptr.
 void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn,
-        int32_t dyn, const steer_vector * col);
+                int32_t dyn, const steer_vector * col);
 
 void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
-        const vectors_by_id & vectors);
+                  const vectors_by_id & vectors);
 
 bool has_places(const llama_steer_state & st, const std::vector<place> & places);
-void make_room (llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols, const vectors_by_id & vectors);
+void make_room(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols, const vectors_by_id & vectors);
 
 // Have rows for what sequences may still need, as far as the limits go. Throws when there is no memory.
-void reserve_rows  (llama_steer_state & st, const std::map<llama_seq_id, interval_map<int32_t>> & ranges);
+void reserve_rows(llama_steer_state & st, const std::map<llama_seq_id, interval_map<int32_t>> & ranges);
 void give_back_rows(llama_steer_state & st);
 
 // The row of group::sum for a combination: resident, or put there in place of the one that was used longest ago.
@@ -425,10 +437,10 @@ int32_t row_for(llama_steer_state & st, int32_t config_id, int32_t stream, const
 
 // llama-steer-config.cpp
 
-void     set_acting(llama_steer_state & st, config & c);
-bool     in_use(const llama_steer_state & st, int32_t vector_id);
-bool     term_covers(const llama_steer_term & t, const place & at, int32_t stream);
-void     term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g);
+void set_acting(llama_steer_state & st, config & c);
+bool in_use(const llama_steer_state & st, int32_t vector_id);
+bool term_covers(const llama_steer_term & t, const place & at, int32_t stream);
+void term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g);
 // Throws when a term renorms where another op acts.
 void check_renorm(const vectors_by_id & vectors, const std::vector<llama_steer_term> & terms);
 // Throws when a term, or all of them over all layers, could make a state that float32 does not hold: NaN in a cache is everybody's.

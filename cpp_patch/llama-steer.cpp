@@ -2,7 +2,7 @@
 
 #include "llama-steer-state.h"
 
-llama_steer_cvec::llama_steer_cvec()  = default;
+llama_steer_cvec::llama_steer_cvec() = default;
 llama_steer_cvec::~llama_steer_cvec() = default;
 
 std::shared_ptr<llama_adapter_cvec> llama_steer_make_cvec() {
@@ -156,8 +156,8 @@ int32_t llama_steer_capture_set(llama_context * ctx, int32_t n, const int32_t * 
         st.not_in_callback("changing the captures");
         // a split takes at least one token of each sequence, so a ubatch can hold more than n_ubatch
         const int32_t n_ubatch = (int32_t) std::max(st.ctx.n_ubatch(), st.ctx.n_seq_max());
-        if (n < 0 || n > st.n_layer*LLAMA_STEER_SITE_COUNT || (n > 0 && (!layers || !sites))) {
-            throw steer_error(LLAMA_STEER_ERR_ARG, format("0 to %d captures can be set, not %d", st.n_layer*LLAMA_STEER_SITE_COUNT, n));
+        if (n < 0 || n > st.n_layer * LLAMA_STEER_SITE_COUNT || (n > 0 && (!layers || !sites))) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, format("0 to %d captures can be set, not %d", st.n_layer * LLAMA_STEER_SITE_COUNT, n));
         }
         if (stream_mode != LLAMA_STEER_STREAM_MEAN && stream_mode != LLAMA_STEER_STREAM_ALL) {
             throw steer_error(LLAMA_STEER_ERR_ARG, format("stream mode %d does not exist: read the mean or all", stream_mode));
@@ -182,27 +182,27 @@ int32_t llama_steer_capture_set(llama_context * ctx, int32_t n, const int32_t * 
         for (int32_t i = 0; i < n; ++i) {
             st.check_place(layers[i], sites[i]);
             capture tp;
-            tp.at        = place(layers[i], sites[i]);
+            tp.at = place(layers[i], sites[i]);
             tp.n_streams = st.streams_at(tp.at);
-            tp.n_out     = stream_mode == LLAMA_STEER_STREAM_ALL ? tp.n_streams : 1;
-            tp.last      = st.gathered(tp.at);
+            tp.n_out = stream_mode == LLAMA_STEER_STREAM_ALL ? tp.n_streams : 1;
+            tp.last = st.gathered(tp.at);
             for (const auto & other : captures) {
                 if (other.at == tp.at) {
                     throw steer_error(LLAMA_STEER_ERR_ARG, format("layer %d, %s is captured twice", layers[i], site_name(sites[i])));
                 }
             }
-            tp.ctx  = new_tensor_context(1);
-            tp.rows = ggml_new_tensor_2d(tp.ctx.get(), GGML_TYPE_F32, st.n_embd, (int64_t) (n_rows + 1)*tp.n_out);
+            tp.ctx = new_tensor_context(1);
+            tp.rows = ggml_new_tensor_2d(tp.ctx.get(), GGML_TYPE_F32, st.n_embd, (int64_t) (n_rows + 1) * tp.n_out);
             ggml_set_name(tp.rows, "steer_capture");
-            tp.buf  = allocate(tp.ctx.get(), st.model.select_buft(layers[i]), false, "rows to read");
+            tp.buf = allocate(tp.ctx.get(), st.model.select_buft(layers[i]), false, "rows to read");
             captures.push_back(std::move(tp));
         }
 
         st.ctx.synchronize();
         std::swap(st.captures, captures);
-        const auto old_rows   = st.capture_rows;
+        const auto old_rows = st.capture_rows;
         const auto old_stream = st.capture_stream;
-        st.capture_rows   = n_rows;
+        st.capture_rows = n_rows;
         st.capture_stream = stream_mode;
         st.generation++;
         if (n > 0) { // taking captures away needs no memory
@@ -212,7 +212,7 @@ int32_t llama_steer_capture_set(llama_context * ctx, int32_t n, const int32_t * 
                 st.stats.n_reserves++;
             } catch (...) {
                 std::swap(st.captures, captures);
-                st.capture_rows   = old_rows;
+                st.capture_rows = old_rows;
                 st.capture_stream = old_stream;
                 st.generation++;
                 llama_steer_access::reserve_again(st.ctx);
@@ -285,7 +285,7 @@ int32_t llama_steer_set_read_callback(llama_context * ctx, llama_steer_read_call
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
         st.not_in_callback("changing a callback");
-        st.read_cb      = callback;
+        st.read_cb = callback;
         st.read_cb_data = user_data;
     });
 }
@@ -294,7 +294,7 @@ int32_t llama_steer_set_add_callback(llama_context * ctx, llama_steer_add_callba
     return guarded(ctx, [&]() {
         auto & st = state_for(ctx);
         st.not_in_callback("changing a callback");
-        st.add_cb      = callback;
+        st.add_cb = callback;
         st.add_cb_data = user_data;
     });
 }
@@ -309,7 +309,7 @@ int32_t llama_steer_get_stats(const llama_context * ctx, llama_steer_stats * out
             *out = st->stats;
             out->n_rows_capacity = st->n_rows;
             for (const auto & g : st->groups) {
-                out->n_device_bytes += g.buf     ? ggml_backend_buffer_get_size(g.buf.get())     : 0;
+                out->n_device_bytes += g.buf ? ggml_backend_buffer_get_size(g.buf.get()) : 0;
                 out->n_device_bytes += g.buf_dyn ? ggml_backend_buffer_get_size(g.buf_dyn.get()) : 0;
             }
             for (const auto & tp : st->captures) {

@@ -34,44 +34,44 @@ extern "C" {
 #endif
 
     enum llama_steer_status {
-        LLAMA_STEER_OK               =  0,
-        LLAMA_STEER_ERR_ARG          = -1, // an argument is out of range, not finite, or unknown
-        LLAMA_STEER_ERR_ARCH         = -2, // the architecture, context type or site cannot be steered
-        LLAMA_STEER_ERR_MEMORY       = -3, // buffers could not be allocated; the former state is back in force
-        LLAMA_STEER_ERR_LIMIT        = -4, // more vectors, rows or layers than the documented limits
-        LLAMA_STEER_ERR_INTERNAL     = -5,
+        LLAMA_STEER_OK = 0,
+        LLAMA_STEER_ERR_ARG = -1,    // an argument is out of range, not finite, or unknown
+        LLAMA_STEER_ERR_ARCH = -2,   // the architecture, context type or site cannot be steered
+        LLAMA_STEER_ERR_MEMORY = -3, // buffers could not be allocated; the former state is back in force
+        LLAMA_STEER_ERR_LIMIT = -4,  // more vectors, rows or layers than the documented limits
+        LLAMA_STEER_ERR_INTERNAL = -5,
     };
 
     enum llama_steer_site {
         LLAMA_STEER_RESID_POST = 0, // the block's output
-        LLAMA_STEER_ATTN_OUT   = 1, // attention output, before it is written to the residual stream (deepseek4)
-        LLAMA_STEER_FFN_OUT    = 2, // feed-forward output (routed + shared), before it is written (deepseek4)
+        LLAMA_STEER_ATTN_OUT = 1,   // attention output, before it is written to the residual stream (deepseek4)
+        LLAMA_STEER_FFN_OUT = 2,    // feed-forward output (routed + shared), before it is written (deepseek4)
         LLAMA_STEER_SITE_COUNT = 3,
     };
 
     enum llama_steer_stream {
-        LLAMA_STEER_STREAM_ALL  = -1, // terms: write to every stream; captures: read every stream
+        LLAMA_STEER_STREAM_ALL = -1,  // terms: write to every stream; captures: read every stream
         LLAMA_STEER_STREAM_MEAN = -2, // captures only: the mean over the streams
     };
 
-    #define LLAMA_STEER_MAX_VECTORS 4096 // vectors held at once
-    #define LLAMA_STEER_MAX_DYN    64 // of these, vectors that project or clamp
+#define LLAMA_STEER_MAX_VECTORS 4096 // vectors held at once
+#define LLAMA_STEER_MAX_DYN     64   // of these, vectors that project or clamp
 
     struct llama_steer_info {
-        int32_t n_layer;            // steerable layers, 0-based; MTP blocks do not count
+        int32_t n_layer; // steerable layers, 0-based; MTP blocks do not count
         int32_t n_embd;
-        int32_t n_streams;          // hyper-connection streams of resid_post; 1 in most architectures
-        bool    sites[LLAMA_STEER_SITE_COUNT];
-        bool    last_layer_outputs_only; // the last layer holds output tokens only: it cannot be read elsewhere
+        int32_t n_streams; // hyper-connection streams of resid_post; 1 in most architectures
+        bool sites[LLAMA_STEER_SITE_COUNT];
+        bool last_layer_outputs_only; // the last layer holds output tokens only: it cannot be read elsewhere
     };
 
     struct llama_steer_term {
         int32_t vector;
         int32_t op;       // enum llama_steer_op
-        double  strength; // finite; 0 = not applied
+        double strength;  // finite; 0 = not applied
         int32_t il_first; // inclusive window, -1 = open end
         int32_t il_last;
-        int32_t stream;   // LLAMA_STEER_STREAM_ALL or a stream index (resid_post only)
+        int32_t stream; // LLAMA_STEER_STREAM_ALL or a stream index (resid_post only)
     };
 
     struct llama_steer_stats {
@@ -106,13 +106,13 @@ extern "C" {
     // scales[i]: the dose, in units of the hidden state, that strength 1 means there.
     // The first vector that names a layer makes the context reserve its compute buffers again.
     LLAMA_API int32_t llama_steer_vector_set(
-            struct llama_context * ctx,
-            int32_t         vector,
-            int32_t         n,
-            const int32_t * layers,
-            const int32_t * sites,
-            const float   * dirs,
-            const double  * scales);
+        struct llama_context * ctx,
+        int32_t vector,
+        int32_t n,
+        const int32_t * layers,
+        const int32_t * sites,
+        const float * dirs,
+        const double * scales);
 
     // Forget a vector. Refused (ERR_ARG) while a config uses it.
     LLAMA_API int32_t llama_steer_vector_clear(struct llama_context * ctx, int32_t vector);
@@ -134,7 +134,7 @@ extern "C" {
 
     // Content hash of what a token at (seq, pos) would get from its range (callbacks aside); 0 = nothing.
     // Cached tokens may be shared between requests only where (token, edit id) agree.
-    LLAMA_API uint64_t llama_steer_edit_id  (const struct llama_context * ctx, llama_seq_id seq, llama_pos pos);
+    LLAMA_API uint64_t llama_steer_edit_id(const struct llama_context * ctx, llama_seq_id seq, llama_pos pos);
     LLAMA_API uint64_t llama_steer_config_id(const struct llama_context * ctx, int32_t config);
 
     // Does the config apply anything at (il, site)? False where its terms cancel out.
@@ -152,7 +152,7 @@ extern "C" {
 
     // The id of a vector in this context, for an add callback; it stays until it is unpinned as often. op: what the callback will do
     // with it; LLAMA_STEER_PROJECT or _CLAMP make it ready for g.
-    LLAMA_API int32_t llama_steer_vector_pin  (struct llama_context * ctx, const struct llama_steer_vector * vector, int32_t op, int32_t * id);
+    LLAMA_API int32_t llama_steer_vector_pin(struct llama_context * ctx, const struct llama_steer_vector * vector, int32_t op, int32_t * id);
     LLAMA_API int32_t llama_steer_vector_unpin(struct llama_context * ctx, int32_t id);
 
     // What went wrong with a sequence (seq < 0: with any) while tokens of others were computed as they should: it was not steered as
@@ -166,13 +166,13 @@ extern "C" {
     // ubatch (0: as many as can come). keep: hold the rows for llama_steer_capture_get(); false when only the read callback wants them.
     // n = 0 takes all captures away.
     LLAMA_API int32_t llama_steer_capture_set(
-            struct llama_context * ctx,
-            int32_t         n,
-            const int32_t * layers,
-            const int32_t * sites,
-            int32_t         stream_mode,
-            int32_t         n_rows,
-            bool            keep);
+        struct llama_context * ctx,
+        int32_t n,
+        const int32_t * layers,
+        const int32_t * sites,
+        int32_t stream_mode,
+        int32_t n_rows,
+        bool keep);
 
     // Read the tokens of seq at p0 <= p < p1 (p1 < 0: no end) when they are computed. Where the last layer holds output tokens
     // only, a capture on it makes llama_decode() fail for a wanted token that is no output. A token shared by several sequences is read
@@ -190,21 +190,21 @@ extern "C" {
     // ---- callbacks: both run outside the compute graph and split nothing ----
 
     struct llama_steer_rows {
-        int32_t              layer;
-        int32_t              site;
-        int32_t              n_rows;
-        int32_t              n_streams; // 1 unless the captures read all streams
-        int32_t              n_embd;
-        const llama_seq_id * seq_id;    // [n_rows]
-        const llama_pos    * pos;       // [n_rows]
-        const float        * data;      // [n_rows][n_streams][n_embd], valid during the call
+        int32_t layer;
+        int32_t site;
+        int32_t n_rows;
+        int32_t n_streams; // 1 unless the captures read all streams
+        int32_t n_embd;
+        const llama_seq_id * seq_id; // [n_rows]
+        const llama_pos * pos;       // [n_rows]
+        const float * data;          // [n_rows][n_streams][n_embd], valid during the call
     };
 
     struct llama_steer_tokens {
-        int32_t              n_tokens;
-        int32_t              n_vectors; // highest vector + 1
-        const llama_seq_id * seq_id;    // [n_tokens]
-        const llama_pos    * pos;       // [n_tokens]
+        int32_t n_tokens;
+        int32_t n_vectors;           // highest vector + 1
+        const llama_seq_id * seq_id; // [n_tokens]
+        const llama_pos * pos;       // [n_tokens]
     };
 
     // After each ubatch, once for each capture that has wanted rows. Return false to make llama_decode() fail.
@@ -221,7 +221,7 @@ extern "C" {
     typedef bool (*llama_steer_add_callback)(const struct llama_steer_tokens * tokens, float * c, float * g, void * user_data);
 
     LLAMA_API int32_t llama_steer_set_read_callback(struct llama_context * ctx, llama_steer_read_callback callback, void * user_data);
-    LLAMA_API int32_t llama_steer_set_add_callback (struct llama_context * ctx, llama_steer_add_callback  callback, void * user_data);
+    LLAMA_API int32_t llama_steer_set_add_callback(struct llama_context * ctx, llama_steer_add_callback callback, void * user_data);
 
     // ---- whole state ----
 

@@ -1,3 +1,4 @@
+// clang-format off: included inside a class of llama-server
 // server-steer-context.h - the part of server_context_impl that deals with steering. Included inside that class, because its slots
 // are private to server-context.cpp: what server.patch adds there are calls of these and of `steer`.
 

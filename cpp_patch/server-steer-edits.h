@@ -10,8 +10,8 @@
 // The edit id (llama_steer_edit_id) of each token of a server_tokens, by index. Missing entries are 0: not steered.
 struct server_steer_edits {
     std::vector<uint64_t> ids;
-    bool   planned = false;    // the ids are those of a task that waits for a slot
-    size_t moved   = SIZE_MAX; // first token whose state was computed at another position, or is of unknown origin
+    bool planned = false;    // the ids are those of a task that waits for a slot
+    size_t moved = SIZE_MAX; // first token whose state was computed at another position, or is of unknown origin
 
     uint64_t at(size_t i) const { return i < ids.size() ? ids[i] : 0; }
 

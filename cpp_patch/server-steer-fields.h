@@ -1,3 +1,4 @@
+// clang-format off: a table
 // server-steer-fields.h - every field that steering adds to a request, declared once. The checks of keys and bounds use this table, and
 // scripts/protocol.py makes the tables of docs/http-protocol.md from it: one field a line.
 #ifndef SERVER_STEER_FIELDS_H

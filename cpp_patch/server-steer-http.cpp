@@ -33,7 +33,7 @@ std::string host_of(const std::string & authority) {
         return end == std::string::npos ? "" : lower(authority.substr(1, end - 1));
     }
     const size_t colon = authority.find(':');
-    const bool   many  = colon != std::string::npos && authority.find(':', colon + 1) != std::string::npos;
+    const bool many = colon != std::string::npos && authority.find(':', colon + 1) != std::string::npos;
     return lower(many ? authority : authority.substr(0, colon));
 }
 
@@ -137,8 +137,8 @@ std::optional<server_steer_error> server_steer_refusal(const common_params & par
     }
     if (!server_steer_admin(params)) {
         return server_steer_error(403, common_steering().admin == "off"
-            ? "uploads, reads and live changes are switched off here: start the server with --steering-admin on"
-            : "uploads, reads and live changes are off where others can reach the server without a key: start it with --api-key, or with --steering-admin on");
+                                           ? "uploads, reads and live changes are switched off here: start the server with --steering-admin on"
+                                           : "uploads, reads and live changes are off where others can reach the server without a key: start it with --api-key, or with --steering-admin on");
     }
     const bool upload = route.rfind("/steering/vectors/", 0) == 0;
     const bool json_route = route == "/steering/read" || route == "/steering/logprobs" || route.rfind("/steering/requests/", 0) == 0;
@@ -166,9 +166,23 @@ std::optional<server_steer_error> server_steer_refusal(const common_params & par
 server_http_context::handler_t server_steer_guard(const std::string & path, const server_http_context::handler_t & handler) {
     // those that take the fields, those of our own, and those that compute nothing with the model
     static const std::set<std::string> open = {
-        "/completion", "/completions", "/v1/completions", "/chat/completions", "/v1/chat/completions", "/v1/responses", "/responses",
-        "/v1/messages", "/infill", "/tokenize", "/detokenize", "/apply-template", "/chat/completions/input_tokens",
-        "/v1/chat/completions/input_tokens", "/responses/input_tokens", "/v1/responses/input_tokens", "/v1/messages/count_tokens",
+        "/completion",
+        "/completions",
+        "/v1/completions",
+        "/chat/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/responses",
+        "/v1/messages",
+        "/infill",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+        "/chat/completions/input_tokens",
+        "/v1/chat/completions/input_tokens",
+        "/responses/input_tokens",
+        "/v1/responses/input_tokens",
+        "/v1/messages/count_tokens",
     };
     if (open.count(path) || server_steer_is_route(path)) {
         return handler;
@@ -183,7 +197,7 @@ server_http_context::handler_t server_steer_guard(const std::string & path, cons
                 const server_steer_error error(400, path + " cannot be steered: leave out '" + field + "'");
                 auto res = std::make_unique<server_http_res>();
                 res->status = error.code;
-                res->data   = safe_json_to_str(json {{ "error", error.to_json() }});
+                res->data = safe_json_to_str(json{ { "error", error.to_json() } });
                 return res;
             }
         }
@@ -195,12 +209,12 @@ server_http_res_ptr server_steer_router(const server_http_req &) {
     auto res = std::make_unique<server_http_res>();
     const server_steer_error error(501, "a router does not steer: ask one of its models' own servers");
     res->status = error.code;
-    res->data   = safe_json_to_str(json {{ "error", error.to_json() }});
+    res->data = safe_json_to_str(json{ { "error", error.to_json() } });
     return res;
 }
 
 json server_steer_parse_object(const std::string & text, const std::string & what) {
-    int  depth  = 0;
+    int depth = 0;
     bool quoted = false;
     for (size_t i = 0; i < text.size(); ++i) {
         const char c = text[i];

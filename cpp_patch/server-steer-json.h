@@ -8,8 +8,8 @@
 namespace server_steer_json {
 
 const size_t MAX_TERMS = (size_t) server_steer_most("request", "steering");
-constexpr size_t MAX_BODY  = (size_t) 64 << 20; // bytes of a vector file
-constexpr size_t MAX_JSON  = (size_t) 8 << 20;  // bytes of a JSON body
+constexpr size_t MAX_BODY = (size_t) 64 << 20; // bytes of a vector file
+constexpr size_t MAX_JSON = (size_t) 8 << 20;  // bytes of a JSON body
 
 inline const char * const SITES[LLAMA_STEER_SITE_COUNT] = { "resid_post", "attn_out", "ffn_out" };
 

@@ -57,14 +57,14 @@ bool server_steer_slots::must_wait(const server_steer_request_ptr & request) con
 }
 
 size_t server_steer_slots::capture_bytes(size_t n_places, bool all_streams, bool many_rows) const {
-    return n_places*(many_rows ? llama_n_ubatch(ctx) : slots.size())*store.n_embd()*sizeof(float)*(all_streams ? store.n_streams() : 1);
+    return n_places * (many_rows ? llama_n_ubatch(ctx) : slots.size()) * store.n_embd() * sizeof(float) * (all_streams ? store.n_streams() : 1);
 }
 
 void server_steer_slots::set_captures(int slot, slot_state & s, const server_tokens & tokens) {
     std::set<std::pair<int32_t, int32_t>> need;
     const auto & info = store.model_info();
     bool need_streams = false;
-    bool need_rows    = store.has_drafts();
+    bool need_rows = store.has_drafts();
     const auto positions = server_steer_positions(tokens);
 
     if (s.request->read) {
@@ -73,7 +73,9 @@ void server_steer_slots::set_captures(int slot, slot_state & s, const server_tok
         const size_t n_prompt = s.request->n_prompt >= 0 ? (size_t) s.request->n_prompt : n;
         std::set<size_t> rows; // token indices
         switch (spec.kind) {
-            case server_steer_read_spec::LAST: rows.insert(n - 1); break;
+            case server_steer_read_spec::LAST:
+                rows.insert(n - 1);
+                break;
             case server_steer_read_spec::ALL:
             case server_steer_read_spec::MEAN:
                 for (size_t i = spec.kind == server_steer_read_spec::ALL ? 0 : 1; i < n; ++i) {
@@ -98,7 +100,8 @@ void server_steer_slots::set_captures(int slot, slot_state & s, const server_tok
         }
         if (rows.empty()) {
             throw server_steer_error(400, spec.is_mean() && spec.kind == server_steer_read_spec::MEAN
-                ? "a mean needs at least two tokens, as position 0 is left out" : "there is no response to read: the text ends with the prompt");
+                                              ? "a mean needs at least two tokens, as position 0 is left out"
+                                              : "there is no response to read: the text ends with the prompt");
         }
         for (size_t i : rows) {
             s.wanted.push_back(positions[i]);
@@ -106,19 +109,19 @@ void server_steer_slots::set_captures(int slot, slot_state & s, const server_tok
         s.first_wanted = s.first_wanted < 0 ? (int32_t) *rows.begin() : std::min(s.first_wanted, (int32_t) *rows.begin());
         s.values->tokens = tokens.get_text_tokens();
         const size_t n_out = spec.streams ? info.n_streams : 1;
-        const size_t width = n_out*info.n_embd;
+        const size_t width = n_out * info.n_embd;
         const size_t n_rows = spec.is_mean() ? 1 : s.wanted.size();
         s.values->positions.assign(s.wanted.begin(), s.wanted.end());
         if (spec.is_mean()) {
             s.values->positions = { s.wanted.back() };
-            s.sums.assign(spec.layers.size()*width, 0.0);
+            s.sums.assign(spec.layers.size() * width, 0.0);
         }
-        s.values->values.assign(spec.layers.size()*n_rows*width, 0.0f);
+        s.values->values.assign(spec.layers.size() * n_rows * width, 0.0f);
         for (int32_t il : spec.layers) {
             need.insert({ il, spec.site });
         }
         need_streams = spec.streams;
-        need_rows    = need_rows || s.wanted.size() > 1;
+        need_rows = need_rows || s.wanted.size() > 1;
     }
     for (const auto & g : s.gates) {
         need.insert({ g.gate->layers[0], g.gate->sites[0] });
@@ -140,9 +143,9 @@ void server_steer_slots::set_captures(int slot, slot_state & s, const server_tok
     const bool wanted_there = std::any_of(slots.begin(), slots.end(), [&](const auto & p) {
         return p && p.get() != &s && p->request && reads_of(*p->request, info.n_layer - 1).first;
     });
-    const bool stale  = !wanted_there && holds_last(captures) && !holds_last(need);
+    const bool stale = !wanted_there && holds_last(captures) && !holds_last(need);
     const bool enough = std::includes(captures.begin(), captures.end(), need.begin(), need.end()) &&
-        (all_streams || !need_streams) && (many_rows || !need_rows) && !stale;
+                        (all_streams || !need_streams) && (many_rows || !need_rows) && !stale;
     if (!enough) {
         // what was captured before will be asked for again: each change of the set rebuilds the graph, and everybody waits for that
         auto next = need;
@@ -152,7 +155,7 @@ void server_steer_slots::set_captures(int slot, slot_state & s, const server_tok
         }
         if (others || capture_bytes(next.size(), need_streams || all_streams, need_rows || many_rows) <= MAX_CAPTURE_BYTES) {
             need_streams = need_streams || all_streams;
-            need_rows    = need_rows    || many_rows;
+            need_rows = need_rows || many_rows;
         } else {
             next = need;
         }
@@ -163,13 +166,11 @@ void server_steer_slots::set_captures(int slot, slot_state & s, const server_tok
             sites.push_back(site);
         }
         check(llama_steer_capture_set(ctx, (int32_t) layers.size(), layers.data(), sites.data(),
-            need_streams ? LLAMA_STEER_STREAM_ALL : LLAMA_STEER_STREAM_MEAN, need_rows ? 0 : (int32_t) slots.size(), false));
-        captures    = next;
+                                      need_streams ? LLAMA_STEER_STREAM_ALL : LLAMA_STEER_STREAM_MEAN, need_rows ? 0 : (int32_t) slots.size(), false));
+        captures = next;
         all_streams = need_streams;
-        many_rows   = need_rows;
-        check(llama_steer_set_read_callback(ctx, [](const llama_steer_rows * rows, void * self) {
-            return static_cast<server_steer_slots *>(self)->on_rows(*rows);
-        }, this));
+        many_rows = need_rows;
+        check(llama_steer_set_read_callback(ctx, [](const llama_steer_rows * rows, void * self) { return static_cast<server_steer_slots *>(self)->on_rows(*rows); }, this));
     }
     // runs of wanted positions
     for (size_t i = 0; i < s.wanted.size();) {
@@ -203,12 +204,12 @@ void server_steer_slots::set_gates(slot_state & s, const server_tokens & tokens)
             throw server_steer_error(400, "a gate cannot be decided on a prompt with images or sound");
         }
         server_steer_gate_state g;
-        g.gate  = t.gate;
-        g.last  = n_prompt - 2;
+        g.gate = t.gate;
+        g.last = n_prompt - 2;
         g.first = g.next = t.gate->gate->mean ? 1 : g.last;
         g.sum.assign(store.n_embd(), 0.0);
         s.gates.push_back(g);
-        s.held_back    = n_prompt - 1;
+        s.held_back = n_prompt - 1;
         s.first_wanted = s.first_wanted < 0 ? g.first : std::min(s.first_wanted, g.first);
     }
 }
@@ -229,9 +230,9 @@ bool server_steer_slots::on_rows(const llama_steer_rows & rows) {
         for (size_t i = 0; i < n_embd; ++i) {
             float sum = row[i];
             for (int32_t k = 1; k < rows.n_streams; ++k) {
-                sum += row[k*n_embd + i];
+                sum += row[k * n_embd + i];
             }
-            mean[i] = sum*(1.0f/rows.n_streams);
+            mean[i] = sum * (1.0f / rows.n_streams);
         }
         return (const float *) mean.data();
     };
@@ -242,23 +243,23 @@ bool server_steer_slots::on_rows(const llama_steer_rows & rows) {
         }
         auto & s = *slots[seq];
         const llama_pos pos = rows.pos[r];
-        const float * row = rows.data + (size_t) r*rows.n_streams*n_embd;
+        const float * row = rows.data + (size_t) r * rows.n_streams * n_embd;
 
         if (s.reads() && s.request->read->site == rows.site) {
-            const auto & spec  = *s.request->read;
-            const auto   layer = std::lower_bound(spec.layers.begin(), spec.layers.end(), rows.layer);
-            const auto   at    = std::lower_bound(s.wanted.begin(), s.wanted.end(), pos);
+            const auto & spec = *s.request->read;
+            const auto layer = std::lower_bound(spec.layers.begin(), spec.layers.end(), rows.layer);
+            const auto at = std::lower_bound(s.wanted.begin(), s.wanted.end(), pos);
             if (layer != spec.layers.end() && *layer == rows.layer && at != s.wanted.end() && *at == pos && s.seen.insert({ rows.layer, pos }).second) {
                 const size_t n_out = spec.streams ? store.n_streams() : 1;
-                const size_t width = n_out*n_embd;
-                const float * src  = n_out == 1 ? averaged(row) : row;
+                const size_t width = n_out * n_embd;
+                const float * src = n_out == 1 ? averaged(row) : row;
                 const size_t li = layer - spec.layers.begin();
                 if (spec.is_mean()) {
                     for (size_t i = 0; i < width; ++i) {
-                        s.sums[li*width + i] += src[i];
+                        s.sums[li * width + i] += src[i];
                     }
                 } else {
-                    std::copy_n(src, width, s.values->values.begin() + (li*s.wanted.size() + (at - s.wanted.begin()))*width);
+                    std::copy_n(src, width, s.values->values.begin() + (li * s.wanted.size() + (at - s.wanted.begin())) * width);
                 }
             }
         }
@@ -281,12 +282,12 @@ bool server_steer_slots::on_rows(const llama_steer_rows & rows) {
                 const float * src = averaged(row);
                 double dot = 0.0;
                 for (size_t k = 0; k < n_embd; ++k) {
-                    dot += (double) src[k]*probe.dirs[i*n_embd + k];
+                    dot += (double) src[k] * probe.dirs[i * n_embd + k];
                 }
                 // a position may be computed again with another token: a draft that was turned down
                 auto & values = s.probed[pos];
                 values.resize(n_dirs, 0.0);
-                values[index] = probe.scales[i] != 0.0 ? dot/std::abs(probe.scales[i]) : dot;
+                values[index] = probe.scales[i] != 0.0 ? dot / std::abs(probe.scales[i]) : dot;
             }
         }
     }
@@ -326,7 +327,7 @@ std::shared_ptr<server_steer_values> server_steer_slots::take_values(int slot) {
     }
     if (s->reads() && s->request->read->is_mean()) {
         for (size_t i = 0; i < s->sums.size(); ++i) {
-            s->values->values[i] = (float) (s->sums[i]/(double) s->wanted.size());
+            s->values->values[i] = (float) (s->sums[i] / (double) s->wanted.size());
         }
     }
     return std::move(s->values);
@@ -352,7 +353,7 @@ std::shared_ptr<server_steer_extra> server_steer_slots::extra(int slot, part_t p
     }
     if (part == WHOLE) {
         res->probe_names = s->request->probe_names;
-        res->probes      = s->probe_all;
+        res->probes = s->probe_all;
     } else if (part == CHUNK) {
         res->probe_names = s->request->probe_names;
         for (size_t i = 0; i < res->probe_names.size(); ++i) {

@@ -140,7 +140,7 @@ void steer_put(std::string & out, const void * data, size_t size) {
 // safetensors: header, then the tensors in order. Numbers are little-endian on every machine that llama.cpp runs on.
 std::string steer_safetensors(const std::vector<server_task_result_ptr> & results, const server_steer_read_spec & spec, const json & meta, size_t n_embd, size_t n_streams) {
     json header = json::object();
-    header["__metadata__"] = json { {"steer", meta.dump()} };
+    header["__metadata__"] = json{ { "steer", meta.dump() } };
     size_t at = 0;
     const auto entry = [&](const std::string & name, const char * dtype, const std::vector<size_t> & shape) {
         size_t bytes = 4;
@@ -149,7 +149,7 @@ std::string steer_safetensors(const std::vector<server_task_result_ptr> & result
             bytes *= n;
             shape_json.push_back(n);
         }
-        json e = json { {"dtype", dtype} };
+        json e = json{ { "dtype", dtype } };
         e["shape"] = shape_json;
         e["data_offsets"] = json::array({ at, at + bytes });
         header[name] = e;
@@ -163,24 +163,24 @@ std::string steer_safetensors(const std::vector<server_task_result_ptr> & result
             shape.push_back(n_streams);
         }
         shape.push_back(n_embd);
-        entry(name + ".values",    "F32", shape);
+        entry(name + ".values", "F32", shape);
         entry(name + ".positions", "I32", { v.positions.size() });
-        entry(name + ".tokens",    "I32", { v.tokens.size() });
+        entry(name + ".tokens", "I32", { v.tokens.size() });
     }
     std::string text = header.dump();
-    text.resize((text.size() + 7)/8*8, ' ');
+    text.resize((text.size() + 7) / 8 * 8, ' ');
     std::string res;
     res.reserve(8 + text.size() + at);
     const uint64_t length = text.size();
     for (int i = 0; i < 8; ++i) {
-        res.push_back((char) (length >> 8*i & 0xff));
+        res.push_back((char) (length >> 8 * i & 0xff));
     }
     res += text;
     for (const auto & result : results) {
         const auto & v = *static_cast<server_task_result_steer &>(*result).values;
-        steer_put(res, v.values.data(),    v.values.size()*sizeof(float));
-        steer_put(res, v.positions.data(), v.positions.size()*sizeof(int32_t));
-        steer_put(res, v.tokens.data(),    v.tokens.size()*sizeof(llama_token));
+        steer_put(res, v.values.data(), v.values.size() * sizeof(float));
+        steer_put(res, v.positions.data(), v.positions.size() * sizeof(int32_t));
+        steer_put(res, v.tokens.data(), v.tokens.size() * sizeof(llama_token));
     }
     return res;
 }
@@ -214,20 +214,23 @@ void server_routes::init_steer_routes() {
         {
             std::lock_guard<std::mutex> lock(mutex_cache);
             if (steer_facts.is_null()) {
-                steer_facts = json {
-                    {"path", meta->model_path}, {"n_ctx", meta->slot_n_ctx}, {"n_vocab", meta->model_vocab_n_tokens},
-                    {"n_slots", params.n_parallel}, {"n_gpu_layers", params.n_gpu_layers},
+                steer_facts = json{
+                    { "path", meta->model_path },
+                    { "n_ctx", meta->slot_n_ctx },
+                    { "n_vocab", meta->model_vocab_n_tokens },
+                    { "n_slots", params.n_parallel },
+                    { "n_gpu_layers", params.n_gpu_layers },
                 };
                 const auto * tmpls = meta->chat_params.tmpls.get();
                 steer_facts["has_chat_template"] = common_chat_templates_was_explicit(tmpls);
-                steer_facts["think_open"]  = json(nullptr);
+                steer_facts["think_open"] = json(nullptr);
                 steer_facts["think_close"] = json(nullptr);
                 try {
                     common_chat_templates_inputs inputs;
                     common_chat_msg msg;
-                    msg.role    = "user";
+                    msg.role = "user";
                     msg.content = "x";
-                    inputs.messages  = { msg };
+                    inputs.messages = { msg };
                     inputs.use_jinja = params.use_jinja;
                     const auto chat = common_chat_templates_apply(tmpls, inputs);
                     if (!chat.thinking_start_tag.empty()) {
@@ -246,8 +249,10 @@ void server_routes::init_steer_routes() {
                     auto * dev = ggml_backend_dev_get(i);
                     const auto type = ggml_backend_dev_type(dev);
                     devices.push_back({
-                        {"name", std::string(ggml_backend_dev_name(dev))}, {"description", std::string(ggml_backend_dev_description(dev))},
-                        {"type", type == GGML_BACKEND_DEVICE_TYPE_CPU ? "cpu" : type == GGML_BACKEND_DEVICE_TYPE_ACCEL ? "accelerator" : "gpu"},
+                        { "name", std::string(ggml_backend_dev_name(dev)) },
+                        { "description", std::string(ggml_backend_dev_description(dev)) },
+                        { "type", type == GGML_BACKEND_DEVICE_TYPE_CPU ? "cpu" : type == GGML_BACKEND_DEVICE_TYPE_ACCEL ? "accelerator"
+                                                                                                                        : "gpu" },
                     });
                 }
                 steer_facts["devices"] = devices;
@@ -280,7 +285,7 @@ void server_routes::init_steer_routes() {
         server_task task(SERVER_TASK_TYPE_CONTROL);
         task.id = res.rd.get_new_id();
         task.params.control_cmpl_id = id;
-        task.params.control_action  = SERVER_STEER_CONTROL;
+        task.params.control_action = SERVER_STEER_CONTROL;
         task.params.steer = change;
         res.rd.post_task(std::move(task), true);
         const auto result = res.rd.next(req.should_stop);
@@ -291,7 +296,7 @@ void server_routes::init_steer_routes() {
             res.error(result->to_json());
             return;
         }
-        json answer = json { {"request_id", id} };
+        json answer = json{ { "request_id", id } };
         answer["from_position"] = static_cast<server_task_result_steer &>(*result).positions;
         res.ok(answer);
     });
@@ -308,10 +313,10 @@ void server_routes::init_steer_routes() {
         json prompts;
         if (body.contains("messages")) {
             std::vector<raw_buffer> files;
-            json chat = json { {"messages", body.at("messages")} };
+            json chat = json{ { "messages", body.at("messages") } };
             for (size_t i = 0; chat.at("messages").is_array() && i < chat.at("messages").size(); ++i) {
                 const json & message = chat.at("messages").at(i);
-                const json   content = message.is_object() && message.contains("content") ? message.at("content") : json(nullptr);
+                const json content = message.is_object() && message.contains("content") ? message.at("content") : json(nullptr);
                 for (size_t k = 0; content.is_array() && k < content.size(); ++k) {
                     if (!content.at(k).is_object() || json_value(content.at(k), "type", std::string()) != "text") {
                         steer_bad("messages to read hold more than text: images and sound cannot be read");
@@ -329,7 +334,7 @@ void server_routes::init_steer_routes() {
 
         const auto & spec = *base.read;
         const size_t n_embd = steer.n_embd();
-        const size_t width  = n_embd*(spec.streams ? steer.n_streams() : 1)*sizeof(float);
+        const size_t width = n_embd * (spec.streams ? steer.n_streams() : 1) * sizeof(float);
         size_t bytes = 0;
         json n_prompt = json::array();
         std::vector<server_task> tasks;
@@ -337,7 +342,9 @@ void server_routes::init_steer_routes() {
             llama_tokens tokens = item.prompt;
             tokens.insert(tokens.end(), item.response.begin(), item.response.end());
             const bool one = spec.is_mean() || spec.kind == server_steer_read_spec::LAST;
-            bytes += (one ? 1 : spec.kind == server_steer_read_spec::LIST ? std::min(spec.list.size(), tokens.size()) : tokens.size())*spec.layers.size()*width;
+            bytes += (one ? 1 : spec.kind == server_steer_read_spec::LIST ? std::min(spec.list.size(), tokens.size())
+                                                                          : tokens.size()) *
+                     spec.layers.size() * width;
             if (bytes > (size_t) 2 << 30) {
                 steer_bad("more than 2 GiB would be read: ask for fewer prompts, layers or positions");
             }
@@ -346,9 +353,9 @@ void server_routes::init_steer_routes() {
             n_prompt.push_back(item.prompt.size());
 
             server_task task(SERVER_TASK_TYPE_COMPLETION);
-            task.id     = res.rd.get_new_id();
+            task.id = res.rd.get_new_id();
             task.tokens = server_tokens(tokens, ctx_server.mctx != nullptr);
-            task.params = server_schema::eval_llama_cmpl_schema(ctx_server.vocab, params, meta->logit_bias_eog, json { {"n_predict", 1}, {"temperature", 0.0} });
+            task.params = server_schema::eval_llama_cmpl_schema(ctx_server.vocab, params, meta->logit_bias_eog, json{ { "n_predict", 1 }, { "temperature", 0.0 } });
             task.params.steer = request;
             tasks.push_back(std::move(task));
         }
@@ -361,10 +368,10 @@ void server_routes::init_steer_routes() {
             res.error(all.error->to_json());
             return;
         }
-        json about = json { {"format", "steer-read-v1"} };
-        about["layers"]   = spec.layers;
-        about["site"]     = json_value(body, "site", std::string("resid_post"));
-        about["stream"]   = json_value(body, "stream", std::string("mean"));
+        json about = json{ { "format", "steer-read-v1" } };
+        about["layers"] = spec.layers;
+        about["site"] = json_value(body, "site", std::string("resid_post"));
+        about["stream"] = json_value(body, "stream", std::string("mean"));
         about["n_prompt"] = n_prompt;
         res.data = steer_safetensors(all.results, spec, about, n_embd, steer.n_streams());
         res.content_type = "application/octet-stream";
@@ -390,17 +397,17 @@ void server_routes::init_steer_routes() {
             }
             auto request = std::make_shared<server_steer_request>(base);
             request->n_prompt = (int32_t) item.prompt.size();
-            request->forced   = item.response;
+            request->forced = item.response;
 
             server_task task(SERVER_TASK_TYPE_COMPLETION);
-            task.id     = res.rd.get_new_id();
+            task.id = res.rd.get_new_id();
             task.tokens = server_tokens(item.prompt, ctx_server.mctx != nullptr);
             task.params = server_schema::eval_llama_cmpl_schema(ctx_server.vocab, params, meta->logit_bias_eog,
-                json { {"n_predict", item.response.size()}, {"temperature", 0.0}, {"backend_sampling", false} });
+                                                                json{ { "n_predict", item.response.size() }, { "temperature", 0.0 }, { "backend_sampling", false } });
             // what the command line says of replies is not meant for given ones
             task.params.antiprompt.clear();
             task.params.sampling.grammar = {};
-            task.params.n_cache_reuse    = 0;
+            task.params.n_cache_reuse = 0;
             task.params.t_max_predict_ms = -1;
             task.params.steer = request;
             tasks.push_back(std::move(task));

@@ -4,14 +4,16 @@
 
 #include "common.h"
 
-server_steer_slots::server_steer_slots(server_steer_store & store) : store(store) {}
+server_steer_slots::server_steer_slots(server_steer_store & store)
+    : store(store) {}
 server_steer_slots::~server_steer_slots() = default;
 
 void server_steer_slots::check(int32_t status) const {
     if (status == LLAMA_STEER_OK) {
         return;
     }
-    const int code = status == LLAMA_STEER_ERR_LIMIT || status == LLAMA_STEER_ERR_MEMORY ? 503 : status == LLAMA_STEER_ERR_INTERNAL ? 500 : 400;
+    const int code = status == LLAMA_STEER_ERR_LIMIT || status == LLAMA_STEER_ERR_MEMORY ? 503 : status == LLAMA_STEER_ERR_INTERNAL ? 500
+                                                                                                                                    : 400;
     throw server_steer_error(code, std::string("steering: ") + llama_steer_error(ctx));
 }
 
@@ -22,7 +24,7 @@ static std::vector<llama_steer_plan_term> specs_of(const server_steer_terms & te
     std::vector<llama_steer_plan_term> res;
     for (const auto & term : terms) {
         auto spec = term.spec;
-        spec.name   = term.name.c_str();
+        spec.name = term.name.c_str();
         spec.vector = &term.vector->native;
         if (term.gate && !is_open(*term.gate)) {
             spec.strength = 0.0;
@@ -34,9 +36,9 @@ static std::vector<llama_steer_plan_term> specs_of(const server_steer_terms & te
 
 // The plan of all tokens of a task, fed with the response if one is given.
 server_steer_slots::plan_ptr server_steer_slots::make_plan(const server_steer_request & request, const server_tokens & tokens, const slot_state * decided) const {
-    const auto   positions = server_steer_positions(tokens);
-    const size_t n_prompt  = request.n_prompt >= 0 ? (size_t) request.n_prompt : tokens.size();
-    const auto   text_of   = [&](size_t i) { return tokens[i] != LLAMA_TOKEN_NULL ? common_token_to_piece(vocab, tokens[i], true) : std::string(); };
+    const auto positions = server_steer_positions(tokens);
+    const size_t n_prompt = request.n_prompt >= 0 ? (size_t) request.n_prompt : tokens.size();
+    const auto text_of = [&](size_t i) { return tokens[i] != LLAMA_TOKEN_NULL ? common_token_to_piece(vocab, tokens[i], true) : std::string(); };
 
     server_steer_plan_tags tags(request.tags);
     if (!request.tags.generation_prompt && (!request.tags.open.empty() || !request.tags.close.empty())) {
@@ -46,7 +48,7 @@ server_steer_slots::plan_ptr server_steer_slots::make_plan(const server_steer_re
         }
     }
     const auto native = tags.native();
-    const auto terms  = specs_of(request.terms, [&](const server_steer_vector & gate) { return decided && decided->open(gate); });
+    const auto terms = specs_of(request.terms, [&](const server_steer_vector & gate) { return decided && decided->open(gate); });
     plan_ptr plan(llama_steer_plan_new((int32_t) terms.size(), terms.data(), n_prompt > 0 ? positions[n_prompt - 1] : 0, &native));
     if (!plan) {
         throw server_steer_error(400, llama_steer_plan_error());
@@ -64,7 +66,7 @@ server_steer_slots::plan_ptr server_steer_slots::make_plan(const server_steer_re
 void server_steer_slots::apply(int slot, slot_state & s, llama_pos from) {
     const llama_steer_segment * parts = nullptr;
     const int32_t n_parts = llama_steer_plan_segments(s.plan.get(), &parts);
-    const size_t  n_terms = s.request->terms.size();
+    const size_t n_terms = s.request->terms.size();
     const bool acts = std::any_of(parts, parts + n_parts, [&](const llama_steer_segment & part) {
         return std::any_of(part.strengths, part.strengths + n_terms, [](double x) { return x != 0.0; });
     });
@@ -85,7 +87,7 @@ void server_steer_slots::plan(const server_steer_request_ptr & request, server_t
     if (!request || request->terms.empty() || tokens.empty() || !tokens.validate(ctx)) {
         return; // invalid tokens are refused when the slot is launched
     }
-    const auto plan      = make_plan(*request, tokens, nullptr);
+    const auto plan = make_plan(*request, tokens, nullptr);
     const auto positions = server_steer_positions(tokens);
     std::vector<uint64_t> ids(tokens.size());
     check(llama_steer_plan_edits(ctx, plan.get(), (int32_t) ids.size(), positions.data(), ids.data()));
@@ -212,7 +214,7 @@ void server_steer_slots::on_token(int slot, llama_token token, llama_pos pos_nex
             for (size_t p = 0; p < s->probe_now.size(); ++p) {
                 const size_t n = s->request->probes[p]->n();
                 for (size_t i = 0; i < n; ++i) {
-                    s->probe_now[p] += it->second[at++]/n;
+                    s->probe_now[p] += it->second[at++] / n;
                 }
             }
             s->probed.erase(s->probed.begin(), std::next(it));
@@ -318,7 +320,7 @@ void server_steer_slots::note_memory() {
 
 void server_steer_slots::attach(llama_context * ctx_new, int32_t n_slots) {
     detach();
-    ctx   = ctx_new;
+    ctx = ctx_new;
     vocab = llama_model_get_vocab(llama_get_model(ctx));
     slots.resize(n_slots);
 }

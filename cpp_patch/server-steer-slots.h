@@ -34,7 +34,7 @@ struct server_steer_slots {
     // -- what of a cache a slot may use --
 
     // How many cached tokens may be reused: what is to be read has to be computed.
-    int  reuse_limit(int slot, const server_tokens & cached, int n_past) const;
+    int reuse_limit(int slot, const server_tokens & cached, int n_past) const;
     bool is_exact(int slot) const; // it reads or scores: no state will do that was computed at another position
     // The last token that a checkpoint may hold where the token at pos_next is to be computed anew. The stock server takes one that
     // holds this very token, which is then the former prompt's; once anything was steered, no such checkpoint is kept.
@@ -63,33 +63,37 @@ struct server_steer_slots {
     llama_token force(int slot, const float * logits, int32_t n_vocab, llama_token sampled);
     std::shared_ptr<server_steer_values> take_values(int slot); // of a read or score task, else null
 
-    enum part_t { CHUNK, STREAM_END, WHOLE };
+    enum part_t { CHUNK,
+                  STREAM_END,
+                  WHOLE };
     std::shared_ptr<server_steer_extra> extra(int slot, part_t part); // null: nothing
 
 private:
     struct slot_state;
-    struct plan_deleter { void operator()(llama_steer_plan * plan) const { llama_steer_plan_free(plan); } };
+    struct plan_deleter {
+        void operator()(llama_steer_plan * plan) const { llama_steer_plan_free(plan); }
+    };
     using plan_ptr = std::unique_ptr<llama_steer_plan, plan_deleter>;
 
     plan_ptr make_plan(const server_steer_request & request, const server_tokens & tokens, const slot_state * decided) const;
-    void     apply(int slot, slot_state & s, llama_pos from);
-    void     set_gates(slot_state & s, const server_tokens & tokens);
-    void     set_captures(int slot, slot_state & s, const server_tokens & tokens);
-    size_t   capture_bytes(size_t n_places, bool all_streams, bool many_rows) const;
-    void     note_memory();
-    bool     on_rows(const llama_steer_rows & rows);
-    void     check(int32_t status) const; // a llama_steer call
+    void apply(int slot, slot_state & s, llama_pos from);
+    void set_gates(slot_state & s, const server_tokens & tokens);
+    void set_captures(int slot, slot_state & s, const server_tokens & tokens);
+    size_t capture_bytes(size_t n_places, bool all_streams, bool many_rows) const;
+    void note_memory();
+    bool on_rows(const llama_steer_rows & rows);
+    void check(int32_t status) const; // a llama_steer call
 
-    server_steer_store  & store;
-    llama_context       * ctx   = nullptr;
-    const llama_vocab   * vocab = nullptr;
+    server_steer_store & store;
+    llama_context * ctx = nullptr;
+    const llama_vocab * vocab = nullptr;
     bool ever_steered = false; // in this context
 
     std::vector<std::unique_ptr<slot_state>> slots;
 
     std::set<std::pair<int32_t, int32_t>> captures; // (layer, site)
     bool all_streams = false;
-    bool many_rows   = false;
+    bool many_rows = false;
 };
 
 #endif // SERVER_STEER_SLOTS_H

@@ -14,7 +14,7 @@ using namespace server_steer_json;
 
 namespace {
 
-constexpr size_t MAX_VECTORS      = 1024;
+constexpr size_t MAX_VECTORS = 1024;
 constexpr size_t MAX_VECTOR_BYTES = (size_t) 4 << 30;
 
 bool is_name(const std::string & name, const char * more, size_t most) {
@@ -33,26 +33,45 @@ void check_vector_name(const std::string & name) {
 json server_steer_error::to_json() const {
     const char * type = "invalid_request_error";
     switch (code) {
-        case 403: type = "permission_error";  break;
-        case 404: type = "not_found_error";   break;
-        case 409: type = "conflict_error";    break;
+        case 403:
+            type = "permission_error";
+            break;
+        case 404:
+            type = "not_found_error";
+            break;
+        case 409:
+            type = "conflict_error";
+            break;
         case 411:
-        case 413: type = "too_large_error";   break;
-        case 415: type = "media_type_error";  break;
-        case 429: type = "limit_error";       break;
-        case 500: type = "server_error";      break;
-        case 501: type = "not_supported_error"; break;
-        case 503: type = "unavailable_error"; break;
-        default: break;
+        case 413:
+            type = "too_large_error";
+            break;
+        case 415:
+            type = "media_type_error";
+            break;
+        case 429:
+            type = "limit_error";
+            break;
+        case 500:
+            type = "server_error";
+            break;
+        case 501:
+            type = "not_supported_error";
+            break;
+        case 503:
+            type = "unavailable_error";
+            break;
+        default:
+            break;
     }
-    return json { {"code", code}, {"message", std::string(what())}, {"type", type} };
+    return json{ { "code", code }, { "message", std::string(what()) }, { "type", type } };
 }
 
 // ---- tickets ----
 
 struct server_steer_ticket {
     server_steer_store * owner;
-    std::string    id;
+    std::string id;
 
     ~server_steer_ticket() {
         std::lock_guard<std::mutex> lock(owner->mutex);
@@ -84,10 +103,10 @@ std::shared_ptr<server_steer_ticket> server_steer_store::reserve(server_steer_re
             throw server_steer_error(409, "request_id " + shown(id) + " is in use: choose another");
         }
         request.serial = next_serial++;
-        running[id].serial   = request.serial;
-        running[id].terms  = request.terms;
+        running[id].serial = request.serial;
+        running[id].terms = request.terms;
     }
-    return std::shared_ptr<server_steer_ticket>(new server_steer_ticket { this, id });
+    return std::shared_ptr<server_steer_ticket>(new server_steer_ticket{ this, id });
 }
 
 // ---- vectors ----
@@ -112,14 +131,14 @@ json server_steer_store::put_vector(const std::string & name, const std::string 
             vector = stored; // the same content is held once
         }
     }
-    const auto held     = vectors.find(name);
+    const auto held = vectors.find(name);
     const bool replaced = held != vectors.end() && held->second != vector;
     if (replaced && !replace) {
         throw server_steer_error(409, "another vector " + shown(name) + " is loaded: upload with ?replace=true to put this one in its place, or choose another name");
     }
     // what a request still uses takes memory as well, whether or not it has a name
     size_t bytes = 0;
-    bool   known = false;
+    bool known = false;
     alive.erase(std::remove_if(alive.begin(), alive.end(), [](const auto & weak) { return weak.expired(); }), alive.end());
     for (const auto & weak : alive) {
         const auto other = weak.lock();
@@ -128,13 +147,13 @@ json server_steer_store::put_vector(const std::string & name, const std::string 
     }
     if ((held == vectors.end() && vectors.size() >= MAX_VECTORS) || (!known && bytes + vector->bytes() > MAX_VECTOR_BYTES)) {
         throw server_steer_error(429, string_format("the server holds %zu vectors, the limits are %zu and %zu bytes: delete some with DELETE /steering/vectors/NAME",
-                    vectors.size(), MAX_VECTORS, MAX_VECTOR_BYTES));
+                                                    vectors.size(), MAX_VECTORS, MAX_VECTOR_BYTES));
     }
     if (!known) {
         alive.push_back(vector);
     }
     vectors[name] = vector;
-    return json { {"name", name}, {"content_sha256", vector->content_sha256}, {"replaced", replaced} };
+    return json{ { "name", name }, { "content_sha256", vector->content_sha256 }, { "replaced", replaced } };
 }
 
 json server_steer_store::delete_vector(const std::string & name) {
@@ -143,7 +162,7 @@ json server_steer_store::delete_vector(const std::string & name) {
     if (!vectors.erase(name)) {
         throw server_steer_error(404, "no vector " + shown(name) + " is loaded");
     }
-    return json { {"name", name}, {"deleted", true} };
+    return json{ { "name", name }, { "deleted", true } };
 }
 
 // What the command line asked for. Throws when it cannot be had.
@@ -216,9 +235,14 @@ json server_steer_store::describe(const json & server, const std::set<std::strin
             sites.insert(SITES[s]);
         }
         listed.push_back({
-            {"name", name}, {"content_sha256", v->content_sha256}, {"op", v->op}, {"default_scope", v->scope},
-            {"layers", std::vector<int32_t>(layers.begin(), layers.end())}, {"sites", std::vector<std::string>(sites.begin(), sites.end())}, {"bytes", v->bytes()},
-            {"gate", v->gate.has_value()},
+            { "name", name },
+            { "content_sha256", v->content_sha256 },
+            { "op", v->op },
+            { "default_scope", v->scope },
+            { "layers", std::vector<int32_t>(layers.begin(), layers.end()) },
+            { "sites", std::vector<std::string>(sites.begin(), sites.end()) },
+            { "bytes", v->bytes() },
+            { "gate", v->gate.has_value() },
         });
         bytes += counted.insert(v.get()).second ? v->bytes() : 0;
     }
@@ -227,20 +251,25 @@ json server_steer_store::describe(const json & server, const std::set<std::strin
         if (!ids.count(id)) {
             continue; // an id is all that it takes to change a request: only who knows it is told of it
         }
-        const char * state = !r.started ? "queued" : r.n_slots > 0 ? "running" : "ended";
-        requests.push_back({ {"request_id", id}, {"state", state}, {"steering", given_of(r.terms)}, {"tokens", r.n_tokens} });
+        const char * state = !r.started ? "queued" : r.n_slots > 0 ? "running"
+                                                                   : "ended";
+        requests.push_back({ { "request_id", id }, { "state", state }, { "steering", given_of(r.terms) }, { "tokens", r.n_tokens } });
     }
-    return json {
-        {"protocol", SERVER_STEER_PROTOCOL},
-        {"model",    model_json},
-        {"vectors",  listed},
-        {"n_requests", running.size()},
-        {"requests", requests},
-        {"default",  given_of(defaults)},
-        {"limits", {
-            {"vectors", MAX_VECTORS}, {"vector_bytes", MAX_VECTOR_BYTES}, {"terms", MAX_TERMS}, {"body_bytes", MAX_BODY}, {"json_bytes", MAX_JSON},
-        }},
-        {"memory", { {"vector_bytes", bytes}, {"device_bytes", device_bytes} }},
+    return json{
+        { "protocol", SERVER_STEER_PROTOCOL },
+        { "model", model_json },
+        { "vectors", listed },
+        { "n_requests", running.size() },
+        { "requests", requests },
+        { "default", given_of(defaults) },
+        { "limits", {
+                        { "vectors", MAX_VECTORS },
+                        { "vector_bytes", MAX_VECTOR_BYTES },
+                        { "terms", MAX_TERMS },
+                        { "body_bytes", MAX_BODY },
+                        { "json_bytes", MAX_JSON },
+                    } },
+        { "memory", { { "vector_bytes", bytes }, { "device_bytes", device_bytes } } },
     };
 }
 

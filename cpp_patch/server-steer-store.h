@@ -17,9 +17,9 @@ struct server_steer_store {
     // Before the first request. False: the server must not start; the reason is logged.
     bool open(llama_context * ctx, const common_params & params, bool drafts);
 
-    int32_t n_embd()     const { return info.n_embd; }
-    int32_t n_streams()  const { return info.n_streams; }
-    bool    has_drafts() const { return drafts; }
+    int32_t n_embd() const { return info.n_embd; }
+    int32_t n_streams() const { return info.n_streams; }
+    bool has_drafts() const { return drafts; }
     const llama_steer_info & model_info() const { return info; }
 
     // -- requests; these throw server_steer_error --
@@ -42,19 +42,19 @@ struct server_steer_store {
 
     // -- what the main thread tells of the requests that run --
 
-    void note_start (const server_steer_request & request); // by one more slot
-    void note_end   (const server_steer_request & request);
-    void note_token (const server_steer_request & request);
-    void note_terms (const server_steer_request & request);
+    void note_start(const server_steer_request & request); // by one more slot
+    void note_end(const server_steer_request & request);
+    void note_token(const server_steer_request & request);
+    void note_terms(const server_steer_request & request);
     void note_device(size_t bytes);
-    bool is_running (const server_steer_request & request); // its client is still there
+    bool is_running(const server_steer_request & request); // its client is still there
 
 private:
     struct running_request {
-        uint64_t serial  = 0;
+        uint64_t serial = 0;
         server_steer_terms terms;
-        bool    started  = false;
-        int32_t n_slots  = 0; // that work on it now
+        bool started = false;
+        int32_t n_slots = 0; // that work on it now
         int32_t n_tokens = 0;
     };
 
@@ -74,9 +74,9 @@ private:
     mutable std::mutex mutex; // guards what follows
     std::map<std::string, server_steer_vector_ptr> vectors;
     std::vector<std::weak_ptr<const server_steer_vector>> alive; // those, and those that only requests still use
-    std::map<std::string, running_request> running; // by request id
-    uint64_t next_serial  = 1;
-    size_t   device_bytes = 0;
+    std::map<std::string, running_request> running;              // by request id
+    uint64_t next_serial = 1;
+    size_t device_bytes = 0;
 
     friend struct server_steer_ticket;
 };

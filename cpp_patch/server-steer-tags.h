@@ -12,23 +12,24 @@ struct server_steer_plan_tags {
     std::string prompt_end; // where no template wrote the end of the prompt
     std::vector<const char *> open, close, tool_open, tool_close;
 
-    explicit server_steer_plan_tags(const server_steer_tags & tags) : tags(tags),
-        open(pointers(tags.open)), close(pointers(tags.close)), tool_open(pointers(tags.tool_open)), tool_close(pointers(tags.tool_close)) {}
+    explicit server_steer_plan_tags(const server_steer_tags & tags)
+        : tags(tags),
+          open(pointers(tags.open)), close(pointers(tags.close)), tool_open(pointers(tags.tool_open)), tool_close(pointers(tags.tool_close)) {}
 
     llama_steer_tags native() {
         std::replace(prompt_end.begin(), prompt_end.end(), '\0', ' ');
         llama_steer_tags res = {};
-        res.known     = tags.known;
+        res.known = tags.known;
         res.all_tools = tags.all_tools;
         res.generation_prompt = tags.generation_prompt ? tags.generation_prompt->c_str() : nullptr;
-        res.prompt_end   = prompt_end.c_str();
-        res.open         = open.data();
-        res.n_open       = (int32_t) open.size();
-        res.close        = close.data();
-        res.n_close      = (int32_t) close.size();
-        res.tool_open    = tool_open.data();
-        res.n_tool_open  = (int32_t) tool_open.size();
-        res.tool_close   = tool_close.data();
+        res.prompt_end = prompt_end.c_str();
+        res.open = open.data();
+        res.n_open = (int32_t) open.size();
+        res.close = close.data();
+        res.n_close = (int32_t) close.size();
+        res.tool_open = tool_open.data();
+        res.n_tool_open = (int32_t) tool_open.size();
+        res.tool_close = tool_close.data();
         res.n_tool_close = (int32_t) tool_close.size();
         return res;
     }

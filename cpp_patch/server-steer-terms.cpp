@@ -32,9 +32,9 @@ void set_scope(server_steer_term & term, const std::string & scope) {
     }
     const size_t dash = scope.find('-');
     term.spec.scope = LLAMA_STEER_SCOPE_RANGE;
-    term.spec.last  = -1;
+    term.spec.last = -1;
     if (dash == std::string::npos || !number_of(scope.substr(0, dash), term.spec.first) ||
-            (dash + 1 < scope.size() && !number_of(scope.substr(dash + 1), term.spec.last))) {
+        (dash + 1 < scope.size() && !number_of(scope.substr(dash + 1), term.spec.last))) {
         bad("unknown scope " + shown(scope) + ": use all, prompt, response, thinking, answer, or positions such as 5-20 or 0-");
     }
     if (term.spec.last >= 0 && term.spec.last < term.spec.first) {
@@ -90,7 +90,7 @@ static server_steer_term parse_term(size_t number, const json & item, const std:
     term.given = item;
     term.spec.strength = 1.0;
     term.spec.il_first = term.spec.il_last = -1;
-    term.spec.stream   = LLAMA_STEER_STREAM_ALL;
+    term.spec.stream = LLAMA_STEER_STREAM_ALL;
     if (is_absent(item, "vector")) {
         bad(where + " names no vector");
     }
@@ -114,7 +114,7 @@ static server_steer_term parse_term(size_t number, const json & item, const std:
             bad(where + ": the layers are " + shown(layers) + ": give the first and the last, from 0");
         }
         term.spec.il_first = small_number(layers.at(0), where + ": the first layer");
-        term.spec.il_last  = layers.at(1).is_null() ? -1 : small_number(layers.at(1), where + ": the last layer");
+        term.spec.il_last = layers.at(1).is_null() ? -1 : small_number(layers.at(1), where + ": the last layer");
         if (term.spec.il_last >= 0 && term.spec.il_last < term.spec.il_first) {
             bad(where + ": the layer window ends before it starts");
         }
@@ -214,7 +214,7 @@ static std::vector<std::string> parse_tag(const json & value, const char * key) 
         return res;
     }
     const std::string what = std::string("the ") + key + " tag";
-    const size_t      most = (size_t) server_steer_most("tags", key);
+    const size_t most = (size_t) server_steer_most("tags", key);
     const json & tags = value.at(key);
     if (!tags.is_array()) {
         res.push_back(text_of(tags, what));
@@ -235,13 +235,13 @@ static void parse_tags(const json & value, server_steer_tags & tags) {
     check_keys(value, "tags", "steering_tags");
     tags.known = true;
     if (value.contains("open") || value.contains("close")) {
-        tags.open  = parse_tag(value, "open");
+        tags.open = parse_tag(value, "open");
         tags.close = parse_tag(value, "close");
     }
     if (value.contains("tool_open") || value.contains("tool_close")) {
-        tags.tool_open  = parse_tag(value, "tool_open");
+        tags.tool_open = parse_tag(value, "tool_open");
         tags.tool_close = parse_tag(value, "tool_close");
-        tags.all_tools  = false;
+        tags.all_tools = false;
     }
 }
 
@@ -325,7 +325,7 @@ void server_steer_store::check_terms(const server_steer_request & request, bool 
     std::vector<llama_steer_plan_term> specs;
     for (const auto & term : request.terms) {
         specs.push_back(term.spec);
-        specs.back().name   = term.name.c_str();
+        specs.back().name = term.name.c_str();
         specs.back().vector = &term.vector->native;
     }
     llama_steer_plan * plan = llama_steer_plan_new((int32_t) specs.size(), specs.data(), 0, &native);
@@ -337,8 +337,8 @@ void server_steer_store::check_terms(const server_steer_request & request, bool 
 
 server_steer_request_ptr server_steer_store::parse(const json & data, const std::string & id, const common_chat_templates * templates, std::shared_ptr<server_steer_ticket> & ticket) {
     const bool steered = !is_absent(data, "steering");
-    const bool named   = !is_absent(data, "request_id");
-    const bool probed  = !is_absent(data, "steering_probe");
+    const bool named = !is_absent(data, "request_id");
+    const bool probed = !is_absent(data, "steering_probe");
     auto res = std::make_shared<server_steer_request>();
     if (steered) {
         res->terms = parse_terms(data.at("steering"));
@@ -361,7 +361,7 @@ server_steer_request_ptr server_steer_store::parse(const json & data, const std:
     }
     if (probed) {
         const json & names = data.at("steering_probe");
-        const size_t most  = (size_t) server_steer_most("request", "steering_probe");
+        const size_t most = (size_t) server_steer_most("request", "steering_probe");
         if (!names.is_array() || names.size() > most) {
             bad("steering_probe is " + shown(names) + string_format(", not a list of at most %zu vector names", most));
         }
@@ -379,7 +379,7 @@ server_steer_request_ptr server_steer_store::parse(const json & data, const std:
             res->probes.push_back(it->second);
         }
     }
-    res->id    = named ? text_of(data.at("request_id"), "request_id") : id;
+    res->id = named ? text_of(data.at("request_id"), "request_id") : id;
     res->named = steered || named || probed;
     ticket = reserve(*res);
     return res;
@@ -448,7 +448,7 @@ std::shared_ptr<const server_steer_read_spec> server_steer_store::parse_read(con
         bad("positions are " + shown(positions) + ": use last, all, mean, response, response_mean or a list");
     }
     const int32_t last = info.n_layer - 1;
-    const bool    no_last = info.last_layer_outputs_only && res->kind != server_steer_read_spec::LAST;
+    const bool no_last = info.last_layer_outputs_only && res->kind != server_steer_read_spec::LAST;
     if (is_absent(body, "layers")) {
         for (int32_t il = 0; il < info.n_layer - (no_last ? 1 : 0); ++il) {
             res->layers.push_back(il);

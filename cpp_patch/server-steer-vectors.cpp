@@ -46,14 +46,14 @@ struct sha256 {
 // ---- identity ----
 
 json server_steer_identity::to_json() const {
-    return json {
-        {"architecture",  architecture},
-        {"n_layer",       n_layer},
-        {"n_embd",        n_embd},
-        {"tokens_sha256", tokens_sha256},
-        {"norms_sha256",  norms_sha256},
-        {"name",          name},
-        {"n_streams",     n_streams},
+    return json{
+        { "architecture", architecture },
+        { "n_layer", n_layer },
+        { "n_embd", n_embd },
+        { "tokens_sha256", tokens_sha256 },
+        { "norms_sha256", norms_sha256 },
+        { "name", name },
+        { "n_streams", n_streams },
     };
 }
 
@@ -76,7 +76,7 @@ void read_norms(const std::string & path, const gguf_context * gguf, const ggml_
             continue;
         }
         std::string data(ggml_nbytes(t), '\0');
-        file.seekg((std::streamoff) (gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i)));
+        file.seekg((std::streamoff)(gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, i)));
         file.read(&data[0], (std::streamsize) data.size());
         if (!file) {
             throw server_steer_error(500, "cannot read " + name + " of " + path);
@@ -89,7 +89,7 @@ struct gguf_file {
     ggml_context * meta = nullptr;
     gguf_context * gguf = nullptr;
     explicit gguf_file(const std::string & path) {
-        gguf = gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ &meta });
+        gguf = gguf_init_from_file(path.c_str(), { /*.no_alloc =*/true, /*.ctx =*/&meta });
         if (!gguf) {
             throw server_steer_error(500, "cannot read the header of " + path);
         }
@@ -111,8 +111,8 @@ struct gguf_file {
 
 server_steer_identity server_steer_identity_of(const std::string & path, int32_t n_layer, int32_t n_embd, int32_t n_streams) {
     server_steer_identity res;
-    res.n_layer   = n_layer;
-    res.n_embd    = n_embd;
+    res.n_layer = n_layer;
+    res.n_embd = n_embd;
     res.n_streams = n_streams;
 
     std::map<std::string, std::string> norms;
@@ -120,7 +120,7 @@ server_steer_identity server_steer_identity_of(const std::string & path, int32_t
     {
         gguf_file first(path);
         res.architecture = first.text("general.architecture");
-        res.name         = first.text("general.name");
+        res.name = first.text("general.name");
 
         const int64_t tokens = gguf_find_key(first.gguf, "tokenizer.ggml.tokens");
         if (tokens < 0 || gguf_get_kv_type(first.gguf, tokens) != GGUF_TYPE_ARRAY || gguf_get_arr_type(first.gguf, tokens) != GGUF_TYPE_STRING) {
@@ -219,7 +219,7 @@ int64_t whole(const json & value, const std::string & what) {
 }
 
 stored_direction read_direction(const std::string & name, const json & entry, const char * data, size_t size, int32_t n_embd,
-        std::vector<std::pair<size_t, size_t>> & spans) {
+                                std::vector<std::pair<size_t, size_t>> & spans) {
     if (!entry.is_object() || entry.size() != 3 || !entry.contains("dtype") || !entry.contains("shape") || !entry.contains("data_offsets")) {
         bad("the entry of tensor " + name + " is malformed");
     }
@@ -236,12 +236,12 @@ stored_direction read_direction(const std::string & name, const json & entry, co
         bad("tensor " + name + " has malformed data_offsets");
     }
     const int64_t begin = whole(offsets.at(0), "an offset of " + name);
-    const int64_t end   = whole(offsets.at(1), "an offset of " + name);
+    const int64_t end = whole(offsets.at(1), "an offset of " + name);
     if (begin < 0 || end < begin || (uint64_t) end > size) {
         bad("truncated: the data of tensor " + name + " does not fit into the file");
     }
-    if (end - begin != (int64_t) n_embd*4) {
-        bad("tensor " + name + string_format(" has %lld bytes of data, not %lld", (long long) (end - begin), (long long) n_embd*4));
+    if (end - begin != (int64_t) n_embd * 4) {
+        bad("tensor " + name + string_format(" has %lld bytes of data, not %lld", (long long) (end - begin), (long long) n_embd * 4));
     }
     spans.emplace_back((size_t) begin, (size_t) end);
 
@@ -249,11 +249,11 @@ stored_direction read_direction(const std::string & name, const json & entry, co
     res.values.resize(n_embd);
     double norm2 = 0.0;
     for (int32_t i = 0; i < n_embd; ++i) {
-        res.values[i] = float_at(data + begin + 4*(size_t) i);
+        res.values[i] = float_at(data + begin + 4 * (size_t) i);
         if (!std::isfinite(res.values[i])) {
             bad("tensor " + name + " contains NaN or Inf");
         }
-        norm2 += (double) res.values[i]*res.values[i];
+        norm2 += (double) res.values[i] * res.values[i];
     }
     if (std::abs(std::sqrt(norm2) - 1.0) > 1e-3) {
         bad("tensor " + name + string_format(" has length %.6g: stored directions have length 1", std::sqrt(norm2)));
@@ -324,13 +324,13 @@ static server_steer_gate read_gate(const json & data) {
         bad("the threshold of its gate is no cosine");
     }
     res.threshold = threshold.get<double>();
-    const std::string compare   = text_at(data, "compare");
+    const std::string compare = text_at(data, "compare");
     const std::string positions = text_at(data, "positions");
     if ((compare != "above" && compare != "below") || (positions != "mean" && positions != "last")) {
         bad("its gate compares " + shown(compare) + " at " + shown(positions) + ": above or below, mean or last");
     }
     res.above = compare == "above";
-    res.mean  = positions == "mean";
+    res.mean = positions == "mean";
     return res;
 }
 
@@ -350,7 +350,7 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
     const size_t size = file.size() - 8 - length;
 
     if (!header.contains("__metadata__") || !header.at("__metadata__").is_object() || !header.at("__metadata__").contains("steer") ||
-            !header.at("__metadata__").at("steer").is_string()) {
+        !header.at("__metadata__").at("steer").is_string()) {
         bad("a safetensors file without a steering vector (no 'steer' metadata)");
     }
     const json meta = server_steer_parse_object(header.at("__metadata__").at("steer").get<std::string>(), "the 'steer' metadata");
@@ -376,8 +376,8 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
 
     auto res = std::make_shared<server_steer_vector>();
     res->n_embd = (int32_t) n_embd;
-    res->op     = text_at(meta, "op");
-    res->scope  = text_at(meta, "default_scope");
+    res->op = text_at(meta, "op");
+    res->scope = text_at(meta, "default_scope");
     res->content_sha256 = text_at(meta, "content_sha256");
     if (res->op != "add" && res->op != "project" && res->op != "clamp" && res->op != "renorm") {
         bad("unknown op " + shown(res->op));
@@ -400,7 +400,7 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
             continue;
         }
         int32_t layer = 0;
-        int32_t site  = 0;
+        int32_t site = 0;
         if (!parse_tensor_name(name, layer, site)) {
             bad("unknown tensor " + shown(name) + ": directions are named direction.<layer>.<site>");
         }
@@ -447,12 +447,12 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
     for (auto & [key, d] : directions) {
         double norm2 = 0.0;
         for (float x : d.values) {
-            norm2 += (double) x*x;
+            norm2 += (double) x * x;
         }
         const double norm = std::sqrt(norm2);
         if (std::abs(norm - 1.0) > 1e-6) { // another writer's rounding, as our own reader takes it
             for (float & x : d.values) {
-                x = (float) (x/norm);
+                x = (float) (x / norm);
             }
             d.scale *= norm;
         }
@@ -461,11 +461,11 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
         res->scales.push_back(d.scale);
         res->dirs.insert(res->dirs.end(), d.values.begin(), d.values.end());
     }
-    res->native.key    = res->content_sha256.c_str();
-    res->native.n      = (int32_t) res->n();
+    res->native.key = res->content_sha256.c_str();
+    res->native.n = (int32_t) res->n();
     res->native.layers = res->layers.data();
-    res->native.sites  = res->sites.data();
-    res->native.dirs   = res->dirs.data();
+    res->native.sites = res->sites.data();
+    res->native.dirs = res->dirs.data();
     res->native.scales = res->scales.data();
     return res;
 }
