@@ -144,6 +144,8 @@ def test_a_long_conversation(arch: str, served: Any, models: Any, exact_local: A
     with ServerEngine(served(arch).url) as engine:
         a, b = vector(engine, (0, 2), dose=5.0), vector(engine, (1,), seed=9, dose=5.0, op="clamp")
         scopes = [None, "all", "prompt", "response", "answer", "2-6", "0-", "12-30"]
+        if arch == "qwen3next":  # its tiny template does not say where thinking ends, so answers are refused there
+            scopes.remove("answer")
         history = [engine.tokenize(PROMPT), engine.tokenize(LONG)]
         extra = engine.tokenize(" and then it rained on the way home")[1:]
         jobs: list[tuple[list[int], Any, int]] = []

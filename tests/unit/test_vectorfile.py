@@ -361,7 +361,7 @@ def test_layout_of_the_file(path):
 
 def test_sizes_are_bounded_before_anything_is_parsed(path, monkeypatch):
     write_vector(make(), path)
-    monkeypatch.setattr(vectorfile, "_json_object", lambda *a: pytest.fail("parsed"))
+    monkeypatch.setattr(vectorfile, "json_object", lambda *a: pytest.fail("parsed"))
     with monkeypatch.context() as patch:
         patch.setattr(vectorfile, "MAX_FILE_BYTES", 100)
         refuse(path, "too large")
