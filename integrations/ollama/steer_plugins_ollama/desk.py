@@ -99,4 +99,4 @@ def find(model: Model, name: str, identity: ModelIdentity, library: Library) -> 
 
 def hinted(error: MissingVector, model: Model) -> MissingVector:
     """The error with the way out that there is here."""
-    return MissingVector(f"{error} (here: steer ollama train {model.name})")
+    return MissingVector(str(error).replace("steer train ", f"steer ollama train {model.name} "))
