@@ -94,7 +94,6 @@ def test_a_subtracted_b_dec_is_folded(trained: SparseCode, world: tuple[np.ndarr
         ({"architecture": "gated"}, "architecture"),
         ({"normalize_activations": "layer_norm"}, "normalises"),
         ({"metadata": {}, "hook_name": None}, "hook"),
-        ({"architecture": "topk", "k": "many"}, ""),
     ],
 )
 def test_what_cannot_be_computed_exactly_is_refused(
@@ -103,9 +102,8 @@ def test_what_cannot_be_computed_exactly_is_refused(
     trained.save(tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text()) | change
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    if says:
-        with pytest.raises(VectorError, match=says):
-            SparseCode.load(tmp_path)
+    with pytest.raises(VectorError, match=says):
+        SparseCode.load(tmp_path)
 
 
 @pytest.mark.parametrize("spoil", ["cut", "nan", "empty", "missing"])

@@ -173,7 +173,6 @@ def _jacobian(
     basis, _ = np.linalg.qr(rng.standard_normal((engine.info.n_embd, probes)))
     text = PROMPTS[0]
     prompt: Any = [{"role": "user", "content": text}] if engine.info.has_chat_template else text
-    plain = engine.read([prompt], layers=[late], positions="last")[0].values[late][0]
     columns = []
     for i in range(probes):
         rows = []
@@ -182,7 +181,6 @@ def _jacobian(
             rows.append(engine.read([prompt], layers=[late], positions="last", steering=sign * vector)[0].values[late][0])
         columns.append((rows[0].astype(np.float64) - rows[1]) / (2 * step))
         tell("jacobian", i + 1, probes)
-    del plain
     _, sizes, right = np.linalg.svd(np.stack(columns, axis=1), full_matrices=False)
     return [(_unit(basis @ right[i]), float(sizes[i]), "") for i in range(min(count, probes))]
 

@@ -17,13 +17,13 @@ import numpy.typing as npt
 from ..atomic import write_atomically
 from ..errors import VectorError
 from ..steering.vector import ModelIdentity
+from ..store.features import read_index
 from .code import SparseCode
 from .corpus import Corpus
 
 INDEX = "index.json"
 FORMAT = "steer-sae-index-v1"
 
-_MAX_BYTES = 512 << 20
 _MAX_NAME = 80
 _CHUNK = 2048
 
@@ -158,14 +158,7 @@ class FeatureIndex:
     def load(cls, folder: str | os.PathLike[str]) -> FeatureIndex:
         """The index in an autoencoder's folder, every field checked. Raises VectorError."""
         path = Path(folder) / INDEX
-        try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise VectorError(f"{path} is larger than {_MAX_BYTES >> 20} MiB")
-            data = json.loads(path.read_bytes())
-        except OSError as error:
-            raise VectorError(f"cannot read {path}: {error.strerror or error}") from None
-        except (ValueError, RecursionError):
-            raise VectorError(f"{path} is not JSON") from None
+        data = read_index(path)
         try:
             if data["format"] != FORMAT:
                 raise VectorError(f"{path} is not an index of format {FORMAT}")

@@ -60,7 +60,7 @@ def read_feature(root: Path, name: str, feature: str, identity: ModelIdentity) -
     folder = sae_root(root, name, identity)
     if not (folder / "cfg.json").is_file():
         raise VectorError(f"no autoencoder {name!r} for this model ({identity.label}): train one with: steer sae train {name}")
-    index = _index(folder / "index.json")
+    index = read_index(folder / "index.json")
     number = int(feature) if feature.isdecimal() else _numbered(index, name, feature)
     vector = read_saelens(folder / "sae_weights.safetensors", Facts(feature=number))
     norm = index.get("median_norm")
@@ -69,7 +69,8 @@ def read_feature(root: Path, name: str, feature: str, identity: ModelIdentity) -
     return vector.replace(name=f"{name}-{number}"[:64].rstrip("-."), default_scope="response", identity=identity)
 
 
-def _index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
+    """The JSON object in an autoencoder's index, its fields unchecked. Raises VectorError."""
     try:
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise VectorError(f"{path} is larger than {_MAX_INDEX_BYTES >> 20} MiB")
