@@ -304,6 +304,7 @@ def test_variables_for_other_programs_do_not_reach_the_server(
 ) -> None:
     for name in ("AIP_MODE", "AIP_HTTP_PORT", "LLAMA_SERVER_ROUTER_PORT", "LLAMA_ARG_THREADS", "LLAMA_ARG_TOP_K"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("LLAMA_CPP_LIB_PATH", raising=False)  # of a test that loaded a runtime in this process
     with ServerProcess(binary) as server:
         server.start(None, env={"LLAMA_ARG_TOP_K": None, "LLAMA_ARG_TOP_P": "0.5"})
         server.wait_ready(30)

@@ -259,7 +259,7 @@ def test_prepare_lifts_the_carrier_line(tmp_path: Path, gguf: Path, library: Lib
 @pytest.mark.parametrize(
     ("body", "part"),
     [
-        ({"parameters": {"steering": "nosuch:0.5"}}, "steer train nosuch"),
+        ({"parameters": {"steering": "nosuch:0.5"}}, "steer ollama train base:latest nosuch"),
         ({"parameters": {"steering": "mood:"}}, "character 6"),
         ({"parameters": {"steering": "mood@9"}}, "mood"),
         ({"parameters": {"steering": '"/etc/passwd"'}}, "file"),
