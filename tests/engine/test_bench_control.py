@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from steer_plugins.bench.arms import case_of
-from steer_plugins.bench.control import Control, Plan
+from steer_plugins.bench.control import Control, ControlPlan
 from steer_plugins.bench.report import make_report
 from steer_plugins.bench.reporters import builtin_reporters
 from steer_plugins.bench.tasks import Scored, builtin_families
@@ -18,7 +18,7 @@ from tests.engine.engines import open_engine, vector
 
 pytestmark = pytest.mark.usefixtures("float32_cache")
 
-PLAN = Plan(
+PLAN = ControlPlan(
     prompts=4,
     strengths=(0.5, 1.0),
     curve=(-1.0, 0.0, 1.0),

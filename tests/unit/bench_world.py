@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from steer_plugins.bench.arms import Case, random_vector
-from steer_plugins.bench.control import Control, Plan, Results
+from steer_plugins.bench.control import Control, ControlPlan, Results
 from steer_plugins.bench.tasks import Family, Scored, Task
 from steer_plugins.steering.vector import SteeringVector
 from steer_plugins.training.traits import Trait
@@ -15,7 +15,7 @@ from steer_plugins.training.traits import Trait
 from .fakes import FakeEngine
 
 NOUNS = tuple("tree house river stone cloud bread horse candle garden window".split())
-PLAN = Plan(
+PLAN = ControlPlan(
     prompts=10,
     strengths=(0.25, 0.5, 1.0),
     with_prompt=0.5,
@@ -81,7 +81,7 @@ def case(sign: int = 1, **more: Any) -> Case:
     return Case(**{**parts, "sign": sign, **more})
 
 
-def run(engine: Any = None, plan: Plan = PLAN, **more: Any) -> Results:
+def run(engine: Any = None, plan: ControlPlan = PLAN, **more: Any) -> Results:
     return Control(engine or World(), [case(**more)], [FAMILY], plan).run()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.results_page import against_prompt
 from steer_plugins.bench.arms import ARMS, case_of, message, random_vector, shuffled_vector
-from steer_plugins.bench.control import QUICK, SWING, TURN_TOKENS, Control, Plan, divergence
+from steer_plugins.bench.control import QUICK, SWING, TURN_TOKENS, Control, ControlPlan, divergence
 from steer_plugins.bench.replies import SCORED_TOKENS
 from steer_plugins.bench.stats import harmonic_mean
 from steer_plugins.bench.summary import summary_rows
@@ -299,9 +299,9 @@ def test_families_of_other_traits_are_left_out() -> None:
 
 
 def test_quick_has_at_least_seven_strengths() -> None:
-    for plan in (QUICK, Plan()):
+    for plan in (QUICK, ControlPlan()):
         assert len(set(plan.curve)) >= 7
-    assert Plan().prompts >= 60
+    assert ControlPlan().prompts >= 60
 
 
 # ---- control vectors ----

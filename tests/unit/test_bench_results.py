@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.results_page import against_prompt, better_with_prompt, results_page, targets
-from steer_plugins.bench.control import SWING, Control, Plan, Results
+from steer_plugins.bench.control import SWING, Control, ControlPlan, Results
 from steer_plugins.bench.report import make_report
 
 from .bench_world import FAMILY, PLAN, World, case, found, vector
 
 
-def page_of(engine: Any = None, plan: Plan = PLAN, **more: Any) -> tuple[str, Results]:
+def page_of(engine: Any = None, plan: ControlPlan = PLAN, **more: Any) -> tuple[str, Results]:
     engine = engine or World(cliff=5.0)
     one = case(**{"randoms": (vector().scaled(0.1),), **more})
     results = Control(engine, [one], [FAMILY], plan).run()

@@ -13,7 +13,7 @@ from steer_plugins.concepts import SparseCode
 from steer_plugins.concepts.code import keep_largest
 from steer_plugins.concepts.corpus import WINDOW, Corpus, read_text_files, windows_of
 from steer_plugins.concepts.features import auroc, feature_vector, ranked
-from steer_plugins.concepts.fit import Fit, FitOptions
+from steer_plugins.concepts.fit import CodeFit, CodeOptions
 from steer_plugins.concepts.index import Context, Feature, FeatureIndex, automatic_name, describe_features
 from steer_plugins.concepts.page import features_page
 from steer_plugins.concepts.quality import explained_variance, firing_rates, sparse_pca
@@ -35,12 +35,12 @@ def world() -> tuple[np.ndarray, np.ndarray]:
 
 
 TRAIN, HELD = np.arange(3_600), np.arange(3_600, 4_000)
-OPTIONS = FitOptions(latents=64, k=2, steps=700, batch=256)
+OPTIONS = CodeOptions(latents=64, k=2, steps=700, batch=256)
 
 
 @pytest.fixture(scope="module", params=["batchtopk", "topk"])
 def trained(request: pytest.FixtureRequest, world: tuple[np.ndarray, np.ndarray]) -> SparseCode:
-    fit = Fit(world[1], TRAIN, replace(OPTIONS, method=request.param), layer=3)
+    fit = CodeFit(world[1], TRAIN, replace(OPTIONS, method=request.param), layer=3)
     fit.run()
     return fit.result({"made_by": "a test"})
 
@@ -52,7 +52,7 @@ def test_a_known_dictionary_is_found_and_the_twins_are_behind(trained: SparseCod
     ours = explained_variance(rows, HELD, trained.reconstruct)
     l0 = firing_rates(trained, rows[HELD]).sum()
     assert 0.8 * 2 < l0 < 1.2 * 2
-    random = Fit(rows, TRAIN, replace(OPTIONS, frozen_decoder=True), layer=3)
+    random = CodeFit(rows, TRAIN, replace(OPTIONS, frozen_decoder=True), layer=3)
     random.run()
     assert ours > explained_variance(rows, HELD, sparse_pca(rows, TRAIN, 2)) + 0.1
     assert ours > explained_variance(rows, HELD, random.result().reconstruct) + 0.1
@@ -123,9 +123,9 @@ def test_spoilt_weights_are_refused_with_a_sentence(trained: SparseCode, tmp_pat
 
 def test_an_interrupted_run_goes_on_to_the_same_result(world: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=40)
-    whole = Fit(world[1], TRAIN, options, layer=0)
+    whole = CodeFit(world[1], TRAIN, options, layer=0)
     whole.run()
-    first = Fit(world[1], TRAIN, options, layer=0)
+    first = CodeFit(world[1], TRAIN, options, layer=0)
 
     def stop(step: int, steps: int, explained: float) -> None:
         if step == 17:
@@ -134,11 +134,11 @@ def test_an_interrupted_run_goes_on_to_the_same_result(world: tuple[np.ndarray, 
     with pytest.raises(KeyboardInterrupt):
         first.run(stop)
     first.save(tmp_path / "state")
-    second = Fit(world[1], TRAIN, options, layer=0)
+    second = CodeFit(world[1], TRAIN, options, layer=0)
     assert second.restore(tmp_path / "state") and second.step == 17
     second.run()
     assert np.array_equal(second.result().w_enc, whole.result().w_enc)
-    other = Fit(world[1], TRAIN, replace(options, latents=32), layer=0)
+    other = CodeFit(world[1], TRAIN, replace(options, latents=32), layer=0)
     assert not other.restore(tmp_path / "state")
     assert not other.restore(tmp_path / "nothing")
 
@@ -147,7 +147,7 @@ def test_silent_features_are_revived(world: tuple[np.ndarray, np.ndarray], monke
     monkeypatch.setattr("steer_plugins.concepts.fit._SILENT_TOKENS", 2_000)
 
     def dead(revive: bool) -> float:
-        fit = Fit(world[1], TRAIN, replace(OPTIONS, steps=200), layer=0)
+        fit = CodeFit(world[1], TRAIN, replace(OPTIONS, steps=200), layer=0)
         fit._state.b_enc[:32] = -1.5  # half of them hardly ever among the largest
         if not revive:
             monkeypatch.setattr(fit, "_revive", lambda *a: None)
@@ -160,12 +160,12 @@ def test_silent_features_are_revived(world: tuple[np.ndarray, np.ndarray], monke
 @pytest.mark.parametrize("options", [{"k": 0}, {"k": 100, "latents": 128}, {"method": "gated"}, {"steps": 0}])
 def test_options_that_mean_nothing_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(SpecError):
-        FitOptions(**options)  # type: ignore[arg-type]
+        CodeOptions(**options)  # type: ignore[arg-type]
 
 
 def test_too_few_tokens_are_refused(world: tuple[np.ndarray, np.ndarray]) -> None:
     with pytest.raises(DataError, match="too few"):
-        Fit(world[1], np.arange(20), OPTIONS, layer=0)
+        CodeFit(world[1], np.arange(20), OPTIONS, layer=0)
 
 
 def test_keep_largest() -> None:

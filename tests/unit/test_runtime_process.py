@@ -16,7 +16,7 @@ import pytest
 
 from steer_plugins.errors import BuildError
 from steer_plugins.runtime import tools
-from steer_plugins.runtime.process import Log, Reporter, first_error, run_logged
+from steer_plugins.runtime.process import BuildLog, Reporter, first_error, run_logged
 
 posix = pytest.mark.skipif(os.name != "posix", reason="process groups and scripts of POSIX")
 
@@ -29,7 +29,7 @@ def script(path: Path, text: str) -> str:
 
 
 def test_output_goes_to_the_log_and_steps_to_the_user(tmp_path: Path) -> None:
-    log = Log(tmp_path / "logs" / "x.log")
+    log = BuildLog(tmp_path / "logs" / "x.log")
     steps: list[tuple[int, int]] = []
     program = "import sys; print('[1/2] one'); print('[2/2] two', file=sys.stderr); sys.exit(3)"
     code, lines = run_logged([sys.executable, "-c", program], log, on_step=lambda *step: steps.append(step))

@@ -104,7 +104,7 @@ def test_a_failure_is_told_and_the_next_one_goes_on(link: Any, trainer: jobs.Tra
 
 
 def test_the_share_never_says_too_much(link: Any) -> None:
-    job = jobs.Job("a", load_trait("mood"), "quick", False, link, total=10, tokens=50)
+    job = jobs.TrainJob("a", load_trait("mood"), "quick", False, link, total=10, tokens=50)
     assert job.share == 0.99
     job.state = "done"
     assert job.share == 1.0

@@ -40,7 +40,7 @@ def durations(started: float, loaded: float, end: llama.End) -> dict[str, int]:
 
 
 @dataclass
-class Call:
+class RequestCall:
     """A request for text that the sidecar answers."""
 
     service: Service
@@ -147,10 +147,10 @@ class Call:
         return self.ended("unload")
 
 
-def make_call(service: Service, model: Model, body: dict[str, Any], *, chat: bool) -> Call:
+def make_call(service: Service, model: Model, body: dict[str, Any], *, chat: bool) -> RequestCall:
     """Raises SteerError for a request that cannot be understood."""
     given = options.checked(body.get("options"))
-    return Call(
+    return RequestCall(
         service=service,
         model=model,
         body=body,

@@ -27,7 +27,7 @@ KEPT += ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "
 
 
 @dataclass(frozen=True)
-class Plan:
+class ServicePlan:
     """A file to write (or, without content, to delete) and the commands to run before and after."""
 
     path: Path
@@ -79,7 +79,7 @@ def _run(command: Sequence[str], *, fatal: bool) -> None:
         raise SteerError(f"`{' '.join(command)}` failed ({said}): run it yourself, the rest is done")
 
 
-def plan(options: Sequence[str], *, platform: str | None = None, environ: Mapping[str, str] | None = None) -> Plan:
+def plan(options: Sequence[str], *, platform: str | None = None, environ: Mapping[str, str] | None = None) -> ServicePlan:
     """What installing does. ``options``: those of ``steer ollama serve``.
 
     Raises:
@@ -93,23 +93,23 @@ def plan(options: Sequence[str], *, platform: str | None = None, environ: Mappin
             kept[key] = str(expand_path(kept[key]).absolute())
     if platform == "darwin":
         path = agent_path()
-        return Plan(path, launchd_agent(command, kept), after=(("launchctl", "load", "-w", str(path)),))
+        return ServicePlan(path, launchd_agent(command, kept), after=(("launchctl", "load", "-w", str(path)),))
     if platform.startswith("linux"):
         if shutil.which("systemctl") is None and environ is None:
             raise SteerError("there is no systemctl here: start `steer ollama serve` by the means of this system")
         after = (("systemctl", "--user", "daemon-reload"), ("systemctl", "--user", "enable", "--now", UNIT))
-        return Plan(unit_path(env), systemd_unit(command, kept).encode(), after=after)
+        return ServicePlan(unit_path(env), systemd_unit(command, kept).encode(), after=after)
     raise SteerError("install knows systemd and launchd: start `steer ollama serve` by the means of this system")
 
 
-def removal(*, platform: str | None = None, environ: Mapping[str, str] | None = None) -> Plan:
+def removal(*, platform: str | None = None, environ: Mapping[str, str] | None = None) -> ServicePlan:
     """What undoing it does. Raises SteerError."""
     platform, env = platform or sys.platform, os.environ if environ is None else environ
     if platform == "darwin":
-        return Plan(agent_path(), None, before=(("launchctl", "unload", "-w", str(agent_path())),))
+        return ServicePlan(agent_path(), None, before=(("launchctl", "unload", "-w", str(agent_path())),))
     if platform.startswith("linux"):
         before = (("systemctl", "--user", "disable", "--now", UNIT),)
-        return Plan(unit_path(env), None, before, (("systemctl", "--user", "daemon-reload"),))
+        return ServicePlan(unit_path(env), None, before, (("systemctl", "--user", "daemon-reload"),))
     raise SteerError("install knows systemd and launchd: there is nothing to remove here")
 
 

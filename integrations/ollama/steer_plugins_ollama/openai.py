@@ -20,7 +20,7 @@ from steer_plugins.errors import SteerError
 
 from . import llama, options
 from .bodies import read_body
-from .calls import Call, make_call, steering_in
+from .calls import RequestCall, make_call, steering_in
 from .checks import checked_roles, checked_tools
 from .daemon import Forwarded
 from .errors import BadRequest
@@ -107,14 +107,14 @@ def refuse_links(value: Any, *, media: bool = False) -> None:
 # ---- answered by llama-server ----
 
 
-def _passed(call: Call, path: str, streams: bool) -> Response:
+def _passed(call: RequestCall, path: str, streams: bool) -> Response:
     """The process's own answer, its bytes untouched."""
     if streams:
         return Streamed(_passed_bytes(call, path), media_type="text/event-stream", broken="sse", style="openai")
     return Whole(_passed_whole(call, path), style="openai")
 
 
-async def _passed_whole(call: Call, path: str) -> Any:
+async def _passed_whole(call: RequestCall, path: str) -> Any:
     async with call.job() as job:
         body = _server_body(call, job, path)
 
@@ -126,7 +126,7 @@ async def _passed_whole(call: Call, path: str) -> Any:
         return {**answer, "model": call.name} if isinstance(answer, dict) else answer
 
 
-async def _passed_bytes(call: Call, path: str) -> AsyncGenerator[bytes, None]:
+async def _passed_bytes(call: RequestCall, path: str) -> AsyncGenerator[bytes, None]:
     async with call.job() as job:
         body = _server_body(call, job, path)
         async with contextlib.aclosing(job.steered(lambda fields: job.server.stream(path, {**body, **fields}))) as parts:
@@ -134,7 +134,7 @@ async def _passed_bytes(call: Call, path: str) -> AsyncGenerator[bytes, None]:
                 yield part
 
 
-def _server_body(call: Call, job: Job, path: str) -> dict[str, Any]:
+def _server_body(call: RequestCall, job: Job, path: str) -> dict[str, Any]:
     """The request with the model's options, system prompt and history in it."""
     drop = {STEERING, "options", "keep_alive", *_OPTIONS}
     body = {**options.sampling(job.options, job.runner.facts.n_ctx), **{k: v for k, v in call.body.items() if k not in drop}}
@@ -227,7 +227,7 @@ def _content(content: Any) -> tuple[str, list[str]]:
     return "".join(texts), images
 
 
-def _own(call: Call, asked: Mapping[str, Any], streams: bool, kind: str) -> Response:
+def _own(call: RequestCall, asked: Mapping[str, Any], streams: bool, kind: str) -> Response:
     if streams:
         lines = _chunks(call, asked, kind)
         return Streamed(lines, media_type="text/event-stream", broken="sse", style="openai")
@@ -243,7 +243,7 @@ def _usage(end: llama.End) -> dict[str, int]:
     return {"prompt_tokens": end.n_prompt, "completion_tokens": end.n_reply, "total_tokens": total}
 
 
-async def _one(call: Call, kind: str) -> dict[str, Any]:
+async def _one(call: RequestCall, kind: str) -> dict[str, Any]:
     texts, thoughts, logprobs, end = [], [], [], llama.End("stop")
     async with contextlib.aclosing(call.pieces()) as pieces:
         async for piece, _ in pieces:
@@ -279,7 +279,7 @@ def _old_logprobs(entries: list[dict[str, Any]], offset: int = 0) -> dict[str, l
     return found
 
 
-async def _chunks(call: Call, asked: Mapping[str, Any], kind: str) -> AsyncGenerator[bytes, None]:
+async def _chunks(call: RequestCall, asked: Mapping[str, Any], kind: str) -> AsyncGenerator[bytes, None]:
     name = kind if kind == "text_completion" else "chat.completion.chunk"
     head = {"id": _id(kind), "object": name, "created": int(time.time()), "model": call.name}
 

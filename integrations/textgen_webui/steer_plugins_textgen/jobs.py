@@ -33,7 +33,7 @@ class Cancelled(Exception):
 
 
 @dataclass
-class Job:
+class TrainJob:
     """One vector in the making. ``state``: ``waiting``, ``running``, ``done``, ``failed`` or ``cancelled``."""
 
     name: str
@@ -63,13 +63,13 @@ class Trainer:
     """A queue of jobs and the thread that works on it. ``on_done`` is called, from that thread, with each finished vector."""
 
     def __init__(self) -> None:
-        self._jobs: list[Job] = []
+        self._jobs: list[TrainJob] = []
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
-        self.on_done: Callable[[Job], None] = lambda job: None
+        self.on_done: Callable[[TrainJob], None] = lambda job: None
 
     @property
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[TrainJob]:
         """All of this session, oldest first."""
         with self._lock:
             return list(self._jobs)
@@ -79,7 +79,7 @@ class Trainer:
         """Whether anything waits or runs."""
         return any(job.state in ("waiting", "running") for job in self.jobs)
 
-    def add(self, link: Link, name: str, source: Source, *, calibrate: str = "quick", overwrite: bool = False) -> Job:
+    def add(self, link: Link, name: str, source: Source, *, calibrate: str = "quick", overwrite: bool = False) -> TrainJob:
         """Put a vector in the queue.
 
         Raises:
@@ -88,7 +88,7 @@ class Trainer:
         check_name(name)
         if not overwrite and link.library.path(name, link.info.identity).exists():
             raise SpecError(f"the library has {name!r} for this model already: choose another name, or allow it to be replaced")
-        job = Job(name, source, calibrate, overwrite, link)
+        job = TrainJob(name, source, calibrate, overwrite, link)
         with self._lock:
             if any(other.name == name and other.state in ("waiting", "running") for other in self._jobs):
                 raise SpecError(f"{name!r} is being fitted already")
@@ -114,7 +114,7 @@ class Trainer:
                     return
             self._run(job)
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: TrainJob) -> None:
         job.state, job.stage, job.started = "running", "measuring the speed", time.monotonic()
         try:
             with webui.busy():
@@ -129,7 +129,7 @@ class Trainer:
             job.state, job.error = "failed", f"{type(error).__name__}: {error}"
             webui.log(f"fitting {job.name} failed, {job.error}", error=True)
 
-    def _train(self, job: Job) -> SteeringVector:
+    def _train(self, job: TrainJob) -> SteeringVector:
         def report(stage: str, tokens: int) -> None:
             if job.cancel.is_set():
                 raise Cancelled
@@ -241,6 +241,6 @@ def library_names(link: Link) -> list[str]:
     return [entry.name for entry in link.library.list(link.info.identity)]
 
 
-def describe(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def describe(jobs: Sequence[TrainJob]) -> list[dict[str, Any]]:
     """Plain data on jobs, for the API and tests."""
     return [{"name": job.name, "state": job.state, "stage": job.stage, "share": job.share, "error": job.error} for job in jobs]

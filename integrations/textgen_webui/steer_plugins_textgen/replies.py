@@ -21,7 +21,7 @@ MAX_HEATMAP = 600
 
 
 @dataclass(frozen=True)
-class Reply:
+class LastReply:
     """What was generated last in the page: prompt, text, and the terms that acted at its beginning."""
 
     prompt: str
@@ -30,14 +30,14 @@ class Reply:
     terms: list[TermSpec]
 
 
-last: Reply | None = None
+last: LastReply | None = None
 
 
 def remember(prompt: Any, generation: dict[str, Any], text: str, terms: list[TermSpec]) -> None:
     """Keep the reply that has just ended; only its text and prompt, nothing is computed for it."""
     global last
     if isinstance(prompt, str) and text:
-        last = Reply(prompt, bool(generation.get("add_bos_token", True)), text, terms)
+        last = LastReply(prompt, bool(generation.get("add_bos_token", True)), text, terms)
 
 
 def activations(link: Link, vector_name: str) -> str:

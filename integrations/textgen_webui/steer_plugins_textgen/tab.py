@@ -543,7 +543,7 @@ def follow() -> None:
         hooks.change_running(settings().active)
 
 
-def add_slider(job: jobs.Job) -> None:
+def add_slider(job: jobs.TrainJob) -> None:
     """A vector that has just been made gets a slider, at 0."""
     if all(term.vector != job.name for term in settings().terms):
         settings().set_terms([*settings().terms, TermSpec(job.name, 0.0)])

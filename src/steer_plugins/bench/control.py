@@ -20,13 +20,13 @@ import numpy.typing as npt
 from ..engine.base import Engine, GenerateRequest, Prompt
 from ..training.calibrate import mean_perplexity
 from .arms import IDLE, PROMPTS, Case, message
-from .plan import QUICK, Plan, Results
+from .plan import QUICK, ControlPlan, Results
 from .replies import Ask, Replies, Report
 from .stats import Estimate, estimate, paired, spearman
 from .tasks import Family, data_lines, read_choices
 from .workers import side_by_side
 
-__all__ = ["FLOOR", "QUICK", "SWING", "Control", "Plan", "Results"]
+__all__ = ["FLOOR", "QUICK", "SWING", "Control", "ControlPlan", "Results"]
 
 FLOOR = 0.05
 """A family whose plain replies succeed less often than this is beyond the model: a "floor" and no number."""
@@ -47,7 +47,7 @@ class Control(Replies):
         engine: Engine,
         cases: Sequence[Case],
         families: Sequence[Family],
-        plan: Plan,
+        plan: ControlPlan,
         report: Report | None = None,
         helpers: Sequence[Engine] = (),
     ) -> None:

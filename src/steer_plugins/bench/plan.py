@@ -9,7 +9,7 @@ CURVE = (-1.0, -0.66, -0.33, 0.0, 0.33, 0.66, 1.0)
 
 
 @dataclass(frozen=True)
-class Plan:
+class ControlPlan:
     """How much to run.
 
     Attributes:
@@ -49,7 +49,7 @@ class Plan:
     run_code: bool = False
 
 
-QUICK = Plan(
+QUICK = ControlPlan(
     prompts=4,
     strengths=(0.5, 1.0),
     choose_prompts=1,

@@ -13,7 +13,7 @@ from ..metrics import repeated_ngram_share, reply_tokens
 from ..steering.terms import Steering
 from ..training.calibrate import mean_perplexity, perplexity
 from .arms import Case, is_steered, message
-from .plan import Plan
+from .plan import ControlPlan
 from .stats import harmonic_mean
 from .tasks import Family, Scored, Task
 
@@ -44,7 +44,7 @@ class Ask:
 class Replies:
     """Asks an engine for the replies of all arms, each once, and scores them."""
 
-    def __init__(self, engine: Engine, plan: Plan, report: Report) -> None:
+    def __init__(self, engine: Engine, plan: ControlPlan, report: Report) -> None:
         self.engine, self.plan = engine, plan
         self._report = report
         self._replies: dict[Any, Generation] = {}

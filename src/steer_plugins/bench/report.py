@@ -24,7 +24,7 @@ from ..atomic import beside, finish
 from ..engine.base import Engine
 from ..errors import DataError
 from .arms import Case
-from .control import Plan, Results
+from .control import ControlPlan, Results
 from .stats import paired
 from .summary import number
 from .tasks import Family
@@ -63,7 +63,7 @@ Reporter = Callable[[BenchReport], dict[str, bytes]]
 
 
 def make_report(
-    engine: Engine, cases: Sequence[Case], families: Sequence[Family], plan: Plan, results: Results, command: Sequence[str]
+    engine: Engine, cases: Sequence[Case], families: Sequence[Family], plan: ControlPlan, results: Results, command: Sequence[str]
 ) -> BenchReport:
     """The results of ``bench control`` with their manifest. Nothing in it depends on the time: the same run gives the same."""
     info = engine.info

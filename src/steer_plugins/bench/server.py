@@ -62,7 +62,7 @@ BY_PROCESSOR = tuple(
 
 
 @dataclass(frozen=True)
-class Row:
+class ServerRow:
     """One comparison. ``plain`` and ``steered`` are medians in ``unit``; ``ratio`` is of speeds, more is faster.
 
     ``ratio_ci`` is a 95 % bootstrap interval of the median ratio. ``cpu_ratio``: the same by the server's processor time, None
@@ -281,9 +281,9 @@ class _Bench:
         return sum(map(len, prompts)) / (time.perf_counter() - start)
 
 
-def rows_of(costs: Costs) -> list[Row]:
+def rows_of(costs: Costs) -> list[ServerRow]:
     """A row for each measure, and one for what the stock server does in it: ``stock-cvec-single`` and so on."""
-    found: list[Row] = []
+    found: list[ServerRow] = []
     measures = costs.summary(costs.plan["seed"])["measures"]
     for arm, prefix in ((STEERED, ""), (STOCK, f"{STOCK}-")):
         for name in (m.name for m in MEASURES):
@@ -294,5 +294,5 @@ def rows_of(costs: Costs) -> list[Row]:
                 mine = measure["arms"][arm]
                 ratio, low, high, _ = mine["ratio"]
                 plain = measure["arms"][PLAIN]["value"]
-                found.append(Row(prefix + name, ratio, (low, high), plain, mine["value"], measure["unit"], cpu))
+                found.append(ServerRow(prefix + name, ratio, (low, high), plain, mine["value"], measure["unit"], cpu))
     return found

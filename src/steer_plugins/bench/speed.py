@@ -18,7 +18,7 @@ import numpy as np
 from .. import native
 from ..engine.base import Progress
 from ..engine.model import LoadedModel
-from ..engine.session import Entry, Limits, Session
+from ..engine.session import BatchToken, Session, SessionLimits
 from ..errors import EngineError
 from .busy import Neighbours
 from .costs import Costs, Measure, name_by_processor
@@ -63,7 +63,7 @@ ARMS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class SpeedRow:
     """One arm. Speeds are medians in tokens per second; ratios are to ``plain`` with a 95 % bootstrap interval.
 
     ``..._cpu_ratio``: the same ratios by processor time; None where that tells nothing (layers on a GPU, a coarse clock).
@@ -111,12 +111,12 @@ class _LocalArm:
     def prefill(self, tokens: Sequence[int]) -> Seconds:
         self.session.c.llama_memory_clear(self.session.memory, False)
         last = len(tokens) - 1
-        return self._timed([Entry(token, p, 0, output=p == last) for p, token in enumerate(tokens)])
+        return self._timed([BatchToken(token, p, 0, output=p == last) for p, token in enumerate(tokens)])
 
     def decode(self, tokens: Sequence[int], position: int) -> list[Seconds]:
-        return [self._timed([Entry(token, position + i, 0, output=True)]) for i, token in enumerate(tokens)]
+        return [self._timed([BatchToken(token, position + i, 0, output=True)]) for i, token in enumerate(tokens)]
 
-    def _timed(self, entries: Sequence[Entry]) -> Seconds:
+    def _timed(self, entries: Sequence[BatchToken]) -> Seconds:
         """Seconds that one decode of prepared tokens takes, without our own bookkeeping in Python."""
         c, batch = self.session.c, self.session._batch
         batch.n_tokens = len(entries)
@@ -137,8 +137,8 @@ class _LocalArm:
 _N_CTX = PREFILL_TOKENS + BLOCKS * BLOCK + 8
 
 
-def _limits(n_threads: int) -> Limits:
-    return Limits(n_ctx=_N_CTX, n_batch=PREFILL_TOKENS, n_threads=n_threads, n_threads_batch=n_threads)
+def _limits(n_threads: int) -> SessionLimits:
+    return SessionLimits(n_ctx=_N_CTX, n_batch=PREFILL_TOKENS, n_threads=n_threads, n_threads_batch=n_threads)
 
 
 def plain_arm(model: LoadedModel, n_threads: int) -> Arm:
@@ -269,7 +269,7 @@ def _add(costs: Costs, round_: int, measure: str, arm: str, tokens: int, spent: 
         costs.add(round_, name_by_processor(measure), arm, tokens / cpu)
 
 
-def rows_of(costs: Costs, state: str = QUIET) -> list[Row]:
+def rows_of(costs: Costs, state: str = QUIET) -> list[SpeedRow]:
     """A row for each arm that computes tokens; of the turns with neighbours for ``BUSY``."""
     measures = costs.summary(costs.plan["seed"])["measures"]
     names = [m.name + state for m in MEASURES]
@@ -279,5 +279,5 @@ def rows_of(costs: Costs, state: str = QUIET) -> list[Row]:
         (p, p_low, p_high, _), (d, d_low, d_high, _) = prefill["ratio"], decode["ratio"]
         by_processor = (measures.get(name_by_processor(m), {"arms": {}})["arms"].get(name) for m in names)
         cpu = [None if found is None else found["ratio"][0] for found in by_processor]
-        rows.append(Row(name, prefill["value"], decode["value"], p, d, (p_low, p_high), (d_low, d_high), *cpu))
+        rows.append(SpeedRow(name, prefill["value"], decode["value"], p, d, (p_low, p_high), (d_low, d_high), *cpu))
     return rows

@@ -18,7 +18,7 @@ from .common import EngineOptions, FilePath, console, engine_options, json_optio
 
 if TYPE_CHECKING:
     from ..bench.arms import Case
-    from ..bench.control import Plan
+    from ..bench.control import ControlPlan
     from ..engine.base import Engine
 
 
@@ -76,7 +76,7 @@ def control(
       steer bench control --trait mood --trait succinctness --run-code --out report
       steer bench control --fit --jobs 2 --run-code --out report
     """
-    from ..bench.control import QUICK, Control, Plan
+    from ..bench.control import QUICK, Control, ControlPlan
     from ..bench.report import make_report
     from ..bench.summary import SUMMARY, summary_rows
     from ..plugins import manager
@@ -84,7 +84,7 @@ def control(
 
     out.check("control")
     chosen = [manager().find("tasks", name) for name in families or manager().registry("tasks")]
-    plan: Plan = replace(QUICK if quick else Plan(), sampled=sampled, run_code=run_code, seed=seed)
+    plan: ControlPlan = replace(QUICK if quick else ControlPlan(), sampled=sampled, run_code=run_code, seed=seed)
     if prompts is not None:
         plan = replace(plan, prompts=prompts)
     err = console(stderr=True)
@@ -131,7 +131,7 @@ def _fit(engine: Engine, names: tuple[str, ...]) -> None:
             library.put(run_training(Training(engine, trait.name, trait)), identity, overwrite=True)
 
 
-def _cases(engines: Sequence[Engine], names: tuple[str, ...], sign: int, plan: Plan) -> list[Case]:
+def _cases(engines: Sequence[Engine], names: tuple[str, ...], sign: int, plan: ControlPlan) -> list[Case]:
     """The traits that were named, else the bundled ones that are fitted to this model. Raises as the library does."""
     from ..bench.arms import case_of
     from ..bench.workers import side_by_side

@@ -28,7 +28,7 @@ MAX_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One answer. ``score``: the trait's metric of the text; ``perplexity``: of the text under the unsteered model."""
 
     vector: str
@@ -73,7 +73,7 @@ def demo(engine: EngineOptions, as_json: bool) -> None:
         click.get_current_context().exit(1)
 
 
-def answers(engine: Engine, vectors: Sequence[SteeringVector]) -> tuple[list[Row], bool]:
+def answers(engine: Engine, vectors: Sequence[SteeringVector]) -> tuple[list[DemoRow], bool]:
     """All rows, and whether each answer at strength 0 has the very tokens of one that was made without any steering."""
     from ..engine.base import GenerateRequest
     from ..metrics import word_count
@@ -92,7 +92,7 @@ def answers(engine: Engine, vectors: Sequence[SteeringVector]) -> tuple[list[Row
     identical = all(r.tokens == plain[i].tokens for (_, i, s), r in zip(wanted, replies, strict=True) if s == 0.0)
     metrics = {v.name: manager().find("metrics", load_trait(v.name).metric or v.name) for v in vectors}
     rows = [
-        Row(
+        DemoRow(
             vector=vector.name,
             prompt=PROMPTS[i],
             strength=strength,
@@ -141,7 +141,7 @@ def _announce(err: Console, engine: Engine, library: Library) -> None:
     )
 
 
-def _show(rows: Sequence[Row], vectors: Sequence[SteeringVector], identical: bool) -> None:
+def _show(rows: Sequence[DemoRow], vectors: Sequence[SteeringVector], identical: bool) -> None:
     """Rows for people: a heading for each vector and prompt, a block for each strength."""
     from rich.padding import Padding
     from rich.text import Text

@@ -102,7 +102,7 @@ def train(
     """
     import shutil
 
-    from ..concepts.fit import FitOptions
+    from ..concepts.fit import CodeOptions
     from ..concepts.making import MakeOptions, make_sae, sae_folder
     from ..store.library import Library
 
@@ -111,7 +111,7 @@ def train(
         layer=layer,
         tokens=tokens,
         epochs=epochs,
-        fit=FitOptions(latents=latents, k=k, method=method, seed=seed),
+        fit=CodeOptions(latents=latents, k=k, method=method, seed=seed),
         texts=texts,
         twins=twins,
     )

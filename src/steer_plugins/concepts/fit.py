@@ -24,7 +24,7 @@ _THRESHOLD_DECAY = 0.95  # about 20 batches: in a short run the cut still falls 
 
 
 @dataclass(frozen=True)
-class FitOptions:
+class CodeOptions:
     """How to train.
 
     Attributes:
@@ -70,14 +70,14 @@ class _State:
     silent: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
-class Fit:
+class CodeFit:
     """A training run over rows [n, n_embd] of hidden states (any float type; memory-mapped ones are read batch by batch).
 
     ``chosen``: indices of the rows to use. :meth:`run` does the steps that are left, so a run restored by :meth:`restore` goes on
     where it was saved, with the same batches.
     """
 
-    def __init__(self, rows: npt.NDArray[Any], chosen: npt.NDArray[np.intp], options: FitOptions, *, layer: int) -> None:
+    def __init__(self, rows: npt.NDArray[Any], chosen: npt.NDArray[np.intp], options: CodeOptions, *, layer: int) -> None:
         if len(chosen) < options.batch // 4 or len(chosen) < 2 * options.k:
             raise DataError(f"{len(chosen)} tokens are too few to train on: give more text")
         self.options, self.layer = options, layer

@@ -22,7 +22,7 @@ from ..store.library import Library
 from ..training.traits import bundled_traits, load_trait
 from .code import SparseCode
 from .corpus import WINDOW, Corpus, collect, read_text_files, windows_of
-from .fit import Fit, FitOptions
+from .fit import CodeFit, CodeOptions
 from .index import Feature, FeatureIndex, describe_features
 from .quality import Reconstruct, ce_recovered, explained_variance, firing_rates, sparse_pca
 
@@ -53,7 +53,7 @@ class MakeOptions:
     layer: int | None = None
     tokens: int = 80_000
     epochs: float = 6.0
-    fit: FitOptions = FitOptions()
+    fit: CodeOptions = CodeOptions()
     texts: tuple[Path, ...] = ()
     twins: bool = True
 
@@ -166,10 +166,10 @@ def _own_replies(engine: Engine, limit: int, tell: Report) -> list[list[int]]:
 
 
 def _trained(
-    corpus: Corpus, train: Any, options: FitOptions, layer: int, checkpoint: Path, stage: str, tell: Report
+    corpus: Corpus, train: Any, options: CodeOptions, layer: int, checkpoint: Path, stage: str, tell: Report
 ) -> SparseCode:
     """Train, saving now and then, and on an interruption. Raises DataError for a full disk."""
-    fit = Fit(corpus.rows, train, options, layer=layer)
+    fit = CodeFit(corpus.rows, train, options, layer=layer)
     fit.restore(checkpoint)
 
     def each(step: int, steps: int, explained: float) -> None:
@@ -191,7 +191,7 @@ def _about(
     engine: Engine,
     corpus: Corpus,
     options: MakeOptions,
-    fit_options: FitOptions,
+    fit_options: CodeOptions,
     code: SparseCode,
     seconds: float,
     train: Any,

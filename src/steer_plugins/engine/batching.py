@@ -15,7 +15,7 @@ from .. import native
 from ..errors import DataError, EngineError
 from ..steering.terms import Steering
 from .base import Activations, Progress
-from .session import Entry, SequenceSteering, Session, chunks, shared_prefix
+from .session import BatchToken, SequenceSteering, Session, chunks, shared_prefix
 from .trie import MAX_OUTPUTS, OnLogits, groups_of, read_trie, rows_needed, run_trie
 
 TRUNK = 0
@@ -29,7 +29,7 @@ GROUP_COST = 8
 
 
 @dataclass
-class Text:
+class TokenText:
     """Tokens to push through the model. ``wanted``: positions to read; ``scored``: positions whose logits are needed.
 
     ``average``: the mean of the rows is wanted, not the rows. ``plan``: its steering, and ``edits``: what
@@ -71,7 +71,7 @@ class Done:
 
 def run_texts(
     session: Session,
-    texts: Sequence[Text],
+    texts: Sequence[TokenText],
     steering: Steering,
     *,
     on_logits: OnLogits | None = None,
@@ -91,7 +91,7 @@ def run_texts(
 
 
 @contextmanager
-def _planned(session: Session, texts: Sequence[Text], steering: Steering) -> Iterator[list[Text]]:
+def _planned(session: Session, texts: Sequence[TokenText], steering: Steering) -> Iterator[list[TokenText]]:
     """The texts with their plans and the edits of their tokens."""
     if not steering:
         yield list(texts)
@@ -100,7 +100,7 @@ def _planned(session: Session, texts: Sequence[Text], steering: Steering) -> Ite
     yield [replace(text, plan=plan, edits=plan.edits()) for text, plan in zip(texts, plans, strict=True)]
 
 
-def _plan(session: Session, text: Text, steering: Steering) -> SequenceSteering:
+def _plan(session: Session, text: TokenText, steering: Steering) -> SequenceSteering:
     """The steering of a text with a given response."""
     plan = SequenceSteering(session, steering, text.tokens[: text.n_prompt])
     for token in text.tokens[text.n_prompt :]:
@@ -110,7 +110,7 @@ def _plan(session: Session, text: Text, steering: Steering) -> SequenceSteering:
 
 def run_groups(
     session: Session,
-    texts: Sequence[Text],
+    texts: Sequence[TokenText],
     steering: Steering,
     *,
     on_logits: OnLogits | None = None,
@@ -129,7 +129,7 @@ def run_groups(
     done = 0
     for group in groups:
         kept = _run_trunk(session, texts[group.texts[0]].tokens[: group.shared], trunk_wanted, outputs_for_reading)
-        entries: list[Entry] = []
+        entries: list[BatchToken] = []
         owners: dict[tuple[int, int], int] = {}
         for slot, i in enumerate(group.texts, start=1):
             text = texts[i]
@@ -146,7 +146,7 @@ def run_groups(
             needed = set(text.scored) | (wanted if outputs_for_reading else set())
             if steered:  # so that the last layer's edits are seen to fire
                 needed.add(len(text.tokens) - 1)
-            entries += [Entry(text.tokens[p], p, slot, output=p in needed) for p in range(group.shared, len(text.tokens))]
+            entries += [BatchToken(text.tokens[p], p, slot, output=p in needed) for p in range(group.shared, len(text.tokens))]
         for part in chunks(entries, session.limits.n_batch, MAX_OUTPUTS):
             session.decode(part)
             if on_logits is not None:
@@ -163,13 +163,13 @@ def run_groups(
     session.forget(TRUNK)
 
 
-def reads_prefixes(texts: Sequence[Text], groups: Sequence[Group]) -> bool:
+def reads_prefixes(texts: Sequence[TokenText], groups: Sequence[Group]) -> bool:
     """Whether any text is read within what its group shares. Then all prefixes are read when they are computed, as one that
     is computed for a group may be read for the next."""
     return any(texts[i].wanted and texts[i].wanted[0] < group.shared for group in groups for i in group.texts)
 
 
-def plan_groups(texts: Sequence[Text], n_slots: int, *, share: bool = True) -> list[Group]:
+def plan_groups(texts: Sequence[TokenText], n_slots: int, *, share: bool = True) -> list[Group]:
     """Put texts into groups so that few tokens are computed: prefixes once, and not again when the next group starts with
     the same. Found by dynamic programming over where, in the sorted texts, a group may begin.
     """
@@ -212,7 +212,7 @@ def _run_trunk(session: Session, tokens: Sequence[int], wanted: bool, outputs: b
     have = session.cut(TRUNK, shared_prefix([token for token, _ in session.kv[TRUNK]], tokens))
     if wanted:
         _want(session, TRUNK, range(have, len(tokens)))
-    entries = [Entry(tokens[p], p, TRUNK, output=wanted and outputs) for p in range(have, len(tokens))]
+    entries = [BatchToken(tokens[p], p, TRUNK, output=wanted and outputs) for p in range(have, len(tokens))]
     for part in chunks(entries, session.limits.n_batch, MAX_OUTPUTS):
         session.decode(part)
     return have
@@ -228,7 +228,7 @@ def _want(session: Session, sequence: int, positions: Sequence[int]) -> None:
 
 def read_texts(
     session: Session,
-    texts: Sequence[Text],
+    texts: Sequence[TokenText],
     steering: Steering,
     *,
     layers: Sequence[int],
@@ -243,7 +243,7 @@ def read_texts(
     mode = native.STREAM_ALL if stream == "all" else native.STREAM_MEAN
     hosts = {i: [i] for i in range(len(texts))} if steering else find_hosts(texts)
     owners = list(hosts)
-    runs = [Text(texts[i].tokens, texts[i].n_prompt, _union(texts, hosts[i]), []) for i in owners]
+    runs = [TokenText(texts[i].tokens, texts[i].n_prompt, _union(texts, hosts[i]), []) for i in owners]
     outputs = info.last_layer_outputs_only and info.n_layer - 1 in layers
     results: list[Activations | None] = [None] * len(texts)
 
@@ -289,7 +289,7 @@ def read_texts(
 
 
 def _activations(
-    text: Text,
+    text: TokenText,
     slot: int,
     shared: int,
     row_of: Mapping[tuple[int, int], int],
@@ -307,7 +307,7 @@ def _activations(
     return _made(text, found, site)
 
 
-def _made(text: Text, rows: Mapping[int, npt.NDArray[np.float32]], site: str) -> Activations:
+def _made(text: TokenText, rows: Mapping[int, npt.NDArray[np.float32]], site: str) -> Activations:
     """The rows of a text's wanted positions, or their mean."""
     values = dict(rows)
     if text.average:
@@ -321,7 +321,7 @@ def _made(text: Text, rows: Mapping[int, npt.NDArray[np.float32]], site: str) ->
     )
 
 
-def find_hosts(texts: Sequence[Text]) -> dict[int, list[int]]:
+def find_hosts(texts: Sequence[TokenText]) -> dict[int, list[int]]:
     """Texts that have to be computed, each with those that can be read on the way: itself, its equals and its beginnings."""
     hosts: dict[int, list[int]] = {}
     host = -1
@@ -335,7 +335,7 @@ def find_hosts(texts: Sequence[Text]) -> dict[int, list[int]]:
     return hosts
 
 
-def _union(texts: Sequence[Text], members: Sequence[int]) -> list[int]:
+def _union(texts: Sequence[TokenText], members: Sequence[int]) -> list[int]:
     return sorted({p for i in members for p in texts[i].wanted})
 
 

@@ -26,11 +26,11 @@ from .base import (
     Prompt,
     as_steering,
 )
-from .batching import Text, log_softmax, log_softmax_at, read_texts, run_texts, wanted_positions
+from .batching import TokenText, log_softmax, log_softmax_at, read_texts, run_texts, wanted_positions
 from .gates import check_gates, decide
 from .model import LoadedModel, shared_log
-from .reply import Reply, prefill
-from .session import Limits, Session, cleaned
+from .reply import GrowingReply, prefill
+from .session import Session, SessionLimits, cleaned
 from .steered import check_fits
 from .stream import LocalStream
 from .tokens import TokenEngine
@@ -131,7 +131,7 @@ class LocalEngine(TokenEngine):
             session.close()
             del self._sessions[kind]
         need = min(self._n_ctx, -(-need // 256) * 256)
-        limits = Limits(
+        limits = SessionLimits(
             n_ctx=need,
             n_seq=1 if kind == "one" else self._n_parallel + (kind == "texts"),
             unified=kind == "texts",
@@ -183,7 +183,7 @@ class LocalEngine(TokenEngine):
         texts = []
         for (tokens, n_prompt), spot in zip(pairs, each or [positions] * len(pairs), strict=True):
             wanted, average = wanted_positions(spot, n_prompt, len(tokens))
-            texts.append(Text(tokens, n_prompt, wanted, [], average))
+            texts.append(TokenText(tokens, n_prompt, wanted, [], average))
         if not texts:
             return []
         done = 0
@@ -245,7 +245,7 @@ class LocalEngine(TokenEngine):
         progress: Progress | None,
     ) -> None:
         """Call ``keep(pair, place, logits)`` with what predicts each token after the prompt; ``place`` counts from 0."""
-        texts = [Text(tokens, n, [], list(range(n - 1, len(tokens) - 1))) for tokens, n in pairs]
+        texts = [TokenText(tokens, n, [], list(range(n - 1, len(tokens) - 1))) for tokens, n in pairs]
         done = 0
 
         def report(n: int, total: int) -> None:
@@ -320,7 +320,7 @@ class LocalEngine(TokenEngine):
         # prompts that begin alike run at the same time, so that the beginning can be copied
         waiting = sorted(range(len(jobs)), key=lambda i: jobs[i][1], reverse=True)
         free = list(range(session.limits.n_seq))[::-1]
-        active: dict[int, tuple[int, Reply]] = {}
+        active: dict[int, tuple[int, GrowingReply]] = {}
         done = 0
         with cleaned(session):
             try:
@@ -330,7 +330,7 @@ class LocalEngine(TokenEngine):
                     starting = []
                     while waiting and free:
                         i, slot = waiting.pop(), free.pop()
-                        reply = Reply(session, slot, jobs[i][0], jobs[i][1], self._n_ctx)
+                        reply = GrowingReply(session, slot, jobs[i][0], jobs[i][1], self._n_ctx)
                         active[slot] = (i, reply)
                         starting.append(reply)
                     if starting:

@@ -20,7 +20,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _LEVEL_ERROR = 4
 
 
-class Log:
+class LlamaLog:
     """Takes llama.cpp's log: silent unless ``verbose``, but the last error lines are kept for messages."""
 
     def __init__(self, llama_cpp: Any) -> None:
@@ -39,14 +39,14 @@ class Log:
         llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
 
 
-_log: Log | None = None
+_log: LlamaLog | None = None
 
 
-def shared_log(llama_cpp: Any) -> Log:
+def shared_log(llama_cpp: Any) -> LlamaLog:
     """The one log of the process; llama.cpp has a single global callback."""
     global _log
     if _log is None:
-        _log = Log(llama_cpp)
+        _log = LlamaLog(llama_cpp)
     return _log
 
 

@@ -10,10 +10,10 @@ from ..errors import SpecError
 from .base import GenerateRequest, Generation, as_steering
 from .batching import MIN_SHARED
 from .sampler import Sampler
-from .session import COPY_COST, Entry, SequenceSteering, Session, held_prefix
+from .session import COPY_COST, BatchToken, SequenceSteering, Session, held_prefix
 
 
-class Reply:
+class GrowingReply:
     """One reply in the making, on one sequence of a session."""
 
     def __init__(self, session: Session, sequence: int, request: GenerateRequest, prompt: list[int], n_ctx: int) -> None:
@@ -37,7 +37,7 @@ class Reply:
         """The prompt as what the KV cache has to hold: tokens and edit ids."""
         return list(zip(self.prompt, self.steering.edits(), strict=True))
 
-    def start(self) -> list[Entry]:
+    def start(self) -> list[BatchToken]:
         """Set the ranges of the prompt and return what has to be computed of it."""
         session, n = self.session, len(self.prompt)
         source, _ = session.source_of(self.sequence, self.wanted)
@@ -46,16 +46,16 @@ class Reply:
         first = session.reuse(self.sequence, self.wanted)
         session.clear_ranges(self.sequence)
         self.steering.apply(self.sequence)
-        return [Entry(self.prompt[p], p, self.sequence, output=p == n - 1) for p in range(first, n)]
+        return [BatchToken(self.prompt[p], p, self.sequence, output=p == n - 1) for p in range(first, n)]
 
-    def next_entry(self) -> Entry:
+    def next_entry(self) -> BatchToken:
         """The token sampled last, with its steering set."""
         token = self.tokens[-1]
         position = len(self.prompt) + len(self.tokens) - 1
         if self.steering.feed(token) or self._changed:
             self.steering.apply(self.sequence, position)
             self._changed = False
-        return Entry(token, position, self.sequence, output=True)
+        return BatchToken(token, position, self.sequence, output=True)
 
     def change(self, steering: Any) -> None:
         """Another steering from the next token on."""
@@ -94,11 +94,11 @@ class Reply:
         self._sampler.close()
 
 
-def prefill(session: Session, replies: list[Reply]) -> None:
+def prefill(session: Session, replies: list[GrowingReply]) -> None:
     """Compute the prompts of new replies and draw their first tokens. Those that begin as another does wait for it."""
     while replies:
-        now: list[Reply] = []
-        later: list[Reply] = []
+        now: list[GrowingReply] = []
+        later: list[GrowingReply] = []
         for reply in replies:
             there = session.source_of(reply.sequence, reply.wanted)[1]
             coming = max((held_prefix(other.wanted, reply.wanted) for other in now), default=0)
@@ -108,7 +108,7 @@ def prefill(session: Session, replies: list[Reply]) -> None:
         replies = later
 
 
-def _prefill_together(session: Session, replies: list[Reply]) -> None:
+def _prefill_together(session: Session, replies: list[GrowingReply]) -> None:
     entries = [(e, reply) for reply in replies for e in reply.start()]
     n_batch = session.limits.n_batch
     for start in range(0, len(entries), n_batch):

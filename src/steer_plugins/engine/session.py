@@ -17,8 +17,8 @@ from .steered import UNKNOWN_EDIT, SequenceSteering, SteeredContext
 
 __all__ = [
     "COPY_COST",
-    "Entry",
-    "Limits",
+    "BatchToken",
+    "SessionLimits",
     "SequenceSteering",
     "Session",
     "chunks",
@@ -32,7 +32,7 @@ COPY_COST = 64
 
 
 @dataclass(frozen=True)
-class Entry:
+class BatchToken:
     """One token of a batch. ``also``: further sequences that it belongs to, in a context where they share their buffer."""
 
     token: int
@@ -43,7 +43,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Limits:
+class SessionLimits:
     """Sizes of a context. ``n_ctx`` is for one sequence; ``unified``: sequences share one KV buffer and may share prefixes."""
 
     n_ctx: int
@@ -61,7 +61,7 @@ class Session(SteeredContext):
         EngineError: the context cannot be made (usually: not enough memory).
     """
 
-    def __init__(self, model: LoadedModel, limits: Limits) -> None:
+    def __init__(self, model: LoadedModel, limits: SessionLimits) -> None:
         self.model = model
         self.limits = limits
         c = self.c = model.c
@@ -86,7 +86,7 @@ class Session(SteeredContext):
 
     # ---- decoding ----
 
-    def decode(self, entries: Sequence[Entry]) -> None:
+    def decode(self, entries: Sequence[BatchToken]) -> None:
         """Compute one batch of at most ``n_batch`` tokens, and make sure that all was applied and read that should be.
 
         Raises:
@@ -223,9 +223,9 @@ def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     return n
 
 
-def chunks(entries: Iterable[Entry], n_batch: int, n_outputs: int) -> Iterable[list[Entry]]:
+def chunks(entries: Iterable[BatchToken], n_batch: int, n_outputs: int) -> Iterable[list[BatchToken]]:
     """Cut a run of tokens into batches with bounded tokens and outputs (each output holds a row of logits)."""
-    part: list[Entry] = []
+    part: list[BatchToken] = []
     outputs = 0
     for e in entries:
         if len(part) == n_batch or (e.output and outputs == n_outputs):

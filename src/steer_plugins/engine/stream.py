@@ -12,7 +12,7 @@ from .. import native
 from ..errors import EngineError
 from ..steering.vector import SteeringVector
 from .base import GenerateRequest, Generation, GenerationStream, as_steering
-from .reply import Reply
+from .reply import GrowingReply
 from .session import SequenceSteering, Session, cleaned
 from .steered import check_fits
 
@@ -26,7 +26,7 @@ class LocalStream(GenerationStream):
     def __init__(self, engine: LocalEngine, session: Session, request: GenerateRequest, prompt: list[int]) -> None:
         self._engine = engine
         self._session = session
-        self._reply = Reply(session, 0, request, prompt, engine.info.n_ctx)
+        self._reply = GrowingReply(session, 0, request, prompt, engine.info.n_ctx)
         self._cancelled = False
         self._pending: list[Any] = []
         self.result = Generation("", [], prompt, "cancelled")
@@ -115,7 +115,7 @@ class _Probe:
 class _Holder:
     """Keeps back text that may turn out to be the start of a stop string."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: GrowingReply) -> None:
         self._reply = reply
         self._sent = 0
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EngineError
-from .session import Entry, SequenceSteering, Session, chunks, shared_prefix
+from .session import BatchToken, SequenceSteering, Session, chunks, shared_prefix
 
 TRUNK = 0
 """The sequence that holds the path which the next texts may begin with."""
@@ -202,7 +202,7 @@ def _compute(session: Session, texts: Sequence[TokenText], batch: Batch, outputs
         if node.read:
             session.steer.want(node.sequences[0], node.position, node.position + 1)
     entries = [
-        Entry(
+        BatchToken(
             node.token,
             node.position,
             node.sequences[0],

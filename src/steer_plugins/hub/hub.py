@@ -40,7 +40,7 @@ class Offer:
 
     index: str
     url: str
-    row: indexes.Row
+    row: indexes.Listed
     entry: dict[str, Any]
 
     @property

@@ -177,7 +177,7 @@ def haystack(entry: dict[str, Any], model: ModelIdentity | None) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class Listed:
     """An entry of a table: which, and the whole of it when asked for."""
 
     table: Path
@@ -213,7 +213,7 @@ def head_of(table: Path) -> dict[str, Any]:
 
 def search(
     table: Path, words: Iterable[str], *, model: str | None = None, kind: str | None = None, limit: int = 50
-) -> tuple[list[Row], int]:
+) -> tuple[list[Listed], int]:
     """The newest versions that hold all the words, and how many there are in all.
 
     What is for ``model`` (a key) comes first, then what fits any; a word in the name counts before one in the description.
@@ -234,11 +234,11 @@ def search(
             f"SELECT id, name, version, model, kind FROM entries WHERE {condition} ORDER BY {', '.join(order)} LIMIT ?",
             [*given, *named, limit],
         ).fetchall()
-    return [Row(table, *row) for row in rows], int(total)
+    return [Listed(table, *row) for row in rows], int(total)
 
 
-def named(table: Path, name: str) -> list[Row]:
+def named(table: Path, name: str) -> list[Listed]:
     """All versions of a name for all models, the oldest first. Raises HubError."""
     with _connected(table) as base:
         rows = base.execute("SELECT id, name, version, model, kind FROM entries WHERE name = ? ORDER BY id", (name,)).fetchall()
-    return [Row(table, *row) for row in rows]
+    return [Listed(table, *row) for row in rows]

@@ -24,7 +24,7 @@ TOLERANCE = 2.0
 
 
 @dataclass
-class Report:
+class Measured:
     """What was measured of one item. ``rows``: strength, the card's score, the score here. ``why``: no curve could be run."""
 
     label: str
@@ -52,7 +52,7 @@ class Report:
         return out + ([f"  warning: {self.warning}"] if self.warning else [])
 
 
-def measure_items(hub: Hub, cards: list[tuple[Item, dict[str, Any]]], model: str) -> list[Report]:
+def measure_items(hub: Hub, cards: list[tuple[Item, dict[str, Any]]], model: str) -> list[Measured]:
     """Measure each item's vector on a model's file. Raises SteerError where the model does not fit."""
     from ..engine.local import LocalEngine
 
@@ -60,7 +60,7 @@ def measure_items(hub: Hub, cards: list[tuple[Item, dict[str, Any]]], model: str
     with LocalEngine(Path(model), n_parallel=12) as engine:
         for item, card in cards:
             if item.kind != "vector":
-                reports.append(Report(item.label, why=f"a {item.kind} has no curve to run"))
+                reports.append(Measured(item.label, why=f"a {item.kind} has no curve to run"))
                 continue
             vector = hub.pulled.read(item)
             vector.check_fits(engine.info.identity)
@@ -80,7 +80,7 @@ def _trait(hub: Hub, item: Item, vector: SteeringVector) -> Trait | None:
     return load_trait(name) if name in bundled_traits() else None
 
 
-def measure_curve(engine: Engine, vector: SteeringVector, card: dict[str, Any], trait: Trait | None) -> Report:
+def measure_curve(engine: Engine, vector: SteeringVector, card: dict[str, Any], trait: Trait | None) -> Measured:
     """The card's dose curve, run again on the trait's held-out prompts as the calibration did, and whether the two agree.
 
     They agree where the effects from -1 to 1 have one sign and differ by at most two standard errors and a tenth of the card's.
@@ -89,7 +89,7 @@ def measure_curve(engine: Engine, vector: SteeringVector, card: dict[str, Any], 
     said, record = card["calibration"], vector.calibration or {}
     if said is None or trait is None:
         what = "the card has no dose curve" if said is None else "its trait did not come with it"
-        return Report(label, why=f"its effect cannot be measured, since {what}")
+        return Measured(label, why=f"its effect cannot be measured, since {what}")
     try:
         level = level_of(record["level"])
         assert level is not None
@@ -97,7 +97,7 @@ def measure_curve(engine: Engine, vector: SteeringVector, card: dict[str, Any], 
         objective = Training(engine, vector.name, trait, options).objective()
         max_tokens = min(int(record["max_tokens"]), 512)
     except (AssertionError, KeyError, TypeError, ValueError, SteerError) as error:
-        return Report(label, why=f"its effect cannot be measured here ({str(error) or 'another tool calibrated it'})")
+        return Measured(label, why=f"its effect cannot be measured here ({str(error) or 'another tool calibrated it'})")
     n, scores = level.n_search, {}
     for point in said["curve"]:
         strength = point["strength"]
@@ -114,4 +114,4 @@ def measure_curve(engine: Engine, vector: SteeringVector, card: dict[str, Any], 
     allowed = TOLERANCE * float(np.hypot(error_here, said["effect_se"] or 0.0)) + 0.1 * abs(stated)
     agrees = abs(effect - stated) <= allowed and effect * stated > 0
     rows = [(s, points[s], float(np.mean(scores[s]))) for s in ends]
-    return Report(label, effect, error_here, stated, rows, agrees=agrees)
+    return Measured(label, effect, error_here, stated, rows, agrees=agrees)

@@ -41,7 +41,7 @@ from .libraries import base_name, free_from_place, is_shared_library, link_libra
 from .locate import Runtime, read_runtime
 from .patching import DoesNotFit, PatchedTree, PatchSet, patch_sets
 from .plan import RUNTIME_FORMAT, BuildOptions, BuildPlan, plan_build
-from .process import Log, Reporter, first_error, run_logged
+from .process import BuildLog, Reporter, first_error, run_logged
 from .sources import llama_cpp_version, prepare_tree
 from .syntax import syntax_command
 
@@ -214,7 +214,7 @@ class _Build:
         self.build_dir = self.work / "build"
         self.tree = PatchedTree(self.src, self.work / "pristine")
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.log = Log(cache / "logs" / f"{stamp}-{plan.work_key}-{os.getpid()}.log")
+        self.log = BuildLog(cache / "logs" / f"{stamp}-{plan.work_key}-{os.getpid()}.log")
         self.host_facts: dict[str, Any] = {}
         self.environment = dict(os.environ)
         self.environment.pop("CMAKE_ARGS", None)

@@ -33,7 +33,7 @@ class Finding:
 
 
 @dataclass
-class Report:
+class Diagnosis:
     """All findings, and the same facts for machines."""
 
     findings: list[Finding] = field(default_factory=list)
@@ -59,9 +59,9 @@ class Report:
         }
 
 
-def diagnose(model: Path | None = None) -> Report:
+def diagnose(model: Path | None = None) -> Diagnosis:
     """Look at everything steering needs. Changes nothing, imports no llama.cpp, raises nothing."""
-    report = Report()
+    report = Diagnosis()
     version = platform.python_version()
     report.facts["steer_plugins"] = __version__
     report.facts["python"] = {"version": version, "executable": sys.executable, "platform": platform.platform()}
@@ -76,7 +76,7 @@ def diagnose(model: Path | None = None) -> Report:
     return report
 
 
-def _bindings(report: Report) -> Bindings | None:
+def _bindings(report: Diagnosis) -> Bindings | None:
     bindings = find_bindings()
     report.facts["bindings"] = None
     if bindings is None:
@@ -103,7 +103,7 @@ def _bindings(report: Report) -> Bindings | None:
     return bindings
 
 
-def _patch(report: Report, bindings: Bindings | None) -> PatchSet | None:
+def _patch(report: Diagnosis, bindings: Bindings | None) -> PatchSet | None:
     report.facts["patch"] = None
     try:
         patch = patch_sets(bindings.version if bindings else PINNED_VERSION)[0]
@@ -116,7 +116,7 @@ def _patch(report: Report, bindings: Bindings | None) -> PatchSet | None:
     return patch
 
 
-def _runtime(report: Report, bindings: Bindings | None, patch: PatchSet | None) -> Runtime | None:
+def _runtime(report: Diagnosis, bindings: Bindings | None, patch: PatchSet | None) -> Runtime | None:
     report.facts["runtime"] = None
     report.facts["cache"] = str(cache_dir())
     try:
@@ -176,7 +176,7 @@ def _runtime(report: Report, bindings: Bindings | None, patch: PatchSet | None) 
     return runtime
 
 
-def _hosts(report: Report, used: Runtime) -> None:
+def _hosts(report: Diagnosis, used: Runtime) -> None:
     """The runtimes built on the ggml of other programs (`steer build --on`)."""
     report.facts["hosts"] = []
     for runtime in {found.path: found for found in (used, *cached_runtimes())}.values():
@@ -194,7 +194,7 @@ def _hosts(report: Report, used: Runtime) -> None:
             report.add("host", "note", f"{text}; {why}", f"steer build --on {host}")
 
 
-def _unused_wheel(report: Report, used: Runtime) -> None:
+def _unused_wheel(report: Diagnosis, used: Runtime) -> None:
     if used.meta.get("wheel") or os.environ.get("STEER_RUNTIME"):
         return
     installed = installed_runtime()
@@ -211,7 +211,7 @@ def _other_ggml(runtime: Runtime, bindings: Bindings) -> bool:
     return any(file_sha256(path) != built.get(path.name) for path in ggml_files(bindings.library_dir))
 
 
-def _devices(report: Report, runtime: Runtime | None) -> None:
+def _devices(report: Diagnosis, runtime: Runtime | None) -> None:
     report.facts["devices"] = []
     if runtime is None:
         return
@@ -229,7 +229,7 @@ def _devices(report: Report, runtime: Runtime | None) -> None:
     report.add("devices", "ok", names or "none", "" if devices else "steer build --rebuild --own-ggml")
 
 
-def _model(report: Report, model: Path | None) -> None:
+def _model(report: Diagnosis, model: Path | None) -> None:
     from ..store.identity import identity_of_gguf, shards_of  # numpy: not for `steer --help`
     from .demo_model import default_model_path
 
@@ -254,7 +254,7 @@ def _model(report: Report, model: Path | None) -> None:
     report.add("model", "ok", text)
 
 
-def _tools(report: Report, runtime: Runtime | None) -> None:
+def _tools(report: Diagnosis, runtime: Runtime | None) -> None:
     """What a build would need; a note only, as long as there is a runtime."""
     compiler, cmake, ninja = tools.find_compiler(), tools.find_cmake(), tools.find_ninja()
     pip = pip_available()
@@ -273,7 +273,7 @@ def _tools(report: Report, runtime: Runtime | None) -> None:
         report.add("cmake, ninja", needed, "not found, and there is no pip to fetch them", "install cmake and ninja")
 
 
-def _library(report: Report) -> None:
+def _library(report: Diagnosis) -> None:
     """The folder of steering vectors."""
     try:
         from ..store.library import Library  # type: ignore[import-not-found,unused-ignore]

@@ -70,7 +70,7 @@ class Reporter:
         self._shown = -1
 
 
-class Log:
+class BuildLog:
     """The full output of a build, in one file that is kept."""
 
     def __init__(self, path: Path) -> None:
@@ -94,7 +94,7 @@ class Log:
 
 def run_logged(
     command: Sequence[str],
-    log: Log,
+    log: BuildLog,
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,

@@ -63,7 +63,7 @@ class Fitted:
 
 
 @dataclass
-class Row:
+class SweepRow:
     """One strength of one trial, as it is stored. ``score``: mean over ``n`` prompts or pairs, with its standard error."""
 
     window: tuple[int, int]
@@ -139,7 +139,7 @@ class Sweep:
         self._search_guard = replace(self.guard, perplexity_ratio=self.guard.perplexity_ratio + SEARCH_SLACK)
         self.thinking = thinking
         self._advance = advance or (lambda tokens: None)
-        self.rows: list[Row] = []
+        self.rows: list[SweepRow] = []
         self._replies: dict[tuple[str, str, float], list[Generation]] = {}
         self._logprobs: dict[tuple[str, str, float], list[Array]] = {}
         self._tokenized = [engine.tokenize(p, thinking=thinking) for p in objective.prompts[: level.n_confirm]]
@@ -248,7 +248,7 @@ class Sweep:
             held = s == 0.0 or fluency.passes(plain, self.guard)
             shown = None if fluency.perplexity is None and cheap[s] else held
             mean, error = float(np.mean(scores[s])), _error(scores[s])
-            self.rows.append(Row(where[0], where[1], where[2], s, len(scores[s]), mean, error, fluency, shown, stage))
+            self.rows.append(SweepRow(where[0], where[1], where[2], s, len(scores[s]), mean, error, fluency, shown, stage))
         return scores, passed
 
     def trial(
