@@ -41,9 +41,9 @@ def test_output_goes_to_the_log_and_steps_to_the_user(tmp_path: Path) -> None:
 INTERRUPTED = """
 import os, sys, time
 from pathlib import Path
-from steer_plugins.runtime.process import Log, run_logged
+from steer_plugins.runtime.process import BuildLog, run_logged
 try:
-    run_logged(["/bin/sh", "-c", "sleep 60 & echo $!; wait"], Log(Path(sys.argv[1])))
+    run_logged(["/bin/sh", "-c", "sleep 60 & echo $!; wait"], BuildLog(Path(sys.argv[1])))
 except KeyboardInterrupt:
     print("stopped", flush=True)
 """
