@@ -99,6 +99,8 @@ def forget(name: str) -> None:
 def search(words: tuple[str, ...], model: str | None, kind: str | None, limit: int, huggingface: bool, as_json: bool) -> None:
     """List what holds all WORDS in its name, description, trait, tags or model; what fits --model comes first."""
     if huggingface:
+        if model or kind:
+            raise click.UsageError("--huggingface looks for whole hubs: add one, then search it with --model and --kind")
         from ..hub.huggingface import search_repositories
 
         found_repositories = search_repositories(list(words), limit)
@@ -106,7 +108,7 @@ def search(words: tuple[str, ...], model: str | None, kind: str | None, limit: i
             print_json({"repositories": found_repositories})
         else:
             for repository in found_repositories:
-                click.echo(f"hf://{repository}")
+                click.echo(repository)
         return
     identity = _identity(model)
     offers, total = _hub().search(list(words), identity=identity, kind=kind, limit=limit)
