@@ -99,4 +99,7 @@ def find(model: Model, name: str, identity: ModelIdentity, library: Library) -> 
 
 def hinted(error: MissingVector, model: Model) -> MissingVector:
     """The error with the way out that there is here."""
-    return MissingVector(str(error).replace("steer train ", f"steer ollama train {model.name} "))
+    sentence = str(error)
+    for command in ("train", "hub pull"):
+        sentence = sentence.replace(f"steer {command} ", f"steer ollama {command.split()[-1]} {model.name} ")
+    return MissingVector(sentence)

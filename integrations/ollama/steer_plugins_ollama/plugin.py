@@ -131,6 +131,30 @@ def train(model: str, name: str, options: tuple[str, ...], url: str) -> None:
         steer_train.main([name, *flags, *options], prog_name="steer train", standalone_mode=False)
 
 
+@ollama.command(context_settings={"ignore_unknown_options": True})
+@click.argument("model")
+@click.argument("reference")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[STEER HUB PULL OPTIONS]...")
+@click.option("--folder", type=click.Path(path_type=Path), metavar="DIR", help="MODEL is served from there, without Ollama.")
+def pull(model: str, reference: str, options: tuple[str, ...], folder: Path | None) -> None:
+    """Pull the vector REFERENCE (owner/name) for the model MODEL of Ollama, as `steer hub pull --model` does.
+
+    What it does is measured on the model first. Modelfiles may say PARAMETER steering "owner/name:0.6" then.
+
+    \b
+    Examples:
+      steer ollama pull llama3.2 ann/mood
+      steer ollama pull smollm2 ann/mood@2 --index ours
+    """
+    _need_extra()
+    from steer_plugins.cli.hub import pull as hub_pull
+
+    from .serving import local_store
+
+    file = local_store(folder).get(model).gguf
+    hub_pull.main(["--model", str(file), reference, *options], prog_name="steer hub pull", standalone_mode=False)
+
+
 def serve_options(words: tuple[str, ...]) -> list[str]:
     """Options of ``steer ollama serve``, checked, with the folder named so that it is found from anywhere.
 

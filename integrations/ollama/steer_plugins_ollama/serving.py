@@ -15,6 +15,7 @@ import httpx
 
 from steer_plugins.client import port_taken
 from steer_plugins.errors import EngineError, ModelError, SteerError
+from steer_plugins.paths import expand_path
 from steer_plugins.runtime import ensure_runtime
 from steer_plugins.store.library import Library, default_root
 
@@ -25,6 +26,7 @@ from .starting import check_flags
 from .store import OllamaStore, check_readable, has_models, store_root
 
 if TYPE_CHECKING:
+    from .model import Store
     from .service import Service
 
 DEFAULT_PORT = 11435
@@ -72,6 +74,15 @@ def make_service(wanted: ServeOptions) -> tuple[Service, str]:
     store.names()  # the log tells now which files are not served
     what = f"the folder {store.root}" + "".join(f" and the demo model {name}" for name in store.extra)
     return Service(store, pool, library, environ=wanted.environ), what
+
+
+def local_store(folder: Path | None = None) -> Store:
+    """The models of this machine as a sidecar serves them: of a folder, Ollama, or the default folder. Raises SteerError."""
+    root = store_root()
+    if folder is None and has_models(root):
+        check_readable(root)
+        return OllamaStore(root)
+    return FolderStore(expand_path(folder) if folder else default_folder(), {} if folder else _demo())
 
 
 def is_itself(url: str, host: str, port: int) -> bool:

@@ -140,7 +140,7 @@ class Hub:
                 check_fresh(source.url, header["expires"])
                 if not table.is_file():
                     table.parent.mkdir(parents=True, exist_ok=True)
-                    indexes.build_table(index, table)
+                    indexes.build_table(index, table, self._table(record["sha256"]) if record else None)
         except OSError as error:
             raise HubError(f"cannot keep the index {source.url}: {error.strerror or error}") from None
         finally:
@@ -229,7 +229,7 @@ class Hub:
         state = self.pulled.state()
         record = state["indexes"][offer.index]
         entry, what = offer.entry, offer.label
-        header = indexes.head_of(offer.row.table)
+        header = indexes.head_of(self._table(record["sha256"]))
         check_fresh(offer.url, header["expires"])
         check_owner(state, entry, header["rotations"])
         source = open_source(offer.url, self.root / "git")

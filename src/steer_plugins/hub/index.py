@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from ..errors import HubError
 from ..steering.vector import ModelIdentity
-from .schema import canonical, check_entry, check_header, model_of, parse_json, sort_key
+from .schema import SortKey, canonical, check_entry, check_header, model_of, parse_json, sort_key, version_key
 
 MAX_INDEX_BYTES = 512 << 20
 MAX_HEAD_BYTES = 2 << 20
@@ -33,8 +33,20 @@ class Index:
     """An index as it is read: its head, and its entries one after the other (the file is closed after the last)."""
 
     header: dict[str, Any]
-    entries: Iterator[dict[str, Any]]
+    lines: Iterator[tuple[str, str]]
+    """Of each entry: what to call it in a sentence, and its JSON, not looked at yet."""
     file: TextIO
+
+    @property
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The entries, checked, in order. Raises HubError for the first that is wrong."""
+        last: SortKey | None = None
+        for where, line in self.lines:
+            entry = check_entry(parse_json(line, where), where)
+            key = sort_key(entry)
+            _check_order(last, key, where)
+            last = key
+            yield entry
 
     def close(self) -> None:
         """Stop reading."""
@@ -57,7 +69,7 @@ def read_index(path: Path, what: str) -> Index:
     except BaseException:
         file.close()
         raise
-    return Index(header, _entries(file, header["count"], what), file)
+    return Index(header, _lines(file, header["count"], what), file)
 
 
 def _line(file: Any, most: int, what: str) -> str:
@@ -70,21 +82,21 @@ def _line(file: Any, most: int, what: str) -> str:
     return str(line)
 
 
-def _entries(file: Any, count: int, what: str) -> Iterator[dict[str, Any]]:
-    last: tuple[Any, ...] | None = None
+def _lines(file: Any, count: int, what: str) -> Iterator[tuple[str, str]]:
     with file:
         for number in range(1, count + 1):
             line, where = _line(file, MAX_LINE_BYTES, what), f"{what}, entry {number}"
-            if not line.endswith(",\n" if number < count else "\n"):
+            ending = ",\n" if number < count else "\n"
+            if not line.endswith(ending):
                 raise HubError(f"{where}: the line does not end as it should; the index may be cut off")
-            entry = check_entry(parse_json(line.rstrip("\n").rstrip(","), where), where)
-            key = sort_key(entry)
-            if last is not None and key <= last:
-                raise HubError(f"{where} ({entry['name']} {entry['version']}) is out of order or there twice")
-            last = key
-            yield entry
+            yield where, line[: -len(ending)]
         if _line(file, 1024, what) != _CLOSING or _line(file, 1024, what):
             raise HubError(f"{what} has more or fewer than the {count} entries that it claims")
+
+
+def _check_order(last: SortKey | None, key: SortKey, where: str) -> None:
+    if last is not None and key <= last:
+        raise HubError(f"{where} ({key[0]} {'.'.join(map(str, key[1]))}) is out of order or there twice")
 
 
 def write_index(path: Path, header: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:
@@ -126,14 +138,38 @@ CREATE TABLE bodies(id INTEGER PRIMARY KEY, json TEXT NOT NULL);
 """
 
 
-def build_table(index: Index, table: Path) -> None:
-    """Make the table of an index, atomically. Raises HubError for a wrong entry, OSError."""
+@dataclass(frozen=True)
+class Listed:
+    """An entry of a table. ``model``: its key, "" for what fits any. ``json``: the entry itself."""
+
+    name: str
+    version: str
+    model: str
+    kind: str
+    json: str
+
+    @property
+    def sort_key(self) -> SortKey:
+        """As :func:`..schema.sort_key` of the entry."""
+        return self.name, version_key(self.version), self.model
+
+    def entry(self) -> dict[str, Any]:
+        """What the index says of it."""
+        return dict(json.loads(self.json))
+
+
+def build_table(index: Index, table: Path, before: Path | None = None) -> None:
+    """Make the table of an index, atomically. Raises HubError for a wrong entry, OSError.
+
+    ``before``: the table of an older state; entries that are the same there to the letter are not checked again.
+    """
     new = table.with_name(f".{table.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with contextlib.closing(sqlite3.connect(new)) as base:
             base.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;" + _SCHEMA)
             base.execute("INSERT INTO head VALUES (?)", (canonical(index.header),))
-            base.executemany("INSERT INTO entries VALUES (?,?,?,?,?,?,?)", _rows(index.entries, base))
+            with _rows_of(before) as known:
+                base.executemany("INSERT INTO entries VALUES (?,?,?,?,?,?,?)", _rows(_checked(index.lines, known), base))
             base.execute("CREATE INDEX by_name ON entries(name)")
             base.commit()
         with open(new, "rb") as file:
@@ -146,25 +182,53 @@ def build_table(index: Index, table: Path) -> None:
             new.unlink()
 
 
-def _rows(entries: Iterator[dict[str, Any]], base: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
-    """A row for each entry; the last version of a name for a model is its newest, since entries are sorted."""
+@contextlib.contextmanager
+def _rows_of(table: Path | None) -> Iterator[Iterator[tuple[Listed, str]]]:
+    """All rows of a table in order, and what a search looks into; none of a table that is missing."""
+    if table is None or not table.is_file():
+        yield iter(())
+        return
+    with _connected(table) as base:
+        yield ((Listed(*row[:-1]), row[-1]) for row in base.execute(f"SELECT {_FIELDS}, text FROM {_BOTH} ORDER BY id"))
+
+
+def _checked(lines: Iterator[tuple[str, str]], known: Iterator[tuple[Listed, str]]) -> Iterator[tuple[Listed, str]]:
+    """The row of each line, and what a search looks into. Both sides are sorted, so one look at each is enough."""
+    last: SortKey | None = None
+    old = next(known, None)
+    for where, line in lines:
+        if old is not None and old[0].json == line:
+            row = old
+            old = next(known, None)
+        else:
+            entry = check_entry(parse_json(line, where), where)
+            model = model_of(entry)
+            key = "" if model is None else model.key
+            row = Listed(entry["name"], entry["version"], key, entry["kind"], line), haystack(entry, model)
+            while old is not None and old[0].sort_key <= row[0].sort_key:
+                old = next(known, None)
+        _check_order(last, row[0].sort_key, where)
+        last = row[0].sort_key
+        yield row
+
+
+def _rows(rows: Iterator[tuple[Listed, str]], base: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
+    """What the table of entries holds; the last version of a name for a model is its newest, since entries are sorted."""
     name = ""
     newest: dict[str, int] = {}
-    pending: list[tuple[Any, ...]] = []
+    pending: list[tuple[int, Listed, str]] = []
 
     def flush() -> Iterator[tuple[Any, ...]]:
-        for id, version, model, kind, text in pending:
-            yield id, name, version, model, kind, int(newest[model] == id), text
+        for id, row, text in pending:
+            yield id, row.name, row.version, row.model, row.kind, int(newest[row.model] == id), text
 
-    for id, entry in enumerate(entries):
-        if entry["name"] != name:
+    for id, (row, text) in enumerate(rows):
+        if row.name != name:
             yield from flush()
-            name, newest, pending = entry["name"], {}, []
-        model = model_of(entry)
-        key = "" if model is None else model.key
-        newest[key] = id
-        pending.append((id, entry["version"], key, entry["kind"], haystack(entry, model)))
-        base.execute("INSERT INTO bodies VALUES (?,?)", (id, canonical(entry)))
+            name, newest, pending = row.name, {}, []
+        newest[row.model] = id
+        pending.append((id, row, text))
+        base.execute("INSERT INTO bodies VALUES (?,?)", (id, row.json))
     yield from flush()
 
 
@@ -176,22 +240,7 @@ def haystack(entry: dict[str, Any], model: ModelIdentity | None) -> str:
     return "\n".join(part for part in parts if part).lower()
 
 
-@dataclass(frozen=True)
-class Listed:
-    """An entry of a table: which, and the whole of it when asked for."""
-
-    table: Path
-    id: int
-    name: str
-    version: str
-    model: str
-    kind: str
-
-    def entry(self) -> dict[str, Any]:
-        """What the index says of it."""
-        with _connected(self.table) as base:
-            found = base.execute("SELECT json FROM bodies WHERE id = ?", (self.id,)).fetchone()
-        return dict(json.loads(found[0]))
+_FIELDS, _BOTH = "name, version, model, kind, json", "entries JOIN bodies USING (id)"
 
 
 @contextlib.contextmanager
@@ -231,14 +280,13 @@ def search(
         condition = " AND ".join(where)
         total = base.execute(f"SELECT count(*) FROM entries WHERE {condition}", given).fetchone()[0]
         rows = base.execute(
-            f"SELECT id, name, version, model, kind FROM entries WHERE {condition} ORDER BY {', '.join(order)} LIMIT ?",
-            [*given, *named, limit],
+            f"SELECT {_FIELDS} FROM {_BOTH} WHERE {condition} ORDER BY {', '.join(order)} LIMIT ?", [*given, *named, limit]
         ).fetchall()
-    return [Listed(table, *row) for row in rows], int(total)
+    return [Listed(*row) for row in rows], int(total)
 
 
 def named(table: Path, name: str) -> list[Listed]:
     """All versions of a name for all models, the oldest first. Raises HubError."""
     with _connected(table) as base:
-        rows = base.execute("SELECT id, name, version, model, kind FROM entries WHERE name = ? ORDER BY id", (name,)).fetchall()
-    return [Listed(table, *row) for row in rows]
+        rows = base.execute(f"SELECT {_FIELDS} FROM {_BOTH} WHERE name = ? ORDER BY id", (name,)).fetchall()
+    return [Listed(*row) for row in rows]

@@ -7,6 +7,7 @@ entry which says anything else is found out.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -35,6 +36,8 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z
 _TIME = re.compile(r"20[0-9]{2}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")
 
 Check = Callable[[Any], bool]
+SortKey = tuple[str, tuple[int, ...], str]
+"""Name, version, model's key."""
 
 
 def canonical(data: Any) -> str:
@@ -80,7 +83,7 @@ def time_text(time: datetime) -> str:
 
 def parse_time(text: str) -> datetime:
     """The time of :func:`time_text`. Raises ValueError."""
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    return datetime.fromisoformat(text.removesuffix("Z") + "+00:00")
 
 
 # ---- kinds of values ----
@@ -90,7 +93,7 @@ def _text(most: int, least: int = 0) -> Check:
     """Text that a terminal can show: no control characters, no half of a surrogate pair."""
 
     def check(value: Any) -> bool:
-        return isinstance(value, str) and least <= len(value) <= most and all(c.isprintable() or c == "\n" for c in value)
+        return isinstance(value, str) and least <= len(value) <= most and value.replace("\n", "").isprintable()
 
     return check
 
@@ -127,8 +130,8 @@ def _map(check: Check, most: int) -> Check:
 
 def _model(value: Any) -> bool:
     try:
-        ModelIdentity.from_dict(value)
-    except VectorError:
+        _identity(**value)
+    except (VectorError, TypeError):  # TypeError: fields that are lists, which cannot be remembered either
         return False
     return True
 
@@ -153,8 +156,13 @@ def _hub_name(value: Any) -> bool:
 
 
 def _key(value: Any) -> bool:
+    return isinstance(value, str) and _is_key(value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_key(text: str) -> bool:
     try:
-        PublicKey.parse(value)
+        PublicKey.parse(text)
     except HubError:
         return False
     return True
@@ -249,15 +257,20 @@ def files_of(entry: dict[str, Any], what: str) -> dict[str, Ref]:
     return {role: _ref(data, role, what) for role, data in entry["files"].items()}
 
 
-def sort_key(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], str]:
+def sort_key(entry: dict[str, Any]) -> SortKey:
     """What entries of an index are sorted by, and what no two share: name, version, model."""
-    model = "" if entry["model"] is None else ModelIdentity.from_dict(entry["model"]).key
-    return entry["name"], version_key(entry["version"]), model
+    model = model_of(entry)
+    return entry["name"], version_key(entry["version"]), "" if model is None else model.key
 
 
 def model_of(entry: dict[str, Any]) -> ModelIdentity | None:
     """The model an entry is for; None for what fits any."""
-    return None if entry["model"] is None else ModelIdentity.from_dict(entry["model"])
+    return None if entry["model"] is None else _identity(**entry["model"])
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # an index says the same few models again and again; True is not 1
+def _identity(**fields: Any) -> ModelIdentity:
+    return ModelIdentity.from_dict(fields)
 
 
 def _checked(data: dict[str, Any], checks: dict[str, Check], what: str) -> dict[str, Any]:
