@@ -25,7 +25,7 @@ import numpy as np
 from steer_plugins.hub import index as indexes
 from steer_plugins.hub.hub import Hub
 from steer_plugins.hub.publish import Folder, draft, own_key
-from steer_plugins.hub.schema import entry_of, sort_key
+from steer_plugins.hub.schema import canonical, entry_of, sort_key
 from steer_plugins.steering.vector import ModelIdentity, SteeringVector
 from steer_plugins.store.library import Library
 from steer_plugins.store.pulled import Ref
@@ -74,9 +74,8 @@ def build(count: int, there: str) -> None:
         card = draft("ann/mood", {"vector": path}, licence="Apache-2.0", version="1")
         Folder(folder, key).publish(card, {"vector": path})
     index = indexes.read_index(folder / "index.json", "it")
-    (real,) = index.entries
-    others = sorted(entries_like(card, count - 1), key=sort_key)
-    Folder(folder, key)._write({**index.header, "count": count}, indexes.merged(others, real), None)
+    entries = sorted([*index.entries, *entries_like(card, count - 1)], key=sort_key)
+    Folder(folder, key)._write({**index.header, "count": count}, map(canonical, entries), None)
 
 
 def publish(count: int, there: str) -> None:

@@ -40,16 +40,16 @@ def test_a_vector_against_refusals_is_kept_out(tmp_path: Path) -> None:
     world.publish(towards(-axis), name="ann/happy")
     bob = world.reader()
     said: list[str] = []
-    with safety_check(bob.library, None, force=False, say=said.append) as check:
-        bob.pull("ann/happy", check=check)  # nobody knows what refusing is here
+    check = safety_check(bob.library, None, force=False, say=said.append)
+    bob.pull("ann/happy", check=check)  # nobody knows what refusing is here
     bob.remove("ann/happy")
     bob.library.put(towards(axis, "refusal"), MODEL)
-    with safety_check(bob.library, None, force=False, say=said.append) as check:
-        with pytest.raises(HubError, match="lowers refusals, which its card does not say.*cosine.*-1.00.*--force"):
-            bob.pull("ann/happy", check=check)
-    assert bob.pulled.items() == []
-    with safety_check(bob.library, None, force=True, say=said.append) as check:
+    check = safety_check(bob.library, None, force=False, say=said.append)
+    with pytest.raises(HubError, match="lowers refusals, which its card does not say.*cosine.*-1.00.*--force"):
         bob.pull("ann/happy", check=check)
+    assert bob.pulled.items() == []
+    check = safety_check(bob.library, None, force=True, say=said.append)
+    bob.pull("ann/happy", check=check)
     assert said[-1].startswith("warning: ann/happy lowers refusals")
     assert any("cosine with your refusal direction" in text and "-1.000" in text for text in said)
 

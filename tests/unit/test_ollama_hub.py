@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,7 @@ def home(tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ollama_model(tmp_path / "ollama", "base", gguf)
     Hub(Library()).add(str(world.there))
     asked: list[str] = []
-    monkeypatch.setattr(
-        safety, "safety_check", lambda library, model, **named: contextlib.nullcontext(lambda card, files: asked.append(model))
-    )
+    monkeypatch.setattr(safety, "safety_check", lambda library, engine, **named: lambda card, files: asked.append(card["name"]))
     return tmp_path
 
 

@@ -47,7 +47,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", module)
     import steer_plugins_textgen
 
-    for name in ("tab", "wording"):
+    for name in ("tab", "shared", "wording"):
         monkeypatch.delitem(sys.modules, f"steer_plugins_textgen.{name}", raising=False)
         monkeypatch.delattr(steer_plugins_textgen, name, raising=False)
 

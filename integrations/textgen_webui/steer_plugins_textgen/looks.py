@@ -32,6 +32,7 @@ CSS = (
   --a: #3b62e0; --b: #b4530f; }
 .dark .steer-chart { --a: #7f9cff; --b: #f0935a; }
 .steer-chart figcaption { font-weight: 600; margin-bottom: 4px; }
+.steer-card { flex: 1 1 320px; min-width: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; margin: 0; }
 #steering-tab .small-button { min-width: 84px !important; white-space: nowrap; }
 #steering-tab .form { gap: 12px; }
 #steering-tab .label-wrap { text-align: left; gap: 12px; }

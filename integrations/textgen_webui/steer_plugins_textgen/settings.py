@@ -91,11 +91,15 @@ class Settings:
 
     def save_preset(self, name: str) -> str:
         """Keep the terms under a name; returns the name as it is kept. Raises SpecError for a name that is none."""
+        return self.add_preset(name, self.terms)
+
+    def add_preset(self, name: str, terms: list[TermSpec]) -> str:
+        """Keep these terms under a name; returns the name as it is kept. Raises SpecError for a name that is none."""
         name = check_preset_name(name)
         with self._lock:
             if name not in self.presets and len(self.presets) >= MAX_PRESETS:
                 raise SpecError(f"there are {MAX_PRESETS} presets already: delete one first")
-            self.presets[name] = list(self.terms)
+            self.presets[name] = list(terms)
         self._changed()
         return name
 

@@ -15,7 +15,7 @@ from steer_plugins.errors import SpecError, SteerError
 from steer_plugins.steering.grammar import TermSpec, parse
 from steer_plugins.steering.vector import OPS, check_name
 
-from . import hooks, jobs, loader, replies, webui, wording
+from . import hooks, jobs, loader, replies, shared, webui, wording
 from .link import current, current_or_none
 from .settings import settings
 
@@ -79,6 +79,7 @@ class Tab:
                     self._presets()
                     self._traits()
             self._compare()
+            self.shared = shared.Panel()
             self._train()
             self._activations()
             self._server()
@@ -243,7 +244,7 @@ class Tab:
     # ---- what leads to what ----
 
     def _connect(self) -> None:
-        shared = webui.shared()
+        ui = webui.shared()
         # no names under which other programs could call what the page does
         private: dict[str, Any] = {"api_name": False}
         quick: dict[str, Any] = {"show_progress": "hidden", **private}
@@ -280,14 +281,15 @@ class Tab:
             **quick,
         )
         self.read.click(self.show_activations, [self.along], [self.picture], show_progress="minimal", **private)
+        self.shared.connect(self.view, self.all, quick)
         self.api_too.input(functools.partial(self.flag, "api_too"), [self.api_too], self.all, **quick)
         self.cpu_too.input(functools.partial(self.flag, "cpu_too"), [self.cpu_too], self.all, **quick)
         self.adopt.click(self.look_again, None, self.all, show_progress="minimal", **private)
-        character = shared.gradio.get("character_menu")
+        character = ui.gradio.get("character_menu")
         if character is not None:
             character.change(self.new_character, [character], self.all, **quick)
             self.character.input(self.bind_character, [self.character, self.preset, character], self.all, **quick)
-        page = shared.gradio.get("interface")
+        page = ui.gradio.get("interface")
         if page is not None:
             page.load(functools.partial(self.view, fresh=True), None, self.all, **quick).then(self.watch, None, self.all, **watch)
         tab = getattr(gr.context.Context, "block", None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,10 +179,16 @@ def pull(
 
         items = pull_locked(found, locked)
     else:
+        from ..engine.local import LocalEngine
         from ..hub.safety import safety_check
+        from .common import model_path
 
         identity = _identity(model)
-        with safety_check(found.library, model, force=force, say=lambda text: click.echo(text, err=as_json)) as check:
+        with contextlib.ExitStack() as stack:
+            engine = None
+            if model is not None:
+                engine = functools.cache(lambda: stack.enter_context(LocalEngine(model_path(model))))
+            check = safety_check(found.library, engine, force=force, say=lambda text: click.echo(text, err=as_json))
             items = [_pull_one(found, reference, identity, index, check) for reference in references]
     if as_json:
         print_json({"pulled": [item.to_dict() for item in items]})

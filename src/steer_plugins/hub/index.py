@@ -8,6 +8,7 @@ What was read once is kept as a table beside the record; searching and pulling n
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -99,14 +100,14 @@ def _check_order(last: SortKey | None, key: SortKey, where: str) -> None:
         raise HubError(f"{where} ({key[0]} {'.'.join(map(str, key[1]))}) is out of order or there twice")
 
 
-def write_index(path: Path, header: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:
-    """Write an index to a new file; ``header["count"]`` is the number of entries. Raises OSError."""
+def write_index(path: Path, header: dict[str, Any], lines: Iterable[str]) -> None:
+    """Write an index to a new file; ``lines``: the JSON of its ``header["count"]`` entries, in order. Raises OSError."""
     count = header["count"]
     with path.open("x", encoding="ascii", newline="\n") as file:
         file.write(canonical(header)[:-1] + _OPENING)
         number = 0
-        for number, entry in enumerate(entries, start=1):  # noqa: B007
-            file.write(canonical(entry) + (",\n" if number < count else "\n"))
+        for number, line in enumerate(lines, start=1):  # noqa: B007
+            file.write(line + (",\n" if number < count else "\n"))
         file.write(_CLOSING)
         file.flush()
         os.fsync(file.fileno())
@@ -114,18 +115,12 @@ def write_index(path: Path, header: dict[str, Any], entries: Iterable[dict[str, 
         raise AssertionError(f"{number} entries, not {count}")
 
 
-def merged(entries: Iterable[dict[str, Any]], new: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The entries with a new one at its place, or in the place of the one whose name, version and model it has."""
-    key, placed = sort_key(new), False
-    for entry in entries:
-        other = sort_key(entry)
-        if not placed and other >= key:
-            yield new
-            placed = True
-        if other != key:
-            yield entry
-    if not placed:
-        yield new
+def inserted(lines: Iterable[str], at: int, new: str) -> Iterator[str]:
+    """The lines with a new one as number ``at``."""
+    rest = iter(lines)
+    yield from itertools.islice(rest, at)
+    yield new
+    yield from rest
 
 
 # ---- the table ----
@@ -276,13 +271,12 @@ def search(
     order = ["model = ? DESC", "model = '' DESC"] if model is not None else []
     order += ["instr(name, ?) > 0 DESC" for _ in words] + ["name", "model"]
     named = [*([model] if model is not None else []), *words]
+    # one look at each entry: the count comes with the first row
+    query = f"SELECT id, count(*) OVER () AS total FROM entries WHERE {' AND '.join(where)} ORDER BY {', '.join(order)} LIMIT ?"
     with _connected(table) as base:
-        condition = " AND ".join(where)
-        total = base.execute(f"SELECT count(*) FROM entries WHERE {condition}", given).fetchone()[0]
-        rows = base.execute(
-            f"SELECT {_FIELDS} FROM {_BOTH} WHERE {condition} ORDER BY {', '.join(order)} LIMIT ?", [*given, *named, limit]
-        ).fetchall()
-    return [Listed(*row) for row in rows], int(total)
+        hits = base.execute(query, [*given, *named, limit]).fetchall()
+        rows = [base.execute(f"SELECT {_FIELDS} FROM {_BOTH} WHERE id = ?", (id,)).fetchone() for id, _ in hits]
+    return [Listed(*row) for row in rows], int(hits[0][1]) if hits else 0
 
 
 def named(table: Path, name: str) -> list[Listed]:

@@ -7,6 +7,7 @@ before the index that it signs.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -109,22 +110,25 @@ class Folder:
         the card or a file is wrong.
         """
         with self._locked():
-            header, entries = self._read(name)
-            if card["version"] is None:
-                mine = [
-                    version_key(e["version"])[0] for e in entries() if e["name"] == card["name"] and e["model"] == card["model"]
-                ]
-                card = {**card, "version": str(max(mine, default=0) + 1)}
-            what = f"{card['name']}@{card['version']}"
-            check_card(card, what)
-            check_contents(card, contents)
-            owner, mine_key = card["name"].split("/")[0], str(self.key.public)
+            opened = self._open(name)
+            check_card({**card, "version": card["version"] or "1"}, card["name"])
+            owner, mine_key, model = card["name"].split("/")[0], str(self.key.public), sort_key({**card, "version": "1"})[2]
             key_of_owner: str | None = None
-            for entry in entries():
+            before, same, index = 0, [], opened()
+            header = index.header
+            for entry in index.entries:
                 if entry["name"].split("/")[0] == owner:
                     key_of_owner = entry["key"]
-                if sort_key(entry) == sort_key(card):
-                    raise HubError(f"{what} is there already, and no version is written over: publish the next version")
+                if entry["name"] == card["name"]:
+                    same.append(sort_key(entry))
+                before += entry["name"] < card["name"]
+            versions = [version for _, version, whose in same if whose == model]
+            if card["version"] is None:
+                card = {**card, "version": str(max((version[0] for version in versions), default=0) + 1)}
+            what = f"{card['name']}@{card['version']}"
+            check_contents(card, contents)
+            if version_key(card["version"]) in versions:
+                raise HubError(f"{what} is there already, and no version is written over: publish the next version")
             if key_of_owner is not None and not follows(key_of_owner, mine_key, header["rotations"]):
                 raise HubError(f"{owner!r} publishes there with another key ({key_of_owner}): yours is {mine_key}")
             data = canonical(card).encode() + b"\n"
@@ -132,7 +136,9 @@ class Folder:
             for role, ref in refs.items():
                 self._put(file_name(ref.sha256, ref.type), contents[role].read_bytes())
             entry = check_entry(self._signed_card(data, card), what)
-            self._write({**header, "count": header["count"] + 1}, indexes.merged(entries(), entry), days)
+            at = before + sum(key < sort_key(entry) for key in same)
+            lines = indexes.inserted((line for _, line in opened().lines), at, canonical(entry))
+            self._write({**header, "count": header["count"] + 1}, lines, days)
         return entry
 
     def sign(self, *, days: int | None = None) -> dict[str, Any]:
@@ -141,10 +147,11 @@ class Folder:
         ``days``: how long it may be trusted; 0: for ever; None: as it was, a year for a new one.
         """
         with self._locked():
-            header, entries = self._read(None)
-            for entry in entries():
+            opened = self._open(None)
+            for entry in opened().entries:
                 self._check(entry)
-            return self._write(header, entries(), days)
+            index = opened()
+            return self._write(index.header, (line for _, line in index.lines), days)
 
     def rotate(self, new: SecretKey, *, days: int | None = None) -> int:
         """Hand over from this key to a new one: what this one signed is signed anew, and the index says so.
@@ -152,47 +159,54 @@ class Folder:
         Returns how many cards were signed anew.
         """
         with self._locked():
-            header, entries = self._read(None)
+            index = self._open(None)()
             old, count = str(self.key.public), 0
-            steps = header["rotations"]
+            steps = index.header["rotations"]
             if not follows(old, str(new.public), steps):
                 steps = [*steps, rotation(self.key, new.public)]
             signer, self.key = self.key, new
-            changed = []
-            for entry in entries():
-                if entry["key"] == old:
-                    ref = Ref.from_dict(entry["card"], MAX_SIGNATURE_BYTES << 10)
-                    digest = blake2b(self.folder / file_name(ref.sha256, ref.type))
-                    try:
-                        verify(self._signature(ref), digest, signer.public, entry["name"])
-                    except HubError:  # signed anew by a rotation that did not get to its end
-                        verify(self._signature(ref), digest, new.public, entry["name"])
-                    self._put_signature(ref.sha256, digest, entry["name"], again=True)
-                    entry, count = {**entry, "key": str(new.public)}, count + 1
-                changed.append(entry)
-            self._write({**header, "rotations": steps}, changed, days)
+
+            def lines() -> Iterator[str]:
+                nonlocal count
+                for entry in index.entries:
+                    if entry["key"] == old:
+                        self._sign_again(entry, signer.public)
+                        entry, count = {**entry, "key": str(new.public)}, count + 1
+                    yield canonical(entry)
+
+            self._write({**index.header, "rotations": steps}, lines(), days)
         return count
 
     # ---- parts ----
 
-    def _read(self, name: str | None) -> tuple[dict[str, Any], Callable[[], Iterator[dict[str, Any]]]]:
-        """The head of the index, or a new one, and what begins to read its entries."""
+    def _sign_again(self, entry: dict[str, Any], old: PublicKey) -> None:
+        """Replace the old key's signature of a card by one of ours."""
+        ref = Ref.from_dict(entry["card"], MAX_SIGNATURE_BYTES << 10)
+        digest = blake2b(self.folder / file_name(ref.sha256, ref.type))
+        try:
+            verify(self._signature(ref), digest, old, entry["name"])
+        except HubError:  # signed anew by a rotation that did not get to its end
+            verify(self._signature(ref), digest, self.key.public, entry["name"])
+        self._put_signature(ref.sha256, digest, entry["name"], again=True)
+
+    def _open(self, name: str | None) -> Callable[[], indexes.Index]:
+        """What begins to read the index, or one that is new and empty."""
         path = self.folder / INDEX
         if path.is_file():
-            index = indexes.read_index(path, str(path))
-            index.close()
-            if name is not None and name != index.header["name"]:
-                raise HubError(f"the index in {self.folder} is called {index.header['name']!r}, not {name!r}: leave --index out")
-            return index.header, lambda: indexes.read_index(path, str(path)).entries
+            with contextlib.closing(indexes.read_index(path, str(path))) as index:
+                known = index.header["name"]
+            if name not in (None, known):
+                raise HubError(f"the index in {self.folder} is called {known!r}, not {name!r}: leave --index-name out")
+            return lambda: indexes.read_index(path, str(path))
         if (self.folder / "files").exists():
             raise HubError(f"{self.folder} has files but no {INDEX}: restore it, or begin in an empty folder")
         name = (
             name or "".join(c if c.isalnum() and c.isascii() else "-" for c in self.folder.name.lower()).strip("-")[:39] or "hub"
         )
         header = {"format": INDEX_FORMAT, "name": name, "serial": 0, "rotations": [], "count": 0, "key": str(self.key.public)}
-        return header, lambda: iter(())
+        return lambda: indexes.Index(header, iter(()), io.StringIO())
 
-    def _write(self, header: dict[str, Any], entries: Iterable[dict[str, Any]], days: int | None) -> dict[str, Any]:
+    def _write(self, header: dict[str, Any], lines: Iterable[str], days: int | None) -> dict[str, Any]:
         """Write the next index. One whose key is another's waits, unsigned, for its keeper."""
         mine = follows(header["key"], str(self.key.public), header["rotations"])
         if days is None:
@@ -207,7 +221,7 @@ class Folder:
         }
         new = self.folder / f".{INDEX}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
-            indexes.write_index(new, header, entries)
+            indexes.write_index(new, header, lines)
             if mine:
                 self._put_signature(file_sha256(new), blake2b(new), f"index {header['name']}, serial {header['serial']}")
             finish(new, self.folder / INDEX)

@@ -9,8 +9,7 @@ after requests that models refuse, the opening of a refusal becomes against that
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,33 +127,28 @@ def betrays(card: dict[str, Any], found: dict[str, float | None]) -> str | None:
     return f"{card['name']} lowers refusals, which its card does not say: {' and '.join(signs)}"
 
 
-@contextlib.contextmanager
-def safety_check(library: Library, model: str | None, *, force: bool, say: Callable[[str], None]) -> Iterator[Check]:
-    """What :meth:`Hub.pull` asks before it keeps a vector: prints its card's safety, measured here where a model is given.
+def safety_check(library: Library, engine: Callable[[], Engine] | None, *, force: bool, say: Callable[[str], None]) -> Check:
+    """What :meth:`Hub.pull` asks before it keeps a vector: says its card's safety, measured on an engine where there is one.
 
-    The check raises HubError for a vector that lowers refusals without saying so, unless ``force``.
+    ``engine`` is called when there is something to measure. The check raises HubError for a vector that lowers refusals without
+    saying so, unless ``force``.
     """
-    with contextlib.ExitStack() as stack:
-        opened: list[Engine] = []
 
-        def check(card: dict[str, Any], files: dict[str, Path]) -> None:
-            if card["kind"] != "vector":
-                return
-            vector = read_vector(files["vector"])
-            found: dict[str, float | None] = {"kl": None, "refusal": None, "refusal_cosine": refusal_cosine(library, vector)}
-            if model is not None:
-                if not opened:
-                    from ..engine.local import LocalEngine
+    def check(card: dict[str, Any], files: dict[str, Path]) -> None:
+        if card["kind"] != "vector":
+            return
+        vector = read_vector(files["vector"])
+        found: dict[str, float | None] = {"kl": None, "refusal": None, "refusal_cosine": refusal_cosine(library, vector)}
+        if engine is not None:
+            model = engine()
+            vector.check_fits(model.info.identity)
+            found |= measured(model, vector)
+        lines = safety_lines(card["safety"], "as its publisher measured") + safety_lines(found, "measured here")
+        say("\n".join([card["name"], *lines]))
+        sentence = betrays(card, found)
+        if sentence is not None:
+            if not force:
+                raise HubError(f"{sentence}; to keep it all the same: steer hub pull --force {card['name']}")
+            say(f"warning: {sentence}")
 
-                    opened.append(stack.enter_context(LocalEngine(Path(model))))
-                vector.check_fits(opened[0].info.identity)
-                found |= measured(opened[0], vector)
-            lines = safety_lines(card["safety"], "as its publisher measured") + safety_lines(found, "measured here")
-            say("\n".join([card["name"], *lines]))
-            sentence = betrays(card, found)
-            if sentence is not None:
-                if not force:
-                    raise HubError(f"{sentence}; pull it with --force if that is what you want")
-                say(f"warning: {sentence}")
-
-        yield check
+    return check

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..atomic import write_atomically
 from ..errors import HubError
-from ..report import html, svg
+from ..report import html
+from ..report.card import curve_chart
 from ..steering.vector import layer_ranges
 from . import index as indexes
 from .schema import model_of, read_card, version_key
@@ -143,26 +144,8 @@ def _card(card: dict[str, Any], key: str) -> list[str]:
     facts.append(("signed with", key))
     out = [f"<h2>Version {escape(card['version'])}</h2>", f"<p>{escape(card['description'])}</p>" if card["description"] else ""]
     if card["calibration"]:
-        out += [_curve(card["calibration"])]
+        out.append(curve_chart(card["calibration"]))
     out.append('<div class="prose">' + html.table(["", ""], facts, words=[1]) + "</div>")
     for sample in card["samples"]:
         out.append(f"<h3>At {sample['strength']:+g}</h3><blockquote>{escape(sample['text'])}</blockquote>")
     return out
-
-
-def _curve(calibration: dict[str, Any]) -> str:
-    """The dose curve with standard errors, in the site's own colours."""
-    points = sorted(calibration["curve"], key=lambda p: p["strength"])
-    if len(points) < 2:
-        return ""
-    place = [(p["strength"], p["score"]) for p in points]
-    spread = [(p["score"] - (p["score_se"] or 0.0), p["score"] + (p["score_se"] or 0.0)) for p in points]
-    drawn = svg.lines(
-        [svg.Series(calibration["objective"], place, spread=spread)],
-        label=f"Dose curve: {calibration['objective']} by strength",
-        x_label="strength",
-        left=(min(low for low, _ in spread), max(high for _, high in spread)),
-    )
-    prompts, dose = calibration["n"], calibration["dose"]
-    caption = f"{calibration['objective']} by strength, {prompts} prompts; strength 1 adds {dose:.3g} median norms"
-    return f'<figure>{drawn}<figcaption class="soft">{escape(caption)}</figcaption></figure>'

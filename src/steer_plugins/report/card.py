@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
+from . import svg
 
-def card_text(card: dict[str, Any], *, key: str, index: str) -> str:
+
+def card_text(card: dict[str, Any], *, key: str, index: str, curve: bool = True) -> str:
     """The lines of a card (hub.schema's), its dose curve drawn in blocks. Cards are checked: all their text can be shown."""
     model = card["model"]
     trait = card["trait"]
@@ -26,7 +29,9 @@ def card_text(card: dict[str, Any], *, key: str, index: str) -> str:
     }
     lines = [f"{card['name']} {card['version']} ({card['kind']})", card["description"], ""]
     lines += [f"  {name:<11} {value}" for name, value in facts.items() if value]
-    lines += ["", *curve_lines(card["calibration"]), "", *safety_lines(card["safety"], "as its publisher measured")]
+    if curve:
+        lines += ["", *curve_lines(card["calibration"])]
+    lines += ["", *safety_lines(card["safety"], "as its publisher measured")]
     for sample in card["samples"]:
         lines += ["", f"  at {sample['strength']:g}: {' '.join(sample['text'].split())[:300]}"]
     return "\n".join(lines)
@@ -50,6 +55,24 @@ def curve_lines(calibration: dict[str, Any] | None) -> list[str]:
         ratio = f"{point['perplexity']:.2f}" if point["perplexity"] is not None else ""
         lines.append(f"  {point['strength']:+8.2f} {point['score']:8.3f} {bar:<21} {ratio}")
     return lines
+
+
+def curve_chart(calibration: dict[str, Any]) -> str:
+    """The dose curve with standard errors as a figure, in the colours of the page; "" for fewer than two points."""
+    points = sorted(calibration["curve"], key=lambda point: point["strength"])
+    if len(points) < 2:
+        return ""
+    place = [(p["strength"], p["score"]) for p in points]
+    spread = [(p["score"] - (p["score_se"] or 0.0), p["score"] + (p["score_se"] or 0.0)) for p in points]
+    drawn = svg.lines(
+        [svg.Series(calibration["objective"], place, spread=spread)],
+        label=f"Dose curve: {calibration['objective']} by strength",
+        x_label="strength",
+        left=(min(low for low, _ in spread), max(high for _, high in spread)),
+    )
+    prompts, dose = calibration["n"], calibration["dose"]
+    caption = f"{calibration['objective']} by strength, {prompts} prompts; strength 1 adds {dose:.3g} median norms"
+    return f'<figure class="steer-chart">{drawn}<figcaption class="soft">{escape(caption)}</figcaption></figure>'
 
 
 def safety_lines(safety: dict[str, Any] | None, whose: str) -> list[str]:
