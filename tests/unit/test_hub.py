@@ -29,6 +29,7 @@ def test_from_one_home_to_another(world: World) -> None:
     entry = world.publish()
     assert (entry["name"], entry["version"], entry["trait"]["positive"]) == ("ann/mood", "1", "cheerful")
     assert entry["calibration"]["curve"][2] == {"strength": 1.0, "score": 0.75, "score_se": 0.1, "perplexity": 1.5}
+    assert [point["perplexity"] for point in entry["calibration"]["curve"]] == [None, 1.0, 1.5]
     bob = world.reader()
     offers, total = bob.search(["CHEERFUL"], identity=MODEL)
     assert total == 1 and offers[0].entry == entry
@@ -251,4 +252,5 @@ def test_the_site(world: World, tmp_path: Path) -> None:
         assert not re.search(r"(?:src|href)=.?(?:https?:)?//|@import|url\(", text)
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in front and "&#x27;b&#x27;" not in front.split("steer hub add")[0]
     assert 'href="ann__calm.html"' in front and "Tiny Qwen" in front
-    assert "<svg" in page and "steer hub pull ann/mood" in page and "What a day!" in page
+    assert "<svg" in page and "steer hub pull ann/mood" in page and "What a day!" in page and "perplexity / plain" in page
+    assert "mood 1.5 ± 0.1 score" in front and "mood 1.5 ± 0.1 score from −1 to 1, 20 prompts" in page

@@ -318,6 +318,7 @@ def _calibration_of(vector: SteeringVector) -> dict[str, Any] | None:
             for row in record["rows"]
             if row["stage"] == "curve" and row["perplexity"] is not None and plain
         }
+        ratios.setdefault(0.0, 1.0)
         curve = [{**point, "perplexity": ratios.get(point["strength"])} for point in record["curve"]]
         fields = {field: record[field] for field in ("n", "dose", "effect", "effect_se")}
         return {"objective": record["objective"]["name"], "unit": record["objective"]["unit"], **fields, "curve": curve}

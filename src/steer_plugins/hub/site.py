@@ -10,8 +10,8 @@ from typing import Any
 
 from ..atomic import write_atomically
 from ..errors import HubError
-from ..report import html
-from ..report.card import curve_chart
+from ..report import html, svg
+from ..report.card import curve_chart, effect_text, safety_figures
 from ..steering.vector import layer_ranges
 from . import index as indexes
 from .schema import model_of, read_card, version_key
@@ -24,7 +24,8 @@ background:var(--bg);color:var(--fg);min-width:8rem}.hub-bar input{flex:1 1 12re
 .hub-list{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:.8rem;padding:0;list-style:none}
 .hub-list li{border:1px solid var(--line);border-radius:8px;padding:.6rem .8rem;overflow-wrap:anywhere}
 .hub-list li[hidden]{display:none}.hub-list a{color:var(--a);font-weight:600;text-decoration:none}
-.hub-list p{margin:.3rem 0;font-size:.9rem}
+.hub-list p{margin:.3rem 0;font-size:.9rem}.hub-bar select{flex:1 1 8rem;min-width:0}main a{color:var(--a)}
+.prose .wide table{white-space:normal}.prose td{min-width:0;overflow-wrap:anywhere}
 .cmd{display:flex;gap:.5rem;align-items:start}.cmd pre{flex:1;border:1px solid var(--line);
 border-radius:6px;padding:.5rem .7rem;margin:.3rem 0}
 .cmd button{font:inherit;font-size:.85rem;margin-top:.3rem;padding:.4rem .7rem;border:1px solid var(--line);border-radius:6px;
@@ -79,10 +80,11 @@ def _front(header: dict[str, Any], by_name: dict[str, list[dict[str, Any]]], url
         words = " ".join([name, e["description"], e["kind"], _model(e), *e["tags"], *(e["trait"] or {}).values()]).casefold()
         trait = (e["trait"] or {}).get("name", "")
         poles = f"{e['trait']['negative']} / {e['trait']['positive']}" if e["trait"] else e["kind"]
+        curve = f"{effect_text(e['calibration'])} · " if e["calibration"] else ""
         cards.append(
             f'<li data-s="{escape(words)}" data-m="{escape(_model(e))}" data-t="{escape(trait)}">'
             f'<a href="{_file(name)}.html">{escape(name)}</a><p>{escape(e["description"] or poles)}</p>'
-            f'<p class="soft">{escape(poles)} · {escape(_model(e))} · version {escape(e["version"])}</p></li>'
+            f'<p class="soft">{escape(poles)} · {escape(curve)}{escape(_model(e))} · version {escape(e["version"])}</p></li>'
         )
     body = [
         _STYLE,
@@ -109,8 +111,13 @@ def _model(entry: dict[str, Any]) -> str:
 
 def _page(folder: Path, name: str, entries: list[dict[str, Any]]) -> bytes:
     body = [_STYLE, '<p><a href="index.html">all vectors</a></p>', _command(f"steer hub pull {name}")]
-    if entries[-1]["kind"] == "vector":
-        body.append(_command(f'steer generate --steer {name}:0.8 "Describe a walk in the forest"'))
+    use = {
+        "vector": f'steer generate --steer {name}:0.8 "Describe a walk in the forest"',
+        "gate": f'steer generate --steer "mood?response{{{name}}}" "Describe a walk in the forest"',
+        "trait": f"steer train {name.split('/')[1]} --trait {name}",
+    }
+    if entries[-1]["kind"] in use:
+        body.append(_command(use[entries[-1]["kind"]]))
     for entry in sorted(entries, key=lambda e: version_key(e["version"]), reverse=True):
         path = folder / file_name(entry["card"]["sha256"], "json")
         try:
@@ -141,11 +148,13 @@ def _card(card: dict[str, Any], key: str) -> list[str]:
     if card["tried_on"]:
         facts.append(("tried on", ", ".join(card["tried_on"])))
     facts += [(label, f"{value:g}") for label, value in card["benchmark"].items()]
+    facts += list(safety_figures(card["safety"]).items()) if card["safety"] else []
     facts.append(("signed with", key))
     out = [f"<h2>Version {escape(card['version'])}</h2>", f"<p>{escape(card['description'])}</p>" if card["description"] else ""]
     if card["calibration"]:
         out.append(curve_chart(card["calibration"]))
     out.append('<div class="prose">' + html.table(["", ""], facts, words=[1]) + "</div>")
     for sample in card["samples"]:
-        out.append(f"<h3>At {sample['strength']:+g}</h3><blockquote>{escape(sample['text'])}</blockquote>")
+        at = f"At {svg.signed(sample['strength'])}" if sample["strength"] else "Unsteered"
+        out.append(f"<h3>{at}</h3><blockquote>{escape(sample['text'])}</blockquote>")
     return out

@@ -43,10 +43,8 @@ def curve_lines(calibration: dict[str, Any] | None) -> list[str]:
         return ["  not calibrated: nobody has measured what strength 1 does"]
     scores = [point["score"] for point in calibration["curve"]]
     low, span = min(scores), (max(scores) - min(scores)) or 1.0
-    error = f" ± {calibration['effect_se']:.2g}" if calibration["effect_se"] is not None else ""
     lines = [
-        f"  dose curve: {calibration['objective']}, {calibration['effect']:.3g}{error} {calibration['unit']} from -1 to 1, "
-        f"on {calibration['n']} prompts",
+        f"  dose curve: {effect_text(calibration)} from -1 to 1, on {calibration['n']} prompts",
         "  strength    score                       perplexity / plain",
     ]
     for point in calibration["curve"]:
@@ -64,26 +62,42 @@ def curve_chart(calibration: dict[str, Any]) -> str:
         return ""
     place = [(p["strength"], p["score"]) for p in points]
     spread = [(p["score"] - (p["score_se"] or 0.0), p["score"] + (p["score_se"] or 0.0)) for p in points]
+    series = [svg.Series(f"score: {calibration['objective']}", place, spread=spread)]
+    fluency = [(p["strength"], p["perplexity"]) for p in points if p["perplexity"] is not None]
+    if len(fluency) > 1:
+        series.append(svg.Series("perplexity / plain", fluency, "b", right=True))
     drawn = svg.lines(
-        [svg.Series(calibration["objective"], place, spread=spread)],
+        series,
         label=f"Dose curve: {calibration['objective']} by strength",
         x_label="strength",
         left=(min(low for low, _ in spread), max(high for _, high in spread)),
+        right=(0.0, None),
     )
-    prompts, dose = calibration["n"], calibration["dose"]
-    caption = f"{calibration['objective']} by strength, {prompts} prompts; strength 1 adds {dose:.3g} median norms"
-    return f'<figure class="steer-chart">{drawn}<figcaption class="soft">{escape(caption)}</figcaption></figure>'
+    caption = (
+        f"{effect_text(calibration)} from −1 to 1, {calibration['n']} prompts; "
+        f"strength 1 adds {calibration['dose']:.3g} median norms"
+    )
+    return f'<figure class="steer-chart">{drawn}{svg.key(series)}<figcaption class="soft">{escape(caption)}</figcaption></figure>'
+
+
+def effect_text(calibration: dict[str, Any]) -> str:
+    """What strength 1 does against strength -1: ``mood 1.13 ± 0.11 score``."""
+    error = f" ± {calibration['effect_se']:.2g}" if calibration["effect_se"] is not None else ""
+    return f"{calibration['objective']} {calibration['effect']:.3g}{error} {calibration['unit']}".strip()
 
 
 def safety_lines(safety: dict[str, Any] | None, whose: str) -> list[str]:
     """What would betray a hostile vector."""
     if safety is None:
         return [f"  safety ({whose}): not measured"]
+    return [f"  safety ({whose}):"] + [f"    {name:<44} {value}" for name, value in safety_figures(safety).items()]
+
+
+def safety_figures(safety: dict[str, Any]) -> dict[str, str]:
+    """What each figure is called, and the figure."""
     shown = {
         "KL on neutral text, nats per token": safety["kl"],
         "refusals, nats at the worse of both signs": safety["refusal"],
-        "cosine with your refusal direction": safety["refusal_cosine"],
+        "cosine with a refusal direction": safety["refusal_cosine"],
     }
-    return [f"  safety ({whose}):"] + [
-        f"    {name:<44} {'not measured' if value is None else f'{value:+.3f}'}" for name, value in shown.items()
-    ]
+    return {name: "not measured" if value is None else f"{value:+.3f}" for name, value in shown.items()}
