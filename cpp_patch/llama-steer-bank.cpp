@@ -1,4 +1,5 @@
-// llama-steer-bank.cpp - the device side: directions of vectors that project, and a row for each distinct sum of what is added.
+// llama-steer-bank.cpp - the device side: what reads the state (directions that project, columns), and a row for each distinct sum of what
+// is added.
 
 #include "llama-steer-state.h"
 
@@ -68,30 +69,39 @@ static void allocate_sums(llama_steer_state & st, std::vector<group> & groups, i
     }
 }
 
-void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn, int32_t dyn, const steer_vector * col) {
-    std::vector<float> v(st.n_embd);
+void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn, int32_t dyn,
+                const steer_vector * col, int32_t part) {
+    const std::vector<float> nothing(st.n_embd, 0.0f);
     for (const auto & sl : slots) {
         const auto & g = groups[sl.group];
-        std::fill(v.begin(), v.end(), 0.0f);
-        if (col) {
-            auto it = col->dirs.find(sl.at);
-            if (it != col->dirs.end()) {
-                v = it->second.v;
+        std::vector<float> read = nothing;
+        std::vector<float> write = nothing;
+        const auto it = col ? col->dirs.find(sl.at) : decltype(col->dirs.end()){};
+        if (col && it != col->dirs.end()) {
+            const direction & d = it->second;
+            if (part < 0) {
+                read = write = d.v;
+            } else if (part < (int32_t) d.columns.size()) {
+                read = d.columns[part].read;
+                write = d.columns[part].write;
+            }
+            if (part == PART_FLOOR) {
+                std::transform(read.begin(), read.end(), read.begin(), [](float x) { return -x; });
             }
         }
-        ggml_backend_tensor_set(g.v, v.data(), sl.index * g.v->nb[2] + dyn * g.v->nb[1], v.size() * sizeof(float));
+        ggml_backend_tensor_set(g.v, read.data(), sl.index * g.v->nb[2] + dyn * g.v->nb[1], read.size() * sizeof(float));
         // vt: one float of each of its n_embd rows; read back, change, write whole rows (this is rare and small)
         std::vector<float> t((size_t) n_dyn * st.n_embd);
         ggml_backend_tensor_get(g.vt, t.data(), sl.index * g.vt->nb[2], t.size() * sizeof(float));
         for (int32_t i = 0; i < st.n_embd; ++i) {
-            t[(size_t) i * n_dyn + dyn] = v[i];
+            t[(size_t) i * n_dyn + dyn] = write[i];
         }
         ggml_backend_tensor_set(g.vt, t.data(), sl.index * g.vt->nb[2], t.size() * sizeof(float));
     }
 }
 
 static void allocate_dyn(const llama_steer_state & st, std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn,
-                         const std::vector<int32_t> & dyn_cols, const vectors_by_id & vectors) {
+                         const std::vector<part_key> & dyn_cols, const vectors_by_id & vectors) {
     if (n_dyn == 0) {
         return;
     }
@@ -108,16 +118,16 @@ static void allocate_dyn(const llama_steer_state & st, std::vector<group> & grou
         g.buf_dyn = std::move(buf);
     }
     for (int32_t d = 0; d < (int32_t) dyn_cols.size(); ++d) {
-        auto it = vectors.find(dyn_cols[d]);
+        auto it = vectors.find(dyn_cols[d].first);
         if (it != vectors.end()) {
-            upload_dyn(st, groups, slots, n_dyn, d, &it->second);
+            upload_dyn(st, groups, slots, n_dyn, d, &it->second, dyn_cols[d].second);
         }
     }
 }
 
-// Bring the device side to the given places, row capacity and projecting vectors, reserve compute buffers for the new graph,
+// Bring the device side to the given places, row capacity and parts that read the state, reserve compute buffers for the new graph,
 // and only then let go of the old side. On any failure the old side is in force again.
-void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
+void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<part_key> & dyn_cols,
                   const vectors_by_id & vectors) {
     st.not_in_callback("making room for new layers or a new projecting vector");
 
@@ -188,7 +198,7 @@ bool has_places(const llama_steer_state & st, const std::vector<place> & places)
     return std::all_of(places.begin(), places.end(), [&](const place & at) { return st.slot_of.count(at) > 0; });
 }
 
-void make_room(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols, const vectors_by_id & vectors) {
+void make_room(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<part_key> & dyn_cols, const vectors_by_id & vectors) {
     std::set<place> all(places.begin(), places.end());
     for (const auto & sl : st.slots) {
         all.insert(sl.at);
@@ -283,32 +293,34 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
                      const float * cb_c, const float * cb_g, int32_t n_cb) {
     auto & row = st.rows[r];
     row.zero = true;
-    row.g.assign(st.slots.size() * st.n_dyn, 0.0f);
+    const size_t plane = st.slots.size() * st.n_dyn;
+    row.g.assign(3 * plane, 0.0f);
     row.kinds.assign(st.slots.size(), 0);
 
     std::vector<float> packed(st.slots.size() * (size_t) st.n_embd, 0.0f);
     std::vector<double> acc(st.n_embd);
     std::map<uint64_t, std::pair<double, const direction *>> sums;
     growth_bound bound; // of a config it was checked when it was set; what a callback adds comes on top
+    std::vector<part_edit> parts;
 
     for (size_t s = 0; s < st.slots.size(); ++s) {
         const place & at = st.slots[s].at;
         sums.clear();
         bool renorm = false;
-        double added = 0.0;
-        std::vector<std::pair<const direction *, double>> parts;
-        auto take = [&](const steer_vector & col, const direction & d, double c, double g) {
-            added += std::fabs(c);
-            if (g != 0.0) {
-                parts.emplace_back(&d, g);
-            }
+        bool knee = false;
+        auto take = [&](const steer_vector & col, const direction & d, double c) {
+            bound.take(d, c, parts);
             if (c != 0.0) {
                 auto & e = sums[d.hash];
                 e.first += c;
                 e.second = &d;
             }
-            if (g != 0.0) {
-                row.g[s * st.n_dyn + col.dyn] += (float) g;
+            for (const auto & p : parts) {
+                float * g = row.g.data() + s * st.n_dyn + col.dyn.at(p.part);
+                g[0] += (float) p.g;
+                g[plane] = (float) p.bias;
+                g[2 * plane] = p.knee == LINEAR ? std::numeric_limits<float>::max() : (float) -p.knee;
+                knee = knee || p.bias != 0.0 || p.knee != LINEAR;
             }
         };
         for (const auto & t : terms) {
@@ -318,9 +330,9 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             if (it == col.dirs.end() || !term_covers(t, at, stream)) {
                 continue;
             }
-            double c, g;
-            term_coefficients(t, it->second, c, g);
-            take(col, it->second, c, g);
+            double c;
+            term_coefficients(t, it->second, c, parts);
+            take(col, it->second, c);
             renorm = renorm || (t.op == LLAMA_STEER_RENORM && t.strength != 0.0);
         }
         for (int32_t k = 0; k < n_cb; ++k) {
@@ -338,11 +350,15 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
                     throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave vector %d a coefficient of %g, which is too large at layer %d: a dose of %g is the limit",
                                                                   k, cb_c[k], at.first, LLAMA_STEER_MAX_DOSE));
                 }
-                take(col, it->second, c, cb_g[k]);
+                parts.clear();
+                if (cb_g[k] != 0.0f) {
+                    parts.push_back({ PART_SELF, cb_g[k], 0.0, LINEAR, nullptr, it->second.hash });
+                }
+                take(col, it->second, c);
             }
         }
         if (n_cb > 0) {
-            bound.pass(at, added, parts);
+            bound.pass(at);
         }
         std::fill(acc.begin(), acc.end(), 0.0);
         bool any = false;
@@ -360,7 +376,7 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
             std::transform(acc.begin(), acc.end(), packed.data() + s * st.n_embd, [](double x) { return (float) x; });
         }
         const bool dyn = std::any_of(row.g.begin() + s * st.n_dyn, row.g.begin() + (s + 1) * st.n_dyn, [](float g) { return g != 0.0f; });
-        row.kinds[s] = (any ? KIND_ADD : 0) | (dyn ? KIND_DYN : 0) | (renorm && any ? KIND_RENORM : 0);
+        row.kinds[s] = (any ? KIND_ADD : 0) | (dyn ? KIND_DYN : 0) | (dyn && knee ? KIND_KNEE : 0) | (renorm && (any || dyn) ? KIND_RENORM : 0);
         row.zero = row.zero && row.kinds[s] == 0;
     }
 

@@ -13,7 +13,7 @@ class input_steer : public llm_graph_input_i {
 public:
     struct group_input {
         ggml_tensor * idx = nullptr;       // I32 [rows, n_slots]
-        ggml_tensor * g = nullptr;         // F32 [n_dyn, rows, n_slots]
+        ggml_tensor * g = nullptr;         // F32 [n_dyn, rows, n_slots]; where something has a knee, three of these: see row_info::g
         ggml_tensor * w = nullptr;         // F32 [1, rows, n_slots]: 1 where the length is restored
         ggml_tensor * fused = nullptr;     // F32 [n_embd, rows, n_slots]
         ggml_tensor * all = nullptr;       // view of idx: [rows]
@@ -69,13 +69,13 @@ public:
 
             if (in.g && in.g->buffer) {
                 const size_t n_dyn = st->n_dyn;
-                g.assign(n_slots * n_rows * n_dyn, 0.0f);
-                if (live) {
-                    for (size_t k = 0; k < n_slots; ++k) {
-                        for (size_t r = 0; r < n_rows; ++r) {
-                            if (idx[r] != 0) {
-                                std::copy_n(st->rows[idx[r]].g.begin() + gr.slots[k] * n_dyn, n_dyn, g.begin() + (k * n_rows + r) * n_dyn);
-                            }
+                const size_t n_planes = in.g->ne[2] / n_slots;
+                g.assign(n_planes * n_slots * n_rows * n_dyn, 0.0f);
+                for (size_t k = 0; live && k < n_planes * n_slots; ++k) {
+                    const size_t from = (k / n_slots * st->slots.size() + gr.slots[k % n_slots]) * n_dyn;
+                    for (size_t r = 0; r < n_rows; ++r) {
+                        if (idx[r] != 0) {
+                            std::copy_n(st->rows[idx[r]].g.begin() + from, n_dyn, g.begin() + (k * n_rows + r) * n_dyn);
                         }
                     }
                 }
@@ -204,7 +204,7 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
         ggml_set_input(gin.idx);
         ggml_set_name(gin.idx, "steer_idx");
         if (count(KIND_DYN) > 0) {
-            gin.g = ggml_new_tensor_3d(ctx0, GGML_TYPE_F32, st->n_dyn, n_rows, n_slots);
+            gin.g = ggml_new_tensor_3d(ctx0, GGML_TYPE_F32, st->n_dyn, n_rows, n_slots * (count(KIND_KNEE) > 0 ? 3 : 1));
             ggml_set_input(gin.g);
             ggml_set_name(gin.g, "steer_g");
         }
@@ -245,12 +245,16 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
     if (kinds & KIND_DYN) {
         ggml_tensor * v = ggml_view_2d(ctx0, gr.v, n_embd, st->n_dyn, gr.v->nb[1], sl.index * gr.v->nb[2]);
         ggml_tensor * vt = ggml_view_2d(ctx0, gr.vt, st->n_dyn, n_embd, gr.vt->nb[1], sl.index * gr.vt->nb[2]);
-        ggml_tensor * g = ggml_view_2d(ctx0, gin.g, st->n_dyn, n_rows, gin.g->nb[1], sl.index * gin.g->nb[2]);
+        const auto plane = [&](int64_t n) { return ggml_view_2d(ctx0, gin.g, st->n_dyn, n_rows, gin.g->nb[1], (n * n_slots + sl.index) * gin.g->nb[2]); };
 
-        ggml_tensor * t = op(ggml_mul_mat(ctx0, v, h)); // V^T h: [n_dyn, rows]
+        ggml_tensor * t = op(ggml_mul_mat(ctx0, v, h)); // W^T h: [n_dyn, rows]
         ggml_prec_set_acc(t, GGML_PREC_F32);            // some back ends would round to TF32
-        t = op(ggml_mul(ctx0, t, g));
-        t = op(ggml_mul_mat(ctx0, vt, t)); // V (g o V^T h)
+        if (kinds & KIND_KNEE) {
+            t = op(ggml_add(ctx0, t, plane(1)));
+            t = op(ggml_mul(ctx0, t, op(ggml_step(ctx0, op(ggml_add(ctx0, t, plane(2)))))));
+        }
+        t = op(ggml_mul(ctx0, t, plane(0)));
+        t = op(ggml_mul_mat(ctx0, vt, t)); // V (g o phi(W^T h + b))
         ggml_prec_set_acc(t, GGML_PREC_F32);
         out = op(ggml_add(ctx0, out, t));
     }
@@ -351,7 +355,7 @@ ggml_tensor * llama_steer_build(const llm_graph_context & graph, ggml_tensor * c
 
 uint32_t llama_steer_max_nodes(const llama_adapter_cvec & cvec) {
     const auto * st = static_cast<const llama_steer_cvec &>(cvec).state.get();
-    return st ? 32u * (uint32_t) st->slots.size() + (8u + 2u * st->n_streams) * (uint32_t) st->captures.size() + 16u : 0u;
+    return st ? 40u * (uint32_t) st->slots.size() + (8u + 2u * st->n_streams) * (uint32_t) st->captures.size() + 16u : 0u;
 }
 
 // ---- one ubatch ----
@@ -398,7 +402,7 @@ void begin_ubatch(llama_steer_state & st, const llama_ubatch & ub, uint32_t n_ou
             if (it == st.vectors.end()) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave a coefficient to vector %d, which is not set", k));
             }
-            if (cb_g[i] != 0.0f && it->second.dyn < 0) {
+            if (cb_g[i] != 0.0f && !it->second.dyn.count(PART_SELF)) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, format("the add callback gave g to vector %d, which no config projects or clamps", k));
             }
         }

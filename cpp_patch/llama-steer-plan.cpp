@@ -152,16 +152,32 @@ void check(const llama_steer_plan_term & t, const phases & ph) {
     if (!std::isfinite(t.strength)) {
         bad("the strength of %.80s is not a finite number", name);
     }
-    if (t.op < LLAMA_STEER_ADD || t.op > LLAMA_STEER_RENORM) {
+    if (t.op < LLAMA_STEER_ADD || t.op > LLAMA_STEER_CAP) {
         bad("op %d of %.80s does not exist", t.op, name);
     }
     if (t.op == LLAMA_STEER_PROJECT && !(t.strength >= LLAMA_STEER_MIN_PROJECT && t.strength <= LLAMA_STEER_MAX_PROJECT)) {
         bad("the strength of %.80s is %g: project takes %g to %g (1 removes the component, 2 reflects it)", name, t.strength,
             LLAMA_STEER_MIN_PROJECT, LLAMA_STEER_MAX_PROJECT);
     }
+    const bool bounds = t.op == LLAMA_STEER_FLOOR || t.op == LLAMA_STEER_CAP;
+    if (bounds && !(t.strength >= 0.0 && t.strength <= 1.0)) {
+        bad("the strength of %.80s is %g: %s takes 0 to 1 (1 lets nothing past its level)", name, t.strength, t.op == LLAMA_STEER_FLOOR ? "floor" : "cap");
+    }
+    if (!std::isfinite(t.level) || (!bounds && t.level != 0.0)) {
+        bad("the level of %.80s is %g: floor and cap take a finite number, other ops none", name, t.level);
+    }
+    if (bounds && t.vector && t.vector->n_columns > 0) {
+        bad("%.80s has columns, which have no floor or cap: take a vector of plain directions", name);
+    }
+    for (int32_t i = 0; t.vector && i < t.vector->n_columns; ++i) {
+        if (!(std::fabs(t.strength * t.vector->columns[i].gain) <= LLAMA_STEER_MAX_DOSE)) {
+            bad("strength %g of %.80s is too large at layer %d", t.strength, name, t.vector->columns[i].layer);
+        }
+    }
     for (int32_t i = 0; t.op != LLAMA_STEER_PROJECT && t.vector && i < t.vector->n; ++i) {
-        if (!(std::fabs(t.strength * t.vector->scales[i]) <= LLAMA_STEER_MAX_DOSE)) {
-            bad("strength %g of %.80s is too large at layer %d: a dose of %g is the limit", t.strength, name, t.vector->layers[i], LLAMA_STEER_MAX_DOSE);
+        if (!(std::fabs((bounds ? t.level : t.strength) * t.vector->scales[i]) <= LLAMA_STEER_MAX_DOSE)) {
+            bad("%s %g of %.80s is too large at layer %d: a dose of %g is the limit", bounds ? "level" : "strength", bounds ? t.level : t.strength, name,
+                t.vector->layers[i], LLAMA_STEER_MAX_DOSE);
         }
     }
     if (t.scope < LLAMA_STEER_SCOPE_ALL || t.scope > LLAMA_STEER_SCOPE_RANGE) {

@@ -41,6 +41,8 @@ extern "C" {
         LLAMA_STEER_PROJECT = 1,
         LLAMA_STEER_CLAMP = 2,
         LLAMA_STEER_RENORM = 3, // each stream keeps its own length
+        LLAMA_STEER_FLOOR = 4,  // the component is level * scale at least
+        LLAMA_STEER_CAP = 5,    // at most
     };
 
     enum llama_steer_scope {
@@ -67,15 +69,30 @@ extern "C" {
 #define LLAMA_STEER_MAX_DOSE     1e15 // |strength * scale| of a term, in units of the hidden state
 #define LLAMA_STEER_MIN_PROJECT  -1.0 // strengths of project: at both ends a component becomes twice as long
 #define LLAMA_STEER_MAX_PROJECT  3.0
+#define LLAMA_STEER_MAX_COLUMNS  16 // at one layer and site of a vector
+
+    // Reads the state along one row and writes along another, at a layer and site where the vector has a direction:
+    // h += strength * gain * phi(read.h + bias) * write, with phi(z) = z above the knee and 0 elsewhere.
+    struct llama_steer_column {
+        int32_t layer;
+        int32_t site;
+        double gain;
+        double bias; // in units of the hidden state
+        double knee; // 0: ReLU, above 0: JumpReLU, -INFINITY: phi(z) = z
+    };
 
     // A steering vector, by content: n unit directions. The arrays are the caller's and must outlive the plans that name it.
     struct llama_steer_vector {
         const char * key; // hash of the content, such as sha256 in hex: vectors with the same key are the same
         int32_t n;
-        const int32_t * layers; // [n]
-        const int32_t * sites;  // [n] enum llama_steer_site
-        const float * dirs;     // [n][n_embd] unit directions
-        const double * scales;  // [n] dose at strength 1, in units of the hidden state
+        const int32_t * layers;                    // [n]
+        const int32_t * sites;                     // [n] enum llama_steer_site
+        const float * dirs;                        // [n][n_embd] unit directions
+        const double * scales;                     // [n] dose at strength 1, in units of the hidden state
+        int32_t n_columns;                         // may be 0, the rest is not looked at then
+        const struct llama_steer_column * columns; // [n_columns]
+        const float * reads;                       // [n_columns][n_embd] unit rows
+        const float * writes;                      // [n_columns][n_embd] unit rows
     };
 
     struct llama_steer_plan_term {
@@ -92,6 +109,7 @@ extern "C" {
         int32_t schedule; // enum llama_steer_schedule
         int32_t over;     // of a schedule: 1 to LLAMA_STEER_MAX_OVER tokens
         double floor;     // 0 to 1
+        double level;     // of LLAMA_STEER_FLOOR and LLAMA_STEER_CAP, in units of the scales; else 0
     };
 
     // The tags that part a response, as text. Copied.

@@ -26,7 +26,9 @@ std::vector<typename M::iterator> surplus(M & pool, size_t keep, U && used) {
 void give_up(llama_steer_state & st, size_t keep_configs, size_t keep_vectors) {
     size_t n_dirs = 0;
     for (const auto & [_, v] : st.pool.vectors) {
-        n_dirs += st.vectors.at(v.id).dirs.size();
+        for (const auto & [at, d] : st.vectors.at(v.id).dirs) {
+            n_dirs += 1 + 2 * d.columns.size();
+        }
     }
     if (n_dirs * st.n_embd * sizeof(float) > IDLE_BYTES) {
         keep_configs /= 8;
@@ -63,7 +65,7 @@ int32_t vector_for(llama_steer_state & st, const llama_steer_vector & v) {
         while (st.vectors.count(id)) {
             id++;
         }
-        set_vector(st, id, v.n, v.layers, v.sites, v.dirs, v.scales, false);
+        set_vector(st, id, v, false);
         it = st.pool.vectors.emplace(v.key, pooled{ id, 0, 0 }).first;
     }
     it->second.last = ++st.pool.clock;
@@ -89,7 +91,7 @@ std::vector<llama_steer_term> terms_of(llama_steer_state & st, const llama_steer
             if (!terms[i].vector) {
                 throw steer_error(LLAMA_STEER_ERR_ARG, "a plan without vectors cannot be applied");
             }
-            res.push_back({ vector_for(st, *terms[i].vector), terms[i].op, part.strengths[i], terms[i].il_first, terms[i].il_last, terms[i].stream });
+            res.push_back({ vector_for(st, *terms[i].vector), terms[i].op, part.strengths[i], terms[i].il_first, terms[i].il_last, terms[i].stream, terms[i].level });
         }
     }
     return res;
@@ -105,6 +107,7 @@ int32_t config_for(llama_steer_state & st, const std::vector<llama_steer_term> &
         const int32_t whole[5] = { t.vector, t.op, t.il_first, t.il_last, t.stream };
         key.append(reinterpret_cast<const char *>(whole), sizeof(whole));
         key.append(reinterpret_cast<const char *>(&t.strength), sizeof(t.strength));
+        key.append(reinterpret_cast<const char *>(&t.level), sizeof(t.level));
     }
     auto it = st.pool.configs.find(key);
     if (it == st.pool.configs.end()) {
@@ -206,13 +209,16 @@ int32_t llama_steer_vector_pin(llama_context * ctx, const llama_steer_vector * v
         if (!vector || !id) {
             throw steer_error(LLAMA_STEER_ERR_ARG, "the vector or the result is NULL");
         }
+        if (vector->n_columns > 0) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, "an add callback cannot use a vector that has columns: steer with it");
+        }
         *id = vector_for(st, *vector);
         make_room(st, *id);
         auto & pins = st.pool.vectors.at(vector->key).pins;
         pins++;
         if (op == LLAMA_STEER_PROJECT || op == LLAMA_STEER_CLAMP) {
             try { // a config that projects makes it ready for g
-                const llama_steer_term term = { *id, op, 1.0, -1, -1, LLAMA_STEER_STREAM_ALL };
+                const llama_steer_term term = { *id, op, 1.0, -1, -1, LLAMA_STEER_STREAM_ALL, 0.0 };
                 const int32_t config = config_for(st, { term });
                 for (auto & [_, p] : st.pool.configs) {
                     p.pins += p.id == config ? 1 : 0;

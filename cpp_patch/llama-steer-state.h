@@ -104,18 +104,50 @@ struct interval_map {
     }
 };
 
+constexpr double LINEAR = -std::numeric_limits<double>::infinity(); // the knee of a column that has none
+
+// Reads the state along one row and writes along another: h += gain * phi(read.h + bias) * write.
+struct column {
+    std::vector<float> read;  // [n_embd], unit
+    std::vector<float> write; // [n_embd], unit
+    double gain;              // at strength 1
+    double bias;
+    double knee; // phi(z) is z above it, and 0 elsewhere; LINEAR: z
+    uint64_t hash;
+};
+
 struct direction {
     std::vector<float> v; // [n_embd], unit
     double scale;         // dose at strength 1
     uint64_t hash;        // of v
+    std::vector<column> columns;
 };
+
+// What of a vector has a row of its own among those that read the state: one of its columns (0, 1, ...), or its direction.
+enum part_id { PART_SELF = -1,  // reads and writes along it
+               PART_FLOOR = -2, // reads against it
+               PART_CAP = -3 };
+
+using part_key = std::pair<int32_t, int32_t>; // (vector, part)
 
 struct steer_vector {
     std::map<place, direction> dirs;
-    int32_t dyn = -1; // its index among the vectors that project or clamp
+    std::map<int32_t, int32_t> dyn; // part -> its index among all that read the state
+};
+
+// What a term does with one part of a direction: h += g * phi(read.h + bias) * write.
+struct part_edit {
+    int32_t part;
+    double g;
+    double bias;
+    double knee;
+    const column * col; // null: the direction itself
+    uint64_t hash;      // of all but g
 };
 
 using vectors_by_id = std::map<int32_t, steer_vector>;
+
+constexpr part_key NO_PART = { -1, 0 };
 
 struct config {
     std::vector<llama_steer_term> terms;
@@ -148,8 +180,8 @@ struct group {
 
     ggml_context_ptr ctx_dyn;
     ggml_backend_buffer_ptr buf_dyn;
-    ggml_tensor * v = nullptr;  // [n_embd, n_dyn, n_slots]
-    ggml_tensor * vt = nullptr; // [n_dyn, n_embd, n_slots]
+    ggml_tensor * v = nullptr;  // [n_embd, n_dyn, n_slots]: what is read along
+    ggml_tensor * vt = nullptr; // [n_dyn, n_embd, n_slots]: what is written along, as columns
 };
 
 struct slot {
@@ -176,7 +208,7 @@ struct row_info {
     std::string key;
     uint64_t used = 0;          // ubatch that used it last
     bool zero = true;           // nothing to apply: row 0 stands for it
-    std::vector<float> g;       // [n_slots][n_dyn]
+    std::vector<float> g;       // [3][n_slots][n_dyn]: coefficients, biases, and the knees with their signs turned
     std::vector<uint8_t> kinds; // [n_slots] kind_bits: what it does there
     int32_t config = 0;
 };
@@ -194,7 +226,8 @@ enum mode_bits { MODE_EDIT = 1,
 
 enum kind_bits { KIND_ADD = 1,
                  KIND_DYN = 2,
-                 KIND_RENORM = 4 };
+                 KIND_RENORM = 4,
+                 KIND_KNEE = 8 };  // some of what reads the state has a bias or a knee; with KIND_DYN only
 constexpr uint64_t KIND_KEPT = 64; // edited ubatches for which a graph keeps doing what none of them needs
 
 // What is known of a place in this model's graphs. Found out, not listed: see llama-steer-facts.cpp.
@@ -217,7 +250,7 @@ struct llama_steer_state {
     int32_t n_layer = 0;
     int32_t n_streams = 1;
 
-    std::map<int32_t, steer_vector> vectors;
+    vectors_by_id vectors;
     std::map<int32_t, config> configs;
     std::map<llama_seq_id, interval_map<int32_t>> ranges;
     std::map<llama_seq_id, interval_map<bool>> wanted;
@@ -235,10 +268,10 @@ struct llama_steer_state {
     std::vector<slot> slots;
     std::map<place, int32_t> slot_of;
     std::vector<group> groups;
-    int32_t n_dyn = 0;             // capacity of the projecting vectors
-    bool norms = false;            // graphs can restore lengths: a config has asked for it
-    std::vector<int32_t> dyn_cols; // dyn index -> vector, -1 free
-    int32_t n_rows = 0;            // capacity, row 0 included
+    int32_t n_dyn = 0;              // capacity of what reads the state
+    bool norms = false;             // graphs can restore lengths: a config has asked for it
+    std::vector<part_key> dyn_cols; // dyn index -> what is there, NO_PART: free
+    int32_t n_rows = 0;             // capacity, row 0 included
     std::vector<row_info> rows;
     std::unordered_map<std::string, int32_t> row_of;
 
@@ -260,7 +293,7 @@ struct llama_steer_state {
     int mode = MODE_ALL; // what the next graph must carry; reserve passes must see everything
     bool live = false;
     std::vector<uint8_t> kinds;                     // [n_slots] of the rows in use: what the graph has to do there
-    std::vector<std::array<uint64_t, 3>> kind_used; // [n_slots][bit of kind_bits]: the edited ubatch that needed it last, 0 for none
+    std::vector<std::array<uint64_t, 4>> kind_used; // [n_slots][bit of kind_bits]: the edited ubatch that needed it last, 0 for none
     uint64_t n_edits = 0;                           // edited ubatches so far
     bool row_waited = false;
     bool capture_built = true; // every capture is in the graph
@@ -289,7 +322,7 @@ struct llama_steer_state {
     // Graphs of reserve passes have to hold everything.
     void want_all() {
         mode = MODE_ALL;
-        kinds.assign(slots.size(), KIND_ADD | (n_dyn > 0 ? KIND_DYN : 0) | (norms ? KIND_RENORM : 0));
+        kinds.assign(slots.size(), KIND_ADD | (n_dyn > 0 ? KIND_DYN | KIND_KNEE : 0) | (norms ? KIND_RENORM : 0));
     }
 
     // For one sequence; the others are computed as they should be.
@@ -378,8 +411,7 @@ llama_steer_state & state_for(llama_context * ctx);
 // llama-steer-config.cpp
 
 // room: there is a place on the device for each of its directions; else for those that a config uses.
-void set_vector(llama_steer_state & st, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites, const float * dirs,
-                const double * scales, bool room);
+void set_vector(llama_steer_state & st, int32_t vector_id, const llama_steer_vector & vector, bool room);
 void clear_vector(llama_steer_state & st, int32_t vector_id);
 void set_config(llama_steer_state & st, int32_t config_id, int32_t n_terms, const llama_steer_term * terms);
 void clear_config(llama_steer_state & st, int32_t config_id);
@@ -418,15 +450,15 @@ void drop_rows(llama_steer_state & st);
 void drop_kept(llama_steer_state & st);
 void forget_rows_of(llama_steer_state & st, int32_t config_id);
 
-// Write direction dyn of the projecting vectors, or zeros for col == nullptr.
+// Write row dyn of what reads the state: a part of a vector, or zeros for col == nullptr.
 void upload_dyn(const llama_steer_state & st, const std::vector<group> & groups, const std::vector<slot> & slots, int32_t n_dyn,
-                int32_t dyn, const steer_vector * col);
+                int32_t dyn, const steer_vector * col, int32_t part);
 
-void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols,
+void rebuild_bank(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<part_key> & dyn_cols,
                   const vectors_by_id & vectors);
 
 bool has_places(const llama_steer_state & st, const std::vector<place> & places);
-void make_room(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<int32_t> & dyn_cols, const vectors_by_id & vectors);
+void make_room(llama_steer_state & st, const std::vector<place> & places, int32_t n_dyn, const std::vector<part_key> & dyn_cols, const vectors_by_id & vectors);
 
 // Have rows for what sequences may still need, as far as the limits go. Throws when there is no memory.
 void reserve_rows(llama_steer_state & st, const std::map<llama_seq_id, interval_map<int32_t>> & ranges);
@@ -440,7 +472,8 @@ int32_t row_for(llama_steer_state & st, int32_t config_id, int32_t stream, const
 void set_acting(llama_steer_state & st, config & c);
 bool in_use(const llama_steer_state & st, int32_t vector_id);
 bool term_covers(const llama_steer_term & t, const place & at, int32_t stream);
-void term_coefficients(const llama_steer_term & t, const direction & d, double & c, double & g);
+// c: what is added along the direction; parts: what depends on the state.
+void term_coefficients(const llama_steer_term & t, const direction & d, double & c, std::vector<part_edit> & parts);
 // Throws when a term renorms where another op acts.
 void check_renorm(const vectors_by_id & vectors, const std::vector<llama_steer_term> & terms);
 // Throws when a term, or all of them over all layers, could make a state that float32 does not hold: NaN in a cache is everybody's.
@@ -449,7 +482,12 @@ void check_bounds(const llama_steer_state & st, const vectors_by_id & vectors, c
 // How long a state can become on its way through edited places.
 struct growth_bound {
     double size = ANY_STATE;
-    void pass(const place & at, double added, const std::vector<std::pair<const direction *, double>> & parts); // throws
+    double added = 0.0;                                      // at the place that comes next
+    std::vector<std::pair<const direction *, double>> along; // read and written along the same direction, with g
+    std::vector<std::pair<const column *, double>> columns;
+
+    void take(const direction & d, double c, const std::vector<part_edit> & parts);
+    void pass(const place & at); // throws
 };
 
 // Content hash of what terms apply (at one place only, if given); 0 = nothing.

@@ -67,7 +67,23 @@ const char * llama_steer_error(const llama_context * ctx) {
 }
 
 int32_t llama_steer_vector_set(llama_context * ctx, int32_t vector_id, int32_t n, const int32_t * layers, const int32_t * sites, const float * dirs, const double * scales) {
-    return guarded(ctx, [&]() { set_vector(state_for(ctx), vector_id, n, layers, sites, dirs, scales, true); });
+    llama_steer_vector vector = {};
+    vector.n = n;
+    vector.layers = layers;
+    vector.sites = sites;
+    vector.dirs = dirs;
+    vector.scales = scales;
+    return llama_steer_vector_put(ctx, vector_id, &vector);
+}
+
+int32_t llama_steer_vector_put(llama_context * ctx, int32_t vector_id, const llama_steer_vector * vector) {
+    return guarded(ctx, [&]() {
+        auto & st = state_for(ctx);
+        if (!vector) {
+            throw steer_error(LLAMA_STEER_ERR_ARG, "the vector is NULL");
+        }
+        set_vector(st, vector_id, *vector, true);
+    });
 }
 
 int32_t llama_steer_vector_clear(llama_context * ctx, int32_t vector_id) {

@@ -2,11 +2,15 @@
 //
 // At a steered layer and site the hidden state h (n_embd floats) of a token becomes
 //
-//     h  <-  h + V (c + g o V^T h)          V: n_embd x K unit directions; c, g: K numbers per token
+//     h  <-  h + V (c + g o phi(W^T h + b))          V, W: n_embd x K unit rows; c, g, b: K numbers per token
 //
-// "add" is c = strength * scale, "project" is g = -strength, "clamp" is c = strength * scale and g = -1. "renorm" adds as "add" does and
-// then gives h the length it had: h <- (h + V c) |h| / |h + V c|. Several of these are added together first; at one place and stream
-// they cannot be combined with another op.
+// phi(z) is z, or z above a knee and 0 elsewhere. "add" is c = strength * scale. For a plain direction v, which is read and written,
+// "project" is g = -strength, "clamp" is c = strength * scale and g = -1; "floor" adds strength * relu(level * scale - v.h) along v, "cap"
+// takes strength * relu(v.h - level * scale) away (with a scale below 0 the two change places). A direction may have columns instead, each
+// with its own w, b, knee, v and gain: "add" then has g = strength * gain beside its c, and "project" and "clamp" use strength * gain and
+// gain in place of the g above. "renorm" adds as "add" does and then gives h the length it had: h <- h' |h| / |h'|. Several of these are
+// added together first; at one place and stream they cannot be combined with another op.
+// All of it reads the state before the edit. Of several streams each reads and writes its own state.
 // Strength, layer window and stream are turned into c and g here and nowhere else, so that every engine agrees.
 //
 //   vector  a steering vector: a set of unit directions over (layer, site), each with its scale
@@ -27,7 +31,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_STEER_API_VERSION 3
+#define LLAMA_STEER_API_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -55,7 +59,7 @@ extern "C" {
     };
 
 #define LLAMA_STEER_MAX_VECTORS 4096 // vectors held at once
-#define LLAMA_STEER_MAX_DYN     64   // of these, vectors that project or clamp
+#define LLAMA_STEER_MAX_DYN     64   // rows of them that read the state: directions that project or clamp, floors, caps, columns
 
     struct llama_steer_info {
         int32_t n_layer; // steerable layers, 0-based; MTP blocks do not count
@@ -72,6 +76,7 @@ extern "C" {
         int32_t il_first; // inclusive window, -1 = open end
         int32_t il_last;
         int32_t stream; // LLAMA_STEER_STREAM_ALL or a stream index (resid_post only)
+        double level;   // of floor and cap, in units of the scale
     };
 
     struct llama_steer_stats {
@@ -114,14 +119,18 @@ extern "C" {
         const float * dirs,
         const double * scales);
 
+    // The same for a vector that may have columns; its key is not looked at. While a config uses it,
+    // its columns cannot become more than they are.
+    LLAMA_API int32_t llama_steer_vector_put(struct llama_context * ctx, int32_t vector, const struct llama_steer_vector * content);
+
     // Forget a vector. Refused (ERR_ARG) while a config uses it.
     LLAMA_API int32_t llama_steer_vector_clear(struct llama_context * ctx, int32_t vector);
 
     // ---- configs and ranges ----
 
     // Set (or replace) config >= 1. Replacing one changes every later token of the ranges that point to it.
-    // n_terms = 0 makes it a config that applies nothing. A window that holds none of the vector's layers is an error, and so is
-    // a renorm at a place and stream where another op acts. The first renorm makes the context reserve its compute buffers again.
+    // n_terms = 0 makes it a config that applies nothing. A window that holds none of the vector's layers is an error, and so
+    // are a renorm at a place and stream where another op acts, and two floors or two caps of one vector there, at different levels. The first renorm makes the context reserve its compute buffers again.
     LLAMA_API int32_t llama_steer_config_set(struct llama_context * ctx, int32_t config, int32_t n_terms, const struct llama_steer_term * terms);
     LLAMA_API int32_t llama_steer_config_clear(struct llama_context * ctx, int32_t config); // its ranges fall back to config 0
 

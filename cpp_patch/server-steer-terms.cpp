@@ -12,7 +12,7 @@ using namespace server_steer_json;
 
 namespace {
 
-const char * const OPS[4] = { "add", "project", "clamp", "renorm" };
+const char * const OPS[6] = { "add", "project", "clamp", "renorm", "floor", "cap" }; // in the order of enum llama_steer_op
 
 // digits only, at most 9 of them
 bool number_of(const std::string & text, llama_pos & value) {
@@ -120,9 +120,20 @@ static server_steer_term parse_term(size_t number, const json & item, const std:
         }
     }
     const std::string op = is_absent(item, "op") ? term.vector->op : text_of(item.at("op"), where + ": the op");
-    term.spec.op = index_of(OPS, 4, op);
+    term.spec.op = index_of(OPS, 6, op);
     if (term.spec.op < 0) {
-        bad(where + ": unknown op " + shown(op) + ": use add, project, clamp or renorm");
+        bad(where + ": unknown op " + shown(op) + ": use add, project, clamp, renorm, floor or cap");
+    }
+    const bool bounds = term.spec.op == LLAMA_STEER_FLOOR || term.spec.op == LLAMA_STEER_CAP;
+    if (is_absent(item, "level") == bounds) {
+        bad(where + (bounds ? ": " + op + " needs a level, in units of the strength of " + shown(term.name) : ": op " + op + " takes no level"));
+    }
+    if (bounds) {
+        const json & level = item.at("level");
+        if (!level.is_number() || !std::isfinite(level.get<double>())) {
+            bad(where + ": the level of " + shown(term.name) + " is " + shown(level) + ", not a finite number");
+        }
+        term.spec.level = level.get<double>();
     }
     set_scope(term, is_absent(item, "scope") ? term.vector->scope : text_of(item.at("scope"), where + ": the scope"));
 

@@ -174,13 +174,14 @@ std::string text_at(const json & data, const char * key) {
     return data.at(key).get<std::string>();
 }
 
-// "direction.<layer>.<site>"
-bool parse_tensor_name(const std::string & name, int32_t & layer, int32_t & site) {
-    const std::string head = "direction.";
-    if (name.compare(0, head.size(), head) != 0) {
+// "<kind>.<layer>.<site>"
+bool parse_tensor_name(const std::string & name, std::string & kind, int32_t & layer, int32_t & site) {
+    size_t at = name.find('.');
+    kind = name.substr(0, at);
+    if (at == std::string::npos || (kind != "direction" && kind != "read" && kind != "write")) {
         return false;
     }
-    size_t at = head.size();
+    at++;
     size_t end = at;
     while (end < name.size() && name[end] >= '0' && name[end] <= '9') {
         end++;
@@ -201,7 +202,12 @@ bool parse_tensor_name(const std::string & name, int32_t & layer, int32_t & site
 struct stored_direction {
     std::vector<float> values;
     double scale = 0.0;
+    std::vector<llama_steer_column> columns;
+    std::vector<float> reads; // [columns][n_embd]
+    std::vector<float> writes;
 };
+
+using stored_directions = std::map<std::pair<int32_t, std::string>, stored_direction>; // sorted as they are hashed
 
 float float_at(const char * bytes) {
     const auto * b = reinterpret_cast<const uint8_t *>(bytes);
@@ -218,8 +224,9 @@ int64_t whole(const json & value, const std::string & what) {
     return value.get<int64_t>();
 }
 
-stored_direction read_direction(const std::string & name, const json & entry, const char * data, size_t size, int32_t n_embd,
-                                std::vector<std::pair<size_t, size_t>> & spans) {
+// Rows of unit length: one, or for n_rows > 0 a matrix of so many.
+std::vector<float> read_rows(const std::string & name, const json & entry, const char * data, size_t size, int32_t n_rows, int32_t n_embd,
+                             std::vector<std::pair<size_t, size_t>> & spans) {
     if (!entry.is_object() || entry.size() != 3 || !entry.contains("dtype") || !entry.contains("shape") || !entry.contains("data_offsets")) {
         bad("the entry of tensor " + name + " is malformed");
     }
@@ -228,9 +235,12 @@ stored_direction read_direction(const std::string & name, const json & entry, co
         bad("tensor " + name + " is not F32");
     }
     const json & shape = entry.at("shape");
-    if (!shape.is_array() || shape.size() != 1 || whole(shape.at(0), "the shape of " + name) != n_embd) {
-        bad("tensor " + name + string_format(" does not have the shape [%d]", n_embd));
+    const size_t dims = n_rows > 0 ? 2 : 1;
+    if (!shape.is_array() || shape.size() != dims || whole(shape.at(dims - 1), "the shape of " + name) != n_embd ||
+        (n_rows > 0 && whole(shape.at(0), "the shape of " + name) != n_rows)) {
+        bad("tensor " + name + " does not have the shape [" + (n_rows > 0 ? string_format("%d, %d]", n_rows, n_embd) : string_format("%d]", n_embd)));
     }
+    const size_t count = (size_t) std::max(1, n_rows) * n_embd;
     const json & offsets = entry.at("data_offsets");
     if (!offsets.is_array() || offsets.size() != 2) {
         bad("tensor " + name + " has malformed data_offsets");
@@ -240,47 +250,122 @@ stored_direction read_direction(const std::string & name, const json & entry, co
     if (begin < 0 || end < begin || (uint64_t) end > size) {
         bad("truncated: the data of tensor " + name + " does not fit into the file");
     }
-    if (end - begin != (int64_t) n_embd * 4) {
-        bad("tensor " + name + string_format(" has %lld bytes of data, not %lld", (long long) (end - begin), (long long) n_embd * 4));
+    if (end - begin != (int64_t) count * 4) {
+        bad("tensor " + name + string_format(" has %lld bytes of data, not %lld", (long long) (end - begin), (long long) count * 4));
     }
     spans.emplace_back((size_t) begin, (size_t) end);
 
-    stored_direction res;
-    res.values.resize(n_embd);
-    double norm2 = 0.0;
-    for (int32_t i = 0; i < n_embd; ++i) {
-        res.values[i] = float_at(data + begin + 4 * (size_t) i);
-        if (!std::isfinite(res.values[i])) {
-            bad("tensor " + name + " contains NaN or Inf");
+    std::vector<float> res(count);
+    for (size_t row = 0; row < count; row += n_embd) {
+        double norm2 = 0.0;
+        for (size_t i = row; i < row + n_embd; ++i) {
+            res[i] = float_at(data + begin + 4 * i);
+            if (!std::isfinite(res[i])) {
+                bad("tensor " + name + " contains NaN or Inf");
+            }
+            norm2 += (double) res[i] * res[i];
         }
-        norm2 += (double) res.values[i] * res.values[i];
-    }
-    if (std::abs(std::sqrt(norm2) - 1.0) > 1e-3) {
-        bad("tensor " + name + string_format(" has length %.6g: stored directions have length 1", std::sqrt(norm2)));
+        if (std::abs(std::sqrt(norm2) - 1.0) > 1e-3) {
+            bad("tensor " + name + string_format(" has length %.6g: stored directions have length 1", std::sqrt(norm2)));
+        }
     }
     return res;
 }
 
-std::string content_hash(const std::string & op, const std::map<std::pair<int32_t, std::string>, stored_direction> & directions) {
+double number_at(const json & data, const char * key, const std::string & what) {
+    if (!data.contains(key) || !data.at(key).is_number() || !std::isfinite(data.at(key).get<double>())) {
+        bad(what + ": its " + key + " is no finite number");
+    }
+    return data.at(key).get<double>();
+}
+
+// The columns of each place, by the "<layer>.<site>" of their tensors, without their rows.
+std::map<std::string, std::vector<llama_steer_column>> read_columns(const json & value) {
+    std::map<std::string, std::vector<llama_steer_column>> res;
+    if (!value.is_object() || value.empty()) {
+        bad("'columns' is not an object that says what is read where");
+    }
+    for (const auto & entry : value.items()) {
+        const std::string where = "the columns at " + shown(entry.key());
+        if (!entry.value().is_array() || entry.value().empty() || entry.value().size() > LLAMA_STEER_MAX_COLUMNS) {
+            bad(where + string_format(" are not a list of 1 to %d", LLAMA_STEER_MAX_COLUMNS));
+        }
+        for (size_t i = 0; i < entry.value().size(); ++i) {
+            const json & item = entry.value().at(i);
+            if (!item.is_object() || item.size() != 3) {
+                bad(where + " do not have just gain, bias and knee");
+            }
+            llama_steer_column column = {};
+            column.gain = number_at(item, "gain", where);
+            column.bias = number_at(item, "bias", where);
+            if (!item.contains("knee")) {
+                bad(where + " do not have just gain, bias and knee");
+            }
+            column.knee = item.at("knee").is_null() ? -INFINITY : number_at(item, "knee", where);
+            if (std::abs(column.bias) > LLAMA_STEER_MAX_DOSE || (std::isfinite(column.knee) && !(column.knee >= 0.0 && column.knee <= LLAMA_STEER_MAX_DOSE))) {
+                bad(where + string_format(" have a bias beyond %g, or a knee that is not from 0 to that", LLAMA_STEER_MAX_DOSE));
+            }
+            res[entry.key()].push_back(column);
+        }
+    }
+    return res;
+}
+
+void hash_floats(sha256 & digest, const float * values, size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        memcpy(&bits, values + i, sizeof(bits));
+        digest.update_u32(bits);
+    }
+}
+
+void hash_double(sha256 & digest, double value) {
+    const double plus = value + 0.0; // -0.0 is hashed as 0.0
+    uint64_t bits;
+    memcpy(&bits, &plus, sizeof(bits));
+    digest.update_u32((uint32_t) bits);
+    digest.update_u32((uint32_t) (bits >> 32));
+}
+
+std::string content_hash(const std::string & op, const stored_directions & directions) {
     sha256 digest;
-    digest.update(std::string("steer-content-v1\0", 17));
+    const bool columns = std::any_of(directions.begin(), directions.end(), [](const auto & d) { return !d.second.columns.empty(); });
+    digest.update(std::string(columns ? "steer-content-v2\0" : "steer-content-v1\0", 17));
     digest.update(op + std::string(1, '\0'));
     for (const auto & [key, d] : directions) {
         digest.update_u32((uint32_t) key.first);
         digest.update(key.second + std::string(1, '\0'));
         digest.update_u32((uint32_t) d.values.size());
-        for (float x : d.values) {
-            uint32_t bits;
-            memcpy(&bits, &x, sizeof(bits));
-            digest.update_u32(bits);
+        hash_floats(digest, d.values.data(), d.values.size());
+        hash_double(digest, d.scale);
+        if (columns) {
+            digest.update_u32((uint32_t) d.columns.size());
+            for (size_t i = 0; i < d.columns.size(); ++i) {
+                hash_floats(digest, d.reads.data() + i * d.values.size(), d.values.size());
+                hash_floats(digest, d.writes.data() + i * d.values.size(), d.values.size());
+                hash_double(digest, d.columns[i].gain);
+                hash_double(digest, d.columns[i].bias);
+                hash_double(digest, d.columns[i].knee);
+            }
         }
-        const double scale = d.scale + 0.0; // -0.0 is hashed as 0.0
-        uint64_t bits;
-        memcpy(&bits, &scale, sizeof(bits));
-        digest.update_u32((uint32_t) bits);
-        digest.update_u32((uint32_t) (bits >> 32));
     }
     return digest.hex();
+}
+
+// What is stored, as it is applied: another writer's rounding is taken out of rows, as our own reader does it.
+double make_unit(float * row, int32_t n_embd) {
+    double norm2 = 0.0;
+    for (int32_t i = 0; i < n_embd; ++i) {
+        norm2 += (double) row[i] * row[i];
+    }
+    const double norm = std::sqrt(norm2);
+    if (std::abs(norm - 1.0) <= 1e-6) {
+        return 1.0;
+    }
+    for (int32_t i = 0; i < n_embd; ++i) {
+        row[i] = (float) (row[i] / norm);
+    }
+    return norm;
 }
 
 void check_identity(const json & stored, const server_steer_identity & model, bool force) {
@@ -354,10 +439,14 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
         bad("a safetensors file without a steering vector (no 'steer' metadata)");
     }
     const json meta = server_steer_parse_object(header.at("__metadata__").at("steer").get<std::string>(), "the 'steer' metadata");
-    if (text_at(meta, "format") != "steer-vector-v1") {
-        bad("unknown format version " + shown(text_at(meta, "format")) + ": this server knows steer-vector-v1");
+    const bool has_columns = text_at(meta, "format") == "steer-vector-v2";
+    if (!has_columns && text_at(meta, "format") != "steer-vector-v1") {
+        bad("unknown format version " + shown(text_at(meta, "format")) + ": this server knows steer-vector-v1 and steer-vector-v2");
     }
-    static const std::set<std::string> fields = { "format", "name", "op", "default_scope", "n_embd", "scales", "identity", "provenance", "calibration", "content_sha256" };
+    std::set<std::string> fields = { "format", "name", "op", "default_scope", "n_embd", "scales", "identity", "provenance", "calibration", "content_sha256" };
+    if (has_columns) {
+        fields.insert("columns");
+    }
     for (const auto & field : fields) {
         if (!meta.contains(field)) {
             bad("the 'steer' metadata lacks '" + field + "'");
@@ -392,16 +481,18 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
     if (!scales.is_object()) {
         bad("'scales' is not an object");
     }
-    std::map<std::pair<int32_t, std::string>, stored_direction> directions; // sorted as they are hashed
+    auto columns = has_columns ? read_columns(meta.at("columns")) : decltype(read_columns(json())){};
+    stored_directions directions;
     std::vector<std::pair<size_t, size_t>> spans;
     for (const auto & entry : header.items()) {
         const std::string & name = entry.key();
         if (name == "__metadata__") {
             continue;
         }
+        std::string kind;
         int32_t layer = 0;
         int32_t site = 0;
-        if (!parse_tensor_name(name, layer, site)) {
+        if (!parse_tensor_name(name, kind, layer, site)) {
             bad("unknown tensor " + shown(name) + ": directions are named direction.<layer>.<site>");
         }
         if (layer >= info.n_layer) {
@@ -410,7 +501,18 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
         if (!info.sites[site]) {
             bad(std::string("it acts at ") + SITES[site] + ", which this architecture does not offer");
         }
-        auto direction = read_direction(name, entry.value(), data, size, res->n_embd, spans);
+        auto & direction = directions[{ layer, SITES[site] }];
+        if (kind != "direction") {
+            const auto found = columns.find(name.substr(kind.size() + 1));
+            if (found == columns.end()) {
+                bad("tensor " + name + " belongs to no column");
+            }
+            direction.columns = found->second;
+            auto & rows = kind == "read" ? direction.reads : direction.writes;
+            rows = read_rows(name, entry.value(), data, size, (int32_t) direction.columns.size(), res->n_embd, spans);
+            continue;
+        }
+        direction.values = read_rows(name, entry.value(), data, size, 0, res->n_embd, spans);
         if (!scales.contains(name) || !scales.at(name).is_number()) {
             bad("tensor " + name + " has no scale");
         }
@@ -418,10 +520,19 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
         if (!std::isfinite(direction.scale)) {
             bad("the scale of " + name + " is not finite");
         }
-        directions[{ layer, SITES[site] }] = std::move(direction);
     }
     if (directions.empty()) {
         bad("it holds no direction");
+    }
+    size_t n_columns = 0;
+    for (const auto & [key, d] : directions) {
+        if (d.values.empty() || d.reads.empty() != d.writes.empty()) {
+            bad(string_format("layer %d has tensors for columns, but not all of direction, read and write", key.first));
+        }
+        n_columns += d.columns.empty() ? 0 : 1;
+    }
+    if (n_columns != columns.size()) {
+        bad("a column has no tensors");
     }
     if (res->gate && directions.size() != 1) {
         bad(string_format("a gate looks at one layer and site, this one has %zu directions", directions.size()));
@@ -445,21 +556,24 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
     }
 
     for (auto & [key, d] : directions) {
-        double norm2 = 0.0;
-        for (float x : d.values) {
-            norm2 += (double) x * x;
-        }
-        const double norm = std::sqrt(norm2);
-        if (std::abs(norm - 1.0) > 1e-6) { // another writer's rounding, as our own reader takes it
-            for (float & x : d.values) {
-                x = (float) (x / norm);
-            }
-            d.scale *= norm;
-        }
+        d.scale *= make_unit(d.values.data(), res->n_embd);
         res->layers.push_back(key.first);
         res->sites.push_back((int32_t) (std::find(SITES, SITES + LLAMA_STEER_SITE_COUNT, key.second) - SITES));
         res->scales.push_back(d.scale);
         res->dirs.insert(res->dirs.end(), d.values.begin(), d.values.end());
+        for (size_t i = 0; i < d.columns.size(); ++i) {
+            auto & column = d.columns[i];
+            column.layer = res->layers.back();
+            column.site = res->sites.back();
+            // phi(s z) is s phi(z) with a knee at 1/s of where it was
+            const double length = make_unit(d.reads.data() + i * res->n_embd, res->n_embd);
+            column.bias /= length;
+            column.knee /= length;
+            column.gain *= length * make_unit(d.writes.data() + i * res->n_embd, res->n_embd);
+            res->columns.push_back(column);
+        }
+        res->reads.insert(res->reads.end(), d.reads.begin(), d.reads.end());
+        res->writes.insert(res->writes.end(), d.writes.begin(), d.writes.end());
     }
     res->native.key = res->content_sha256.c_str();
     res->native.n = (int32_t) res->n();
@@ -467,5 +581,9 @@ server_steer_vector_ptr server_steer_parse_vector(const std::string & file, cons
     res->native.sites = res->sites.data();
     res->native.dirs = res->dirs.data();
     res->native.scales = res->scales.data();
+    res->native.n_columns = (int32_t) res->columns.size();
+    res->native.columns = res->columns.data();
+    res->native.reads = res->reads.data();
+    res->native.writes = res->writes.data();
     return res;
 }

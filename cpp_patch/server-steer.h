@@ -64,16 +64,19 @@ struct server_steer_vector {
     std::string op;
     std::string scope;
     int32_t n_embd = 0;
-    std::vector<int32_t> layers;           // [n] of each direction, sorted with sites
-    std::vector<int32_t> sites;            // [n]
-    std::vector<double> scales;            // [n] dose at strength 1
-    std::vector<float> dirs;               // [n][n_embd] unit directions
-    std::optional<server_steer_gate> gate; // then n is 1
+    std::vector<int32_t> layers;             // [n] of each direction, sorted with sites
+    std::vector<int32_t> sites;              // [n]
+    std::vector<double> scales;              // [n] dose at strength 1
+    std::vector<float> dirs;                 // [n][n_embd] unit directions
+    std::vector<llama_steer_column> columns; // what reads the state, at places that have a direction
+    std::vector<float> reads;                // [columns][n_embd] unit rows
+    std::vector<float> writes;               // the same
+    std::optional<server_steer_gate> gate;   // then n is 1
 
     llama_steer_vector native = {}; // the same, for plans
 
     size_t n() const { return layers.size(); }
-    size_t bytes() const { return dirs.size() * sizeof(float); }
+    size_t bytes() const { return (dirs.size() + reads.size() + writes.size()) * sizeof(float); }
 };
 
 using server_steer_vector_ptr = std::shared_ptr<const server_steer_vector>;

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ CORE = ("llama", "qwen2", "qwen3", "gemma3", "deepseek2", "deepseek4")
 llama_cpp: Any = None  # set by the fixture in conftest.py, after a runtime was activated
 
 RESID, ATTN, FFN = 0, 1, 2
-ADD, PROJECT, CLAMP, RENORM = 0, 1, 2, 3
+ADD, PROJECT, CLAMP, RENORM, FLOOR, CAP = 0, 1, 2, 3, 4, 5
 ALL, MEAN = native.STREAM_ALL, native.STREAM_MEAN
 
 Place = tuple[int, int]
@@ -43,9 +43,13 @@ class Tok:
 
 @dataclass(frozen=True)
 class Vector:
-    """A steering vector: place -> (unit direction float32 [n_embd], scale)."""
+    """A steering vector: place -> (unit direction float32 [n_embd], scale).
+
+    ``columns``: place -> (read, write, gain, bias, knee), float32 [k, n_embd] unit rows and [k] numbers.
+    """
 
     places: Mapping[Place, tuple[np.ndarray, float]]
+    columns: Mapping[Place, tuple[Any, ...]] = field(default_factory=dict)
 
     def put(self, steer: native.SteerContext, index: int) -> None:
         steer.set_vector(
@@ -54,6 +58,7 @@ class Vector:
             [site for _, site in self.places],
             np.stack([v for v, _ in self.places.values()]),
             [scale for _, scale in self.places.values()],
+            {list(self.places).index(place): columns for place, columns in self.columns.items()},
         )
 
 
@@ -280,15 +285,35 @@ def edited(
         v = v32.astype(np.float64)
         along = h @ v
         keep = keep or t.op == RENORM
+        reads = responses(h, vectors[t.vector].columns.get(place))
         if t.op in (ADD, RENORM):
-            out += t.strength * scale * v
+            out += t.strength * scale * v + t.strength * (0.0 if reads is None else reads)
         elif t.op == PROJECT:
-            out += np.outer(-t.strength * along, v)
+            out += t.strength * (np.outer(-along, v) if reads is None else reads)
+        elif t.op == CLAMP:
+            out += t.strength * scale * v + (np.outer(-along, v) if reads is None else reads)
         else:
-            out += np.outer(t.strength * scale - along, v)
+            out += np.outer(t.strength * (held(along, t, scale) - along), v)
     if keep:
         out *= np.linalg.norm(h, axis=1, keepdims=True) / np.linalg.norm(out, axis=1, keepdims=True)
     return out
+
+
+def responses(h: np.ndarray, columns: tuple[Any, ...] | None) -> np.ndarray | None:
+    """What columns add at strength 1, [n, n_embd]; None without any."""
+    if columns is None:
+        return None
+    total = np.zeros_like(h)
+    for read, write, gain, bias, knee in zip(*columns, strict=True):
+        z = h @ read.astype(np.float64) + bias
+        total += np.outer(gain * np.where(z > knee, z, 0.0), write.astype(np.float64))
+    return total
+
+
+def held(along: np.ndarray, t: NativeTerm, scale: float) -> np.ndarray:
+    """A component under a floor or a cap: in units of the scale it is the level at least, or at most."""
+    keep = np.maximum if (t.op == FLOOR) == (scale >= 0) else np.minimum
+    return keep(along, t.level * scale)
 
 
 def tolerance(h: np.ndarray, vectors: Mapping[int, Vector], terms: Iterable[NativeTerm]) -> float:
@@ -303,8 +328,11 @@ def tolerance(h: np.ndarray, vectors: Mapping[int, Vector], terms: Iterable[Nati
     for t in terms:
         doses = [abs(t.strength * scale) for _, scale in vectors[t.vector].places.values()]
         size += max(doses) if t.op != PROJECT else 0.0
-        if t.op in (PROJECT, CLAMP):
-            dyn += max(1.0, abs(t.strength)) * float(np.linalg.norm(h.reshape(-1, h.shape[-1]), axis=1).max())
+        norm = float(np.linalg.norm(h.reshape(-1, h.shape[-1]), axis=1).max())
+        if t.op in (PROJECT, CLAMP, FLOOR, CAP):
+            dyn += max(1.0, abs(t.strength)) * norm
+        for _, _, gain, bias, _ in vectors[t.vector].columns.values():
+            dyn += max(1.0, abs(t.strength)) * float((np.abs(gain) * (norm + np.abs(bias))).sum())
     eps = float(np.finfo(np.float32).eps)
     norms = 8.0 * size if any(t.op == RENORM for t in terms) else 0.0  # two sums of squares, and what is made of them
     return eps * (4.0 * size + 4.0 * dyn + norms)

@@ -142,8 +142,8 @@ static steer_vector make_vector(const model_holder & m, std::vector<int32_t> lay
 }
 
 static llama_steer_term term(int32_t vector, int32_t op = LLAMA_STEER_ADD, double strength = 1.0, int32_t first = -1, int32_t last = -1,
-        int32_t stream = LLAMA_STEER_STREAM_ALL) {
-    return { vector, op, strength, first, last, stream };
+        int32_t stream = LLAMA_STEER_STREAM_ALL, double level = 0.0) {
+    return { vector, op, strength, first, last, stream, level };
 }
 
 static int32_t set_config(llama_context * ctx, int32_t id, const std::vector<llama_steer_term> & terms) {
@@ -206,6 +206,61 @@ static void test_formula(const model_holder & m) {
         }
         CHECK(distance(c.run(), plain) == 0.0f);
     }
+}
+
+// A column reads one row and writes another; floors read against a direction. Vectors come and go, and with them the rows that read.
+static void test_columns(const model_holder & m) {
+    const int32_t n_embd = m.info.n_embd;
+    context c(m, 4, 1);
+    const auto plain = c.run();
+    const auto base = make_vector(m, { 0, 1 }, 3);
+    const auto reads = unit(n_embd, 41), writes = unit(n_embd, 42);
+    OK(c, llama_steer_seq_clear(c, -1));
+    const auto before = read(c, 1, LLAMA_STEER_RESID_POST, 9);
+    for (double knee : { -std::numeric_limits<double>::infinity(), 0.0, 0.5 }) {
+        const llama_steer_column column = { 1, LLAMA_STEER_RESID_POST, -0.7, 0.2, knee };
+        const llama_steer_vector vector = { "", 2, base.layers.data(), base.sites.data(), base.dirs.data(), base.scales.data(),
+                                            1, &column, reads.data(), writes.data() };
+        OK(c, llama_steer_vector_put(c, 0, &vector));
+        OK(c, set_config(c, 1, { term(0, LLAMA_STEER_PROJECT, 1.0, 1, 1) }));
+        OK(c, llama_steer_range(c, 0, 0, -1, 1));
+        const auto after = read(c, 1, LLAMA_STEER_RESID_POST, 9);
+        for (size_t r = 0; r < before.size(); r += n_embd) {
+            double z = 0.2;
+            for (int32_t i = 0; i < n_embd; ++i) {
+                z += (double) before[r + i]*reads[i];
+            }
+            const double move = z > knee ? -0.7*z : 0.0;
+            for (int32_t i = 0; i < n_embd && std::fabs(z - knee) > 1e-3; ++i) {
+                CHECK(std::fabs(after[r + i] - before[r + i] - move*writes[i]) < 1e-3);
+            }
+        }
+        auto bad = vector;
+        bad.n_columns = 1 << 30;
+        CHECK(llama_steer_vector_put(c, 0, &bad) < 0);
+        bad.n_columns = 1;
+        bad.reads = nullptr;
+        CHECK(llama_steer_vector_put(c, 0, &bad) < 0);
+        CHECK(llama_steer_vector_put(c, 0, nullptr) < 0);
+        CHECK(set_config(c, 2, { term(0, LLAMA_STEER_FLOOR, 1.0, -1, -1, LLAMA_STEER_STREAM_ALL, 0.1) }) < 0);
+        OK(c, llama_steer_config_clear(c, 1));
+        OK(c, llama_steer_vector_clear(c, 0));
+    }
+    OK(c, base.put(c, 0));
+    for (double level : { -1e9, 0.3, 1.0 }) {
+        OK(c, set_config(c, 1, { term(0, LLAMA_STEER_FLOOR, 1.0, 1, 1, LLAMA_STEER_STREAM_ALL, level) }));
+        OK(c, llama_steer_range(c, 0, 0, -1, 1));
+        const auto after = read(c, 1, LLAMA_STEER_RESID_POST, 9);
+        for (size_t r = 0; r < after.size(); r += n_embd) {
+            double along = 0.0;
+            for (int32_t i = 0; i < n_embd; ++i) {
+                along += (double) after[r + i]*base.dirs[n_embd + i];
+            }
+            CHECK(along > 2.0*level - 1e-3);
+        }
+    }
+    OK(c, set_config(c, 1, {}));
+    CHECK(distance(c.run(), plain) == 0.0f);
 }
 
 static void test_many(const model_holder & m) {
@@ -645,7 +700,7 @@ static void test_plans(const model_holder & m) {
         keys.push_back("vector " + std::to_string(k));
     }
     for (int k = 0; k < 40; ++k) {
-        vectors.push_back({ keys[k].c_str(), 2, made[k].layers.data(), made[k].sites.data(), made[k].dirs.data(), made[k].scales.data() });
+        vectors.push_back({ keys[k].c_str(), 2, made[k].layers.data(), made[k].sites.data(), made[k].dirs.data(), made[k].scales.data(), 0, nullptr, nullptr, nullptr });
     }
     const char * open[] = { "<think>", "[THINK]" }, * close[] = { "</think>" }, * tool[] = { "<tool>" };
     const char * texts[] = { "", "<", "<thi", "nk>", "</think>", "<think></think><tool>", "plain \xc3\xa4", "[THINK]" };
@@ -743,6 +798,7 @@ int main(int argc, char ** argv) {
 
     const std::vector<std::pair<const char *, void (*)(const model_holder &)>> tests = {
         { "formula",       test_formula },
+        { "columns",       test_columns },
         { "many",          test_many },
         { "captures",      test_captures },
         { "callbacks",     test_callbacks },

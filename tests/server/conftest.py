@@ -18,6 +18,7 @@ from steer_plugins import testing
 from steer_plugins.client import ServerProcess
 from steer_plugins.errors import SteerError
 from steer_plugins.runtime import ensure_runtime
+from steer_plugins.steering.columns import LINEAR, Columns
 from steer_plugins.steering.vector import SteeringVector
 from steer_plugins.store.vectorfile import write_vector
 
@@ -207,3 +208,17 @@ def make_vector(
     """A vector with another direction at each layer."""
     places = {(il, site): direction(server, seed * 1000 + il) for il in layers or (1, 2)}
     return SteeringVector("v", places, {key: dose for key in places}, op=op, default_scope=scope)
+
+
+def make_responsive(server: Server, *layers: int, seed: int = 0, dose: float = 2.0, op: str = "add") -> SteeringVector:
+    """The same with three columns at each layer: linear, ReLU and JumpReLU."""
+    plain = make_vector(server, *layers, seed=seed, dose=dose, op=op)
+
+    def rows(key: tuple[int, str], first: int) -> np.ndarray:
+        return np.stack([direction(server, seed * 1000 + 100 * (first + j) + key[0]) for j in range(3)])
+
+    columns = {
+        key: Columns(rows(key, 1), rows(key, 4), [0.8, -1.0, 0.7], [0.3, 0.1, 0.2], [LINEAR, 0.0, 0.5])
+        for key in plain.directions
+    }
+    return plain.replace(columns=columns)

@@ -18,7 +18,7 @@ import pytest
 
 from steer_plugins.steering.gate import Gate
 from steer_plugins.steering.vector import SteeringVector
-from tests.server.conftest import PROMPT, Server, direction, make_vector
+from tests.server.conftest import PROMPT, Server, direction, make_responsive, make_vector
 from tests.server.test_cache import LONG, probabilities
 
 STEPS = int(os.environ.get("STEER_WALK_STEPS", "30"))
@@ -55,16 +55,20 @@ class Walk:
         for name, op in (("v", "add"), ("w", "project")):
             for one in (self.server, self.fresh):
                 assert one.put(name, make_vector(one, seed=seed, op=op), self.folder).status_code == 200
+        for one in (self.server, self.fresh):
+            assert one.put("r", make_responsive(one, seed=seed), self.folder).status_code == 200
 
     def terms(self) -> list[dict[str, Any]]:
         scopes = ["all", "prompt", "response", "0-", "3-9", "20-", "all", "response"]
         terms = []
         for _ in range(self.rng.choice((0, 0, 1, 1, 2))):
             term = {
-                "vector": self.rng.choice("vw"),
+                "vector": self.rng.choice("vwr"),
                 "strength": self.rng.choice((-1.0, 0.5, 1.0)),
                 "scope": self.rng.choice(scopes),
             }
+            if term["vector"] != "r" and self.rng.random() < 0.2:
+                term |= {"op": self.rng.choice(("floor", "cap")), "level": self.rng.choice((-0.5, 0.0, 0.5)), "strength": 1.0}
             if term["scope"] != "prompt" and self.rng.random() < 0.3:
                 term["schedule"] = {"kind": "linear", "over": self.rng.randint(1, 6), "floor": 0.25}
             if term["scope"] == "response" and self.rng.random() < 0.2:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from steer_plugins.steering import formula
 from steer_plugins.steering.schedule import Schedule
+from steer_plugins.steering.terms import Term
 from tests.scopes import factor
-from tests.server.conftest import PROMPT, Server, direction, make_vector
+from tests.server.conftest import PROMPT, Server, direction, make_responsive, make_vector
 
 BOTH = ("llama", "deepseek4")
 
@@ -69,6 +71,49 @@ def test_ops_and_sums(exact: Any, tmp_path: Path, arch: str) -> None:
         expected = plain + (c + g * (plain @ v))[..., None] * v
         expected[0] = plain[0]
         assert np.abs(steered - expected).max() < 2e-3, terms
+
+
+@pytest.mark.parametrize("arch", BOTH)
+def test_what_reads_the_state(exact: Any, tmp_path: Path, arch: str) -> None:
+    """Columns, floors and caps: each stream of a token by the formula; a file that was uploaded does what it says."""
+    server = exact(arch)
+    responsive, plain_vector = make_responsive(server, 1, dose=1.5), make_vector(server, 1, dose=2.0)
+    server.put("r", responsive, tmp_path)
+    server.put("one", plain_vector, tmp_path)
+    fields: dict[str, Any] = {"prompts": [PROMPT], "positions": "all", "layers": [1], "stream": "all"}
+    plain = server.read(**fields)[1]["0.values"][0].astype(np.float64)
+    along = plain @ direction(server, 1).astype(np.float64)
+    level = float(np.median(along)) / 2.0
+    for terms, wanted in (
+        ([{"vector": "r"}], [Term(responsive)]),
+        ([{"vector": "r", "strength": -0.5, "op": "renorm"}], [Term(responsive, -0.5, op="renorm")]),
+        ([{"vector": "r", "strength": 2.0, "op": "clamp"}], [Term(responsive, 2.0, op="clamp")]),
+        ([{"vector": "r", "op": "project"}], [Term(responsive, op="project")]),
+        ([{"vector": "one", "op": "floor", "level": level}], [Term(plain_vector, op="floor", level=level)]),
+        (
+            [{"vector": "one", "op": "cap", "level": level, "strength": 0.5}, {"vector": "r"}],
+            [Term(plain_vector, 0.5, op="cap", level=level), Term(responsive)],
+        ),
+    ):
+        steered = server.read(**fields, steering=terms)[1]["0.values"][0].astype(np.float64)
+        expected = formula.steer(plain, wanted, 1)
+        expected[0] = plain[0]
+        assert np.abs(steered - expected).max() < 2e-3, terms
+        assert np.abs(expected - plain).max() > 0.05
+
+
+def test_levels_are_asked_for(exact: Any, tmp_path: Path) -> None:
+    server = exact()
+    server.put("one", make_vector(server, 1), tmp_path)
+    server.put("r", make_responsive(server, 1), tmp_path)
+    for term, sentence in (
+        ({"vector": "one", "op": "floor"}, "floor needs a level"),
+        ({"vector": "one", "level": 0.5}, "op add takes no level"),
+        ({"vector": "one", "op": "cap", "level": "high"}, "not a finite number"),
+        ({"vector": "one", "op": "cap", "level": 0.5, "strength": 2}, "cap takes 0 to 1"),
+        ({"vector": "r", "op": "floor", "level": 0.5}, "has columns"),
+    ):
+        assert sentence in server.error("/completion", {"prompt": PROMPT, "n_predict": 1, "steering": [term]})
 
 
 @pytest.mark.parametrize("arch", BOTH)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from steer_plugins.steering.vector import SteeringVector
 from steer_plugins.store.identity import identity_of_gguf
 from steer_plugins.store.vectorfile import write_vector
-from tests.server.conftest import EXACT, OCTETS, PROMPT, Server, make_vector
+from tests.server.conftest import EXACT, OCTETS, PROMPT, Server, make_responsive, make_vector
 from tests.server.test_cache import LONG, term
 
 
@@ -121,12 +121,32 @@ def test_damaged_files(exact: Any, tmp_path: Path) -> None:
         assert sentence in refused(server, good.replace(old, new))
 
 
+def test_damaged_columns(exact: Any, tmp_path: Path) -> None:
+    server = exact()
+    good = file_of(make_responsive(server), tmp_path)
+    assert upload(server, "fine", good).status_code == 200
+    server.http.delete(f"{server.url}/steering/vectors/fine")
+    for old, new, sentence in (
+        (b"steer-vector-v2", b"steer-vector-v1", "unknown field"),
+        (b'\\"bias\\":0.3', b'\\"bias\\":0.4', "do not match their content_sha256"),
+        (b'\\"bias\\":0.3', b'\\"blas\\":0.3', "bias is no finite number"),
+        (b'\\"knee\\":0.5', b'\\"knee\\":-.5', "not valid JSON"),
+        (b'\\"knee\\":0.5', b'\\"knee\\":-50', "a knee that is not from 0"),
+        (b'"read.1.', b'"reap.1.', "unknown tensor"),
+        (b'"read.1.', b'"read.0.', "belongs to no column"),
+        (b'"write.1.', b'"write.0.', "belongs to no column"),
+        (b'\\"1.resid_post', b'\\"0.resid_post', "belongs to no column"),
+    ):
+        assert old in good
+        assert sentence in refused(server, good.replace(old, new, 1)), (old, new)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_fuzzed_files(exact: Any, tmp_path: Path, data: st.DataObject) -> None:
+@given(data=st.data(), columns=st.booleans())
+def test_fuzzed_files(exact: Any, tmp_path: Path, data: st.DataObject, columns: bool) -> None:
     """Flipped, cut and spliced files: 400 with a sentence, or the very same vector; never a crash."""
     server = exact()
-    good = file_of(make_vector(server), tmp_path)
+    good = file_of(make_responsive(server) if columns else make_vector(server), tmp_path)
     raw = bytearray(good)
     length = int.from_bytes(good[:8], "little")
     for _ in range(data.draw(st.integers(1, 4))):

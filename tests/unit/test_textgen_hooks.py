@@ -12,6 +12,7 @@ import pytest
 from steer_plugins_textgen import extension, hooks, settings
 
 from steer_plugins.errors import SteerError
+from steer_plugins.steering.columns import LINEAR, Columns
 from steer_plugins.steering.formula import steer
 from steer_plugins.steering.grammar import parse
 from steer_plugins.steering.terms import Steering, Term
@@ -148,6 +149,14 @@ def expected(kit: Kit, hidden: np.ndarray, terms: list[Term], n_prompt: int) -> 
     return hidden
 
 
+def responsive(name: str, seed: int) -> SteeringVector:
+    """With a column of each kind at every layer."""
+    plain = vector(name, seed)
+    rows = np.random.default_rng(seed).normal(size=(2, 3, N_EMBD))
+    column = Columns(rows[0] / 3, rows[1], [0.3, -0.2, 0.4], [0.1, -0.1, 0.2], [LINEAR, 0.0, 0.3])
+    return plain.replace(columns=dict.fromkeys(plain.directions, column))
+
+
 MIXED = [
     Term(vector("a", 1), 0.7, scope="response"),
     Term(vector("b", 2), -0.4, op="project", scope="all", layers=(1, 2)),
@@ -155,8 +164,15 @@ MIXED = [
 ]
 RESTORED = [Term(vector("a", 1), 0.7, op="renorm", scope="response"), Term(vector("b", 2), -0.4, op="renorm", scope="0-")]
 
+READING = [
+    Term(responsive("a", 1), 0.7, scope="response"),
+    Term(responsive("b", 2), -0.4, op="clamp", scope="all"),
+    Term(vector("c", 3), 0.8, op="floor", level=0.2, scope="2-5"),
+    Term(vector("c", 3), op="cap", level=-0.3, scope="0-1"),
+]
 
-@pytest.mark.parametrize("terms", [MIXED, RESTORED], ids=["mixed", "renorm"])
+
+@pytest.mark.parametrize("terms", [MIXED, RESTORED, READING], ids=["mixed", "renorm", "reading"])
 @pytest.mark.parametrize("positions", [True, False])
 @pytest.mark.parametrize("tuples", [True, False])
 def test_hooks_compute_the_formula(kit: Kit, tuples: bool, positions: bool, terms: list[Term]) -> None:

@@ -99,7 +99,7 @@ def test_any_safetensors_reader_sees_the_directions(path):
 def test_the_documentation_names_every_field_and_word():
     page = (Path(__file__).parents[2] / "docs" / "vector-format.md").read_text("utf-8")
     assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(vectorfile._FIELDS)
-    assert f"# The vector file, `{vectorfile.FORMAT}`" in page
+    assert "# The vector file, " + " and ".join(f"`{name}`" for name in vectorfile.FORMATS) in page
     for word in (*OPS, *SCOPES):
         assert f'`"{word}"`' in page
     for site in SITES:
@@ -183,7 +183,7 @@ A = "direction.3.resid_post"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": "steer-vector-v2"}, "unknown format version 'steer-vector-v2'"),
+        ({"format": "steer-vector-v3"}, "unknown format version 'steer-vector-v3'"),
         ({"format": None}, "unknown format version None"),
         ({"op": "multiply"}, "unknown op 'multiply'"),
         ({"op": ["add"]}, "'op' is not a string"),

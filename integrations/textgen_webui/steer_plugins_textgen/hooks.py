@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from steer_plugins.errors import SpecError, SteerError, VectorError
-from steer_plugins.steering.formula import coefficients
+from steer_plugins.steering.formula import edit
 from steer_plugins.steering.grammar import TermSpec, steering_of
 from steer_plugins.steering.terms import Steering, Term
 from steer_plugins.steering.vector import SteeringVector, scope_range
@@ -216,8 +215,7 @@ class Hooks:
         return steer
 
     def apply(self, layer: int, hidden: Any, start: int) -> Any:
-        """``hidden`` with h <- h + V (c + g * V'h) where the scopes say so, and its length restored by ``renorm``; itself when
-        nothing acts there."""
+        """``hidden`` with the formula applied where the scopes say so; itself when nothing acts there."""
         if self.n_prompt is None:
             self.n_prompt = start + hidden.shape[1]
         steering = self.steering
@@ -229,19 +227,18 @@ class Hooks:
         acting = [term for term in steering.terms if term.strength != 0.0 and (layer, "resid_post") in term.keys()]
         if not acting:
             return hidden
-        restores = acting[0].effective_op == "renorm"  # then all do, which Steering has seen to
-        columns, shifts, gains = coefficients([replace(term, op="add") for term in acting] if restores else acting, layer)
         masks = np.stack([acts(term, positions, self.n_prompt) for term in acting], axis=1).astype(np.float32)
         if not masks.any():
             return hidden
+        found = edit(acting, layer)
         # float32 throughout, whatever the model computes in: a dose is small beside the hidden state
         wide = hidden.to(torch.float32)
         to = {"dtype": torch.float32, "device": hidden.device}
-        matrix = torch.as_tensor(columns, **to)
-        c = torch.as_tensor(masks * shifts.astype(np.float32), **to)
-        g = torch.as_tensor(masks * gains.astype(np.float32), **to)
-        edited = wide + (c + g * (wide @ matrix)) @ matrix.T
-        if restores:
+        write, read, bias, knee = (torch.as_tensor(x, **to) for x in (found.write, found.read, found.bias, found.knee))
+        c, g = (torch.as_tensor(masks[:, found.term] * x.astype(np.float32), **to) for x in (found.c, found.g))
+        z = wide @ read.T + bias
+        edited = wide + (c + g * torch.where(z > knee, z, 0.0 * z)) @ write
+        if found.restore:
             before, after = (x.norm(dim=-1, keepdim=True) for x in (wide, edited))
             edited = edited * torch.where(after > 0, before / after, torch.ones_like(after))
         touched = torch.as_tensor(masks.any(axis=1), device=hidden.device)[None, :, None]

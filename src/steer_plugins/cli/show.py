@@ -57,7 +57,11 @@ def describe(vector: SteeringVector) -> dict[str, Any]:
         "default_scope": vector.default_scope,
         "n_embd": vector.n_embd,
         "identity": None if vector.identity is None else vector.identity.to_dict(),
-        "directions": [{"layer": layer, "site": site, "scale": vector.scales[layer, site]} for layer, site in vector.directions],
+        "directions": [
+            {"layer": layer, "site": site, "scale": vector.scales[layer, site]}
+            | ({"columns": vector.columns[layer, site].to_json()} if (layer, site) in vector.columns else {})
+            for layer, site in vector.directions
+        ],
         "provenance": vector.provenance,
         "calibration": vector.calibration,
         "content_sha256": vector.content_hash,
@@ -114,11 +118,10 @@ def _show_vector(vector: SteeringVector) -> None:
         facts["model key"] = vector.identity.key
     facts |= {"n_embd": vector.n_embd, "content sha256": vector.content_hash}
     _show_facts(facts)
-    print_table(
-        ("layer", "site", "scale"),
-        [(layer, site, scale) for (layer, site), scale in vector.scales.items()],
-        title="\nDirections",
-    )
+    rows = [(*key, scale, len(vector.columns.get(key, ()))) for key, scale in vector.scales.items()]
+    heads = ("layer", "site", "scale", "columns")
+    n = len(heads) if vector.columns else len(heads) - 1  # columns: only where there are any
+    print_table(heads[:n], [row[:n] for row in rows], title="\nDirections")
     provenance = vector.provenance
     report = provenance.pop("report", None) if provenance else None
     for title, data in (("Provenance", provenance), ("Calibration", vector.calibration)):

@@ -181,6 +181,8 @@ class ServerVectors:
             "op": term.effective_op,
             "scope": scope,
         }
+        if term.level is not None:
+            data["level"] = term.level
         if term.layers is not None:
             data["layers"] = list(term.layers)
         if term.stream is not None:

@@ -139,12 +139,14 @@ def _native(vector: SteeringVector) -> native.PlanVector:
     made = _natives.get(vector.content_hash)
     if made is None:
         places = list(vector.directions)
+        columns = {places.index(key): (c.read, c.write, c.gain, c.bias, c.knee) for key, c in vector.columns.items()}
         made = _natives[vector.content_hash] = native.PlanVector(
             vector.content_hash,
             [layer for layer, _ in places],
             [native.SITES[site] for _, site in places],
             np.stack([vector.directions[place] for place in places]),
             [vector.scales[place] for place in places],
+            columns,
         )
     return made
 
@@ -168,6 +170,7 @@ def _plan_term(term: Term) -> native.PlanTerm:
         schedule=native.SCHEDULES[schedule.kind if schedule is not None else "constant"],
         over=schedule.over if schedule is not None else 0,
         floor=schedule.floor if schedule is not None else 0.0,
+        level=term.level if term.level is not None else 0.0,
         name=repr(term.vector.name),
     )
 

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 from types import FrameType
@@ -23,9 +23,9 @@ from ..errors import EngineError, ModelError, RuntimeMissing, SpecError
 from . import plan as planner
 from .plan import Plan, PlanVector, VectorStruct
 
-API_VERSION = 3
+API_VERSION = 4
 SITES: dict[str, int] = {"resid_post": 0, "attn_out": 1, "ffn_out": 2}
-OPS: dict[str, int] = {"add": 0, "project": 1, "clamp": 2, "renorm": 3}
+OPS: dict[str, int] = {"add": 0, "project": 1, "clamp": 2, "renorm": 3, "floor": 4, "cap": 5}
 STREAM_ALL = -1
 STREAM_MEAN = -2
 _ERR_ARG = -1
@@ -49,6 +49,7 @@ class _Term(ctypes.Structure):
         ("il_first", c_int32),
         ("il_last", c_int32),
         ("stream", c_int32),
+        ("level", c_double),
     ]
 
 
@@ -100,6 +101,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [c_void_p, c_int32, c_int32, POINTER(c_int32), POINTER(c_int32), POINTER(c_float), POINTER(c_double)],
     ),
+    "llama_steer_vector_put": (c_int32, [c_void_p, c_int32, POINTER(VectorStruct)]),
     "llama_steer_vector_clear": (c_int32, [c_void_p, c_int32]),
     "llama_steer_config_set": (c_int32, [c_void_p, c_int32, c_int32, POINTER(_Term)]),
     "llama_steer_config_clear": (c_int32, [c_void_p, c_int32]),
@@ -182,7 +184,7 @@ class SteerStats:
 
 @dataclass(frozen=True)
 class NativeTerm:
-    """One term of a config: a vector with op (index of :data:`OPS`), strength, inclusive window (-1: open) and stream."""
+    """One term of a config: a vector with op (index of :data:`OPS`), strength, inclusive window (-1: open), stream, and level."""
 
     vector: int
     op: int = 0
@@ -190,6 +192,7 @@ class NativeTerm:
     il_first: int = -1
     il_last: int = -1
     stream: int = STREAM_ALL
+    level: float = 0.0
 
 
 def _message(library: ctypes.CDLL, context: Any) -> str:
@@ -295,23 +298,18 @@ class SteerContext:
         sites: Sequence[int],
         directions: npt.NDArray[np.float32],
         scales: Sequence[float],
+        columns: Mapping[int, planner.Columns] | None = None,
     ) -> None:
-        """Set vector ``vector`` to unit ``directions`` (float32 [n, n_embd]) at ``layers[i]``, ``sites[i]``."""
-        data = np.ascontiguousarray(directions, dtype=np.float32)
+        """Set vector ``vector`` to unit ``directions`` (float32 [n, n_embd]) at ``layers[i]``, ``sites[i]``.
+
+        ``columns``: by index of a direction, as :class:`PlanVector` takes them.
+        """
+        data = np.asarray(directions)
         n = len(layers)
         if data.shape != (n, self._n_embd) or len(sites) != n or len(scales) != n:
             raise EngineError(f"directions of shape {data.shape} do not fit {n} layers of a model with n_embd {self._n_embd}")
-        self._check(
-            self.library.llama_steer_vector_set(
-                self._context,
-                vector,
-                n,
-                _ints(layers),
-                _ints(sites),
-                data.ctypes.data_as(POINTER(c_float)),
-                (c_double * n)(*scales),
-            )
-        )
+        content = PlanVector("", layers, sites, data, scales, columns)
+        self._check(self.library.llama_steer_vector_put(self._context, vector, ctypes.byref(content.struct)))
 
     def clear_vector(self, vector: int) -> None:
         """Forget a vector that no config uses."""
@@ -322,7 +320,7 @@ class SteerContext:
         array = (_Term * max(len(terms), 1))()
         for slot, t in zip(array, terms, strict=False):
             slot.vector, slot.op, slot.strength = t.vector, t.op, t.strength
-            slot.il_first, slot.il_last, slot.stream = t.il_first, t.il_last, t.stream
+            slot.il_first, slot.il_last, slot.stream, slot.level = t.il_first, t.il_last, t.stream, t.level
         self._check(self.library.llama_steer_config_set(self._context, config, len(terms), array))
 
     def clear_config(self, config: int) -> None:

@@ -6,7 +6,7 @@ It needs nothing of llama.cpp: :func:`declare` takes any library that holds it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int32, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,16 @@ import numpy.typing as npt
 
 from ..errors import EngineError, SpecError
 
+Columns = tuple[Any, Any, Any, Any, Any]
+"""Read and written rows, gains, biases and knees of one place."""
+
 SCOPES: dict[str, int] = {"all": 0, "prompt": 1, "response": 2, "thinking": 3, "answer": 4}
 SCOPE_RANGE = 5
 SCHEDULES: dict[str, int] = {"constant": 0, "linear": 1, "cosine": 2}
+
+
+class _Column(ctypes.Structure):
+    _fields_ = [("layer", c_int32), ("site", c_int32), ("gain", c_double), ("bias", c_double), ("knee", c_double)]
 
 
 class VectorStruct(ctypes.Structure):
@@ -31,6 +38,10 @@ class VectorStruct(ctypes.Structure):
         ("sites", POINTER(c_int32)),
         ("dirs", POINTER(c_float)),
         ("scales", POINTER(c_double)),
+        ("n_columns", c_int32),
+        ("columns", POINTER(_Column)),
+        ("reads", POINTER(c_float)),
+        ("writes", POINTER(c_float)),
     ]
 
 
@@ -49,6 +60,7 @@ class _Term(ctypes.Structure):
         ("schedule", c_int32),
         ("over", c_int32),
         ("floor", c_double),
+        ("level", c_double),
     ]
 
 
@@ -104,6 +116,7 @@ class PlanVector:
         layers, sites: [n], where each direction acts; sites are indices of :data:`~steer_plugins.native.SITES`.
         directions: float32 [n, n_embd], unit.
         scales: [n], dose at strength 1, in units of the hidden state.
+        columns: by index of a direction, ``(read, write, gain, bias, knee)``: float32 [k, n_embd] unit rows, float64 [k].
     """
 
     def __init__(
@@ -113,12 +126,26 @@ class PlanVector:
         sites: Sequence[int],
         directions: npt.NDArray[np.float32],
         scales: Sequence[float],
+        columns: Mapping[int, Columns] | None = None,
     ) -> None:
         n = len(layers)
         self._directions = np.ascontiguousarray(directions, dtype=np.float32)
         if self._directions.ndim != 2 or not len(self._directions) == len(sites) == len(scales) == n:
             raise EngineError(f"directions of shape {self._directions.shape} do not fit {n} layers")
         self.n_embd = self._directions.shape[1]
+        given = columns or {}
+        flat = [
+            _Column(layers[i], sites[i], *(float(x) for x in numbers))
+            for i, (_, _, *each) in given.items()
+            for numbers in zip(*each, strict=True)
+        ]
+        reads, writes = (
+            np.ascontiguousarray(np.concatenate([np.zeros((0, self.n_embd)), *(c[j] for c in given.values())]), np.float32)
+            for j in (0, 1)
+        )
+        if not len(reads) == len(writes) == len(flat) or reads.shape[1:] != writes.shape[1:]:
+            raise EngineError(f"{len(flat)} columns do not fit rows of shapes {reads.shape} and {writes.shape}")
+        self._rows = (reads, writes)
         self.struct = VectorStruct(
             key.encode(),
             n,
@@ -126,6 +153,10 @@ class PlanVector:
             (c_int32 * n)(*sites),
             self._directions.ctypes.data_as(POINTER(c_float)),
             (c_double * n)(*scales),
+            len(flat),
+            (_Column * max(1, len(flat)))(*flat),
+            reads.ctypes.data_as(POINTER(c_float)),
+            writes.ctypes.data_as(POINTER(c_float)),
         )
 
 
@@ -148,6 +179,7 @@ class PlanTerm:
     schedule: int = 0
     over: int = 0
     floor: float = 0.0
+    level: float = 0.0
     name: str = "the vector"
 
     def _struct(self) -> _Term:
@@ -166,6 +198,7 @@ class PlanTerm:
             self.schedule,
             self.over,
             self.floor,
+            self.level,
         )
 
 

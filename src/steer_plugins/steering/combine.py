@@ -109,6 +109,8 @@ def orthogonalise(steering: Any) -> Steering:
 def _freed(term: Term, others: Sequence[Term]) -> SteeringVector:
     directions = {place: v.astype(np.float64) for place, v in term.vector.directions.items()}
     scales = dict(term.vector.scales)
+    if term.vector.columns and any(_shared(term, o) for o in others):
+        raise SpecError(f"{term.vector.name!r} is responsive, so it cannot be orthogonalised: name it first, or leave it out")
     changed = False
     for place in term.keys():
         basis = [_unit(o, place) for o in others if place in _shared(term, o)]
@@ -147,7 +149,8 @@ def dose(steering: Any) -> float:
     At each place the length of what is added there, in units of the largest full dose of a vector there; summed over the places,
     and divided by that sum for the vector that has most. One vector at strength s has |s|, two equal ones at s 2|s|, two that
     are orthogonal √2 |s|, two at different layers, of as many each, 2|s|. Scopes, schedules and gates are not looked at: it is
-    the most that can act at once. Terms with project or clamp have no dose.
+    the most that can act at once. Terms with project, clamp, floor or cap have no dose,
+    and neither has what a responsive vector reads.
     """
     terms = [t for t in Steering.of(steering) if t.effective_op in _ADDS and not t.is_zero]
     total, full = 0.0, [0.0] * len(terms)

@@ -54,6 +54,8 @@ class Gate:
         name = self.vector.name
         if len(self.vector.directions) != 1:
             raise SpecError(f"the gate {name!r} has {len(self.vector.directions)} directions: a gate looks at one layer and site")
+        if self.vector.columns:
+            raise SpecError(f"the gate {name!r} has columns: a gate looks along a plain direction")
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         if not number or not math.isfinite(self.threshold) or not -1 <= self.threshold <= 1:
             raise SpecError(f"the threshold of the gate {name!r} is {self.threshold!r:.60}: a cosine lies between -1 and 1")

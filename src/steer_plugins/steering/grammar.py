@@ -20,7 +20,7 @@ from ..paths import expand_path
 from .gate import Gate
 from .schedule import Schedule
 from .terms import Steering, Term, parse_term
-from .vector import FILE_SUFFIXES, OPS, SCOPES, SteeringVector, is_hub_name, scope_range
+from .vector import BOUNDS, FILE_SUFFIXES, SCOPES, TERM_OPS, SteeringVector, is_hub_name, scope_range
 
 MAX_TERMS = 64
 MAX_TEXT = 10_000
@@ -46,7 +46,8 @@ _PLAIN_NAME = re.compile(
 class TermSpec:
     """One term as written: a vector's name or file, and how it is to be used.
 
-    ``layers``: inclusive window, an end of None is open. ``op`` and ``scope`` None are the vector's own.
+    ``layers``: inclusive window, an end of None is open. ``op`` and ``scope`` None are the vector's own. ``level``: of the ops
+    floor and cap, which need one.
     """
 
     vector: str
@@ -57,13 +58,14 @@ class TermSpec:
     stream: int | None = None
     schedule: Schedule | None = None
     gate: str | None = None
+    level: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The term as JSON; what is left to the vector is left out."""
         data: dict[str, Any] = {"vector": self.vector, "strength": self.strength}
         if self.layers is not None:
             data["layers"] = list(self.layers)
-        for key in ("op", "scope", "stream", "gate"):
+        for key in ("op", "level", "scope", "stream", "gate"):
             if getattr(self, key) is not None:
                 data[key] = getattr(self, key)
         if self.schedule is not None:
@@ -171,7 +173,7 @@ def format_terms(terms: Iterable[TermSpec]) -> str:
         if t.scope is not None:
             text += f"?{t.scope}"
         if t.op not in (None, "project"):
-            text += f"%{t.op}"
+            text += f"%{t.op}" + ("" if t.level is None else f":{_number(t.level)}")
         if t.stream is not None:
             text += f"#{t.stream}"
         if t.schedule is not None:
@@ -201,7 +203,7 @@ def _term_from_json(number: int, item: Any) -> TermSpec:
     if not isinstance(item, dict):
         raise SpecError(f"{where} is not a JSON object")
     for key in item:
-        if key not in ("vector", "strength", "layers", "op", "scope", "stream", "schedule", "gate"):
+        if key not in ("vector", "strength", "layers", "op", "level", "scope", "stream", "schedule", "gate"):
             raise SpecError(f"{where} has the unknown key {str(key)!r:.60}")
     vector, strength = item.get("vector"), item.get("strength", 1.0)
     if not isinstance(vector, str) or not vector:
@@ -212,8 +214,8 @@ def _term_from_json(number: int, item: Any) -> TermSpec:
     if layers is not None:
         layers = _checked_window(where, layers)
     op, scope, stream = item.get("op"), item.get("scope"), item.get("stream")
-    if op is not None and op not in OPS:
-        raise SpecError(f"{where}: unknown op {op!r:.60}: use {', '.join(OPS)}")
+    if op is not None and op not in TERM_OPS:
+        raise SpecError(f"{where}: unknown op {op!r:.60}: use {', '.join(TERM_OPS)}")
     if scope is not None:
         _checked_scope(scope, where)
     if stream is not None and (isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < 1000):
@@ -227,7 +229,14 @@ def _term_from_json(number: int, item: Any) -> TermSpec:
     gate = item.get("gate")
     if gate is not None and (not isinstance(gate, str) or not gate):
         raise SpecError(f"{where}: the gate is {gate!r:.60}: name one, or its file")
-    return TermSpec(vector, float(strength) + 0.0, layers, op, scope, stream, schedule, gate)
+    level = item.get("level")
+    if level is not None and (isinstance(level, bool) or not isinstance(level, int | float) or not math.isfinite(level)):
+        raise SpecError(f"{where}: the level of {vector!r} is not a finite number")
+    if (level is not None) != (op in BOUNDS):
+        raise SpecError(f"{where}: " + (f"op {op} needs a level" if op in BOUNDS else "a level belongs to op floor or cap"))
+    return TermSpec(
+        vector, float(strength) + 0.0, layers, op, scope, stream, schedule, gate, None if level is None else float(level) + 0.0
+    )
 
 
 def _checked_window(where: str, layers: Any) -> tuple[int, int | None]:
@@ -267,7 +276,17 @@ def steering_of(terms: str | Sequence[TermSpec], resolve: Callable[[str], Steeri
             window = (lo, max(lo, vector.layers[-1]) if hi is None else hi)
         gate = None if t.gate is None else Gate.of(resolve(t.gate))
         result.append(
-            Term(vector, t.strength, layers=window, op=t.op, scope=t.scope, stream=t.stream, schedule=t.schedule, gate=gate)
+            Term(
+                vector,
+                t.strength,
+                layers=window,
+                op=t.op,
+                scope=t.scope,
+                stream=t.stream,
+                schedule=t.schedule,
+                gate=gate,
+                level=t.level,
+            )
         )
     return Steering(result)
 
@@ -336,6 +355,8 @@ class _Parser:
                 key, value = "scope", self.scope()
             elif self._after("%"):
                 key, value = "op", self.op()
+                if value in BOUNDS:
+                    found["level"] = self.level(value)
             elif self._after("#"):
                 key, value = "stream", int(self.match(_STREAM, "expected a stream number, such as #2")[0])
             elif self._after("["):
@@ -383,10 +404,15 @@ class _Parser:
 
     def op(self) -> str:
         at = self._at
-        match = self.match(_OP, f"expected an op: {', '.join(OPS)}")
-        if match[0] not in OPS:
-            raise self.fail(f"unknown op: use {', '.join(OPS)}", at)
+        match = self.match(_OP, f"expected an op: {', '.join(TERM_OPS)}")
+        if match[0] not in TERM_OPS:
+            raise self.fail(f"unknown op: use {', '.join(TERM_OPS)}", at)
         return match[0]
+
+    def level(self, op: str) -> float:
+        if not self._after(":"):
+            raise self.fail(f"expected the level of {op}, such as %{op}:0.5")
+        return self.number() + 0.0
 
     def layers(self) -> tuple[int, int | None]:
         at = self._at

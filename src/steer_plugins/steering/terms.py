@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ..errors import SpecError, VectorError
 from .gate import SCOPES as GATED_SCOPES
 from .gate import Decisions, Gate
 from .schedule import Schedule
-from .vector import OPS, SteeringVector, layer_ranges, scope_range
+from .vector import BOUNDS, TERM_OPS, SteeringVector, layer_ranges, scope_range
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -30,7 +32,8 @@ class Term:
     ``strength``: any finite number; 1.0 is the calibrated full effect, 0 is off. ``layers``: inclusive window, None is
     all the vector's layers. ``op``, ``scope``: None is the vector's own. ``stream``: one residual stream of a
     hyper-connection model, None is all. ``schedule``: lets the strength decay while the reply grows, None keeps it.
-    ``gate``: a condition on the prompt; the term acts only where it is open.
+    ``gate``: a condition on the prompt; the term acts only where it is open. ``level``: of the ops floor and cap, where the
+    component is held, in units of the vector's scale; their strength, 0 to 1, says how firmly.
     """
 
     vector: SteeringVector
@@ -41,6 +44,7 @@ class Term:
     stream: int | None = None
     schedule: Schedule | None = None
     gate: Gate | None = None
+    level: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.vector, SteeringVector):
@@ -51,8 +55,9 @@ class Term:
         if not math.isfinite(self.strength):
             raise SpecError(f"the strength of {name!r} is {self.strength}, which is not a finite number")
         object.__setattr__(self, "strength", float(self.strength))
-        if self.op is not None and self.op not in OPS:
-            raise SpecError(f"unknown op {self.op!r:.60} for {name!r}: use {', '.join(OPS)}")
+        if self.op is not None and self.op not in TERM_OPS:
+            raise SpecError(f"unknown op {self.op!r:.60} for {name!r}: use {', '.join(TERM_OPS)}")
+        self._check_level()
         self._check_bounds()
         if self.scope is not None:
             try:
@@ -82,15 +87,37 @@ class Term:
                 has = layer_ranges(self.vector.layers)
                 raise SpecError(f"the layers {lo}-{hi} of {name!r} hold none of its directions: it has {has}")
 
+    def _check_level(self) -> None:
+        name, op = self.vector.name, self.effective_op
+        if op not in BOUNDS:
+            if self.level is not None:
+                raise SpecError(f"op {op} of {name!r} takes no level: floor and cap do")
+            return
+        if self.level is None:
+            raise SpecError(f"op {op} of {name!r} needs a level, such as {name}%{op}:0.5")
+        if isinstance(self.level, bool) or not _is_number(self.level) or not math.isfinite(self.level):
+            raise SpecError(f"the level of {name!r} is {self.level!r:.60}, which is not a finite number")
+        object.__setattr__(self, "level", float(self.level))
+        if not 0.0 <= self.strength <= 1.0:
+            allowed = f"{op} takes 0 to 1 (1 lets nothing past its level)"
+            raise SpecError(f"the strength of {name!r} is {self.strength:g}: {allowed}")
+        if any(key in self.vector.columns for key in self.vector.directions):
+            raise SpecError(f"{name!r} is responsive, so it has no {op}: take a vector of plain directions")
+
     def _check_bounds(self) -> None:
         """What a float32 state can take. The engines check sums of terms, and what several layers make of them."""
         name, s = self.vector.name, self.strength
+        gains = [abs(s) * float(np.abs(columns.gain).max()) for columns in self.vector.columns.values()]
+        if max(gains, default=0.0) > MAX_DOSE:
+            raise SpecError(f"strength {s:g} of {name!r} is too large: a gain of {MAX_DOSE:g} is the limit")
         if self.effective_op == "project":
             if not MIN_PROJECT <= s <= MAX_PROJECT:
                 allowed = f"project takes {MIN_PROJECT:g} to {MAX_PROJECT:g} (1 removes the component, 2 reflects it)"
                 raise SpecError(f"the strength of {name!r} is {s:g}: {allowed}")
-        elif abs(s) * max(map(abs, self.vector.scales.values())) > MAX_DOSE:
-            raise SpecError(f"strength {s:g} of {name!r} is too large: a dose of {MAX_DOSE:g} is the limit")
+            return
+        what, size = ("strength", s) if self.level is None else ("level", self.level)
+        if abs(size) * max(map(abs, self.vector.scales.values())) > MAX_DOSE:
+            raise SpecError(f"{what} {size:g} of {name!r} is too large: a dose of {MAX_DOSE:g} is the limit")
 
     @property
     def effective_op(self) -> str:
@@ -111,9 +138,10 @@ class Term:
 
     @property
     def is_zero(self) -> bool:
-        """True if the term changes nothing: strength 0, or an add whose scales are all 0."""
+        """True if the term changes nothing: strength 0, or an add whose scales are all 0, without columns."""
         adds = self.effective_op in ("add", "renorm")
-        return self.strength == 0.0 or (adds and all(self.vector.scales[key] == 0.0 for key in self.keys()))
+        idle = all(self.vector.scales[key] == 0.0 and key not in self.vector.columns for key in self.keys())
+        return self.strength == 0.0 or (adds and idle)
 
 
 @dataclass(frozen=True, init=False)
@@ -128,6 +156,7 @@ class Steering:
             if not isinstance(term, Term):
                 raise SpecError(f"a steering is made of terms, not of {term!r:.60}")
         _check_renorm(checked)
+        _check_levels(checked)
         object.__setattr__(self, "terms", checked)
 
     @classmethod
@@ -195,6 +224,20 @@ def _check_renorm(terms: Sequence[Term]) -> None:
                 raise SpecError(
                     f"{term.vector.name!r} restores the length at layer {layer} ({site}), where {other.vector.name!r} acts with "
                     f"op {other.effective_op}: give both renorm, or layers of their own"
+                )
+
+
+def _check_levels(terms: Sequence[Term]) -> None:
+    """Two floors (or two caps) of one vector at one place mean no more than one of them: a slip, and refused as one."""
+    held = [term for term in terms if term.level is not None and term.strength != 0.0]
+    for i, one in enumerate(held):
+        for other in held[:i]:
+            same = one.effective_op == other.effective_op and one.vector.content_hash == other.vector.content_hash
+            apart = one.stream is not None and other.stream is not None and one.stream != other.stream
+            if same and one.level != other.level and not apart and set(one.keys()) & set(other.keys()):
+                raise SpecError(
+                    f"{one.vector.name!r} has the {one.effective_op}s {other.level:g} and {one.level:g} at the same layers: "
+                    "give one, or layers of their own"
                 )
 
 

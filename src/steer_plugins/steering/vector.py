@@ -13,16 +13,21 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import VectorError
+from .columns import MAX_COLUMNS, Columns
 
 #: Where in a block a direction acts: after the block, or on what attention or the feed-forward part writes.
 SITES = ("resid_post", "attn_out", "ffn_out")
-#: What is done there: move along the direction, remove its component, set its component to a target.
+#: What a vector does there by itself: move along the direction, remove its component, set its component to a target.
 OPS = ("add", "project", "clamp", "renorm")
+#: What a term can do: these, or keep the component above or below a level that the term names.
+TERM_OPS = (*OPS, "floor", "cap")
+#: Ops that need a level.
+BOUNDS = ("floor", "cap")
 #: Named scopes; a range of token positions ``a-b`` or ``a-`` is a scope too (see :func:`scope_range`).
 SCOPES = ("all", "prompt", "response", "thinking", "answer")
 
@@ -166,7 +171,8 @@ class SteeringVector:
     ``directions``: ``{(layer, site): array [n_embd]}``, layers 0-based. An array that is not of unit length is
     normalised and its length is folded into the scale. ``scales``: the same keys, dose in units of the residual
     stream at strength 1.0; left out, the lengths of the arrays. A zero array with no scale (or 0) does nothing under
-    any op and is dropped.
+    any op and is dropped. ``columns``: what reads the state besides, at some of these keys (a direction with a scale of 0
+    may stand where nothing else acts): a *responsive* vector.
 
     Raises VectorError for NaN or Inf, a wrong rank, unequal n_embd, a negative layer, an unknown site, op or scope,
     nothing that steers, a zero direction with a scale, a bad name, layers or n_embd beyond ``identity``.
@@ -184,6 +190,7 @@ class SteeringVector:
         directions: Mapping[Key, Any],
         scales: Mapping[Key, float] | None = None,
         *,
+        columns: Mapping[Key, Columns] | None = None,
         op: str = "add",
         default_scope: str = "all",
         identity: ModelIdentity | None = None,
@@ -234,6 +241,7 @@ class SteeringVector:
         self.name, self.op, self.default_scope, self.identity = name, op, default_scope, identity
         self._directions = {key: units[key] for key in order}
         self._scales = {key: doses[key] for key in order}
+        self._columns = _checked_columns(name, columns or {}, units)
         self._provenance = _json_object(name, "provenance", provenance)
         self._calibration = _json_object(name, "calibration", calibration)
         self._hash: str | None = None
@@ -247,6 +255,11 @@ class SteeringVector:
     def scales(self) -> Mapping[Key, float]:
         """``{(layer, site): dose at strength 1.0}``, the same keys in the same order."""
         return MappingProxyType(self._scales)
+
+    @property
+    def columns(self) -> Mapping[Key, Columns]:
+        """What reads the state, at the (layer, site) pairs that have any, in the same order; empty for a plain vector."""
+        return MappingProxyType(self._columns)
 
     @property
     def provenance(self) -> dict[str, Any] | None:
@@ -275,14 +288,14 @@ class SteeringVector:
 
     @property
     def is_zero(self) -> bool:
-        """True if applying the vector at any strength changes nothing (an ``add`` whose scales are all 0)."""
-        return self.op == "add" and not any(self._scales.values())
+        """True if applying the vector at any strength changes nothing (an ``add`` whose scales are all 0, without columns)."""
+        return self.op == "add" and not any(self._scales.values()) and not self._columns
 
     @property
     def content_hash(self) -> str:
-        """sha256 of what is applied: op, layers, sites, directions, scales (docs/vector-format.md). Hex."""
+        """sha256 of what is applied: op, layers, sites, directions, scales, columns (docs/vector-format.md). Hex."""
         if self._hash is None:
-            self._hash = content_sha256(self.op, self._directions, self._scales)
+            self._hash = content_sha256(self.op, self._directions, self._scales, self._columns)
         return self._hash
 
     def effective(self, layer: int, site: str) -> np.ndarray:
@@ -320,17 +333,23 @@ class SteeringVector:
             )
 
     def replace(self, **changes: Any) -> SteeringVector:
-        """A copy with some arguments of the constructor changed: ``v.replace(name="calm", calibration=None)``."""
+        """A copy with some arguments of the constructor changed: ``v.replace(name="calm", calibration=None)``.
+
+        With other directions, the columns at places that are gone go too.
+        """
         now: dict[str, Any] = {
             "name": self.name,
             "directions": self._directions,
             "scales": self._scales,
+            "columns": self._columns,
             "op": self.op,
             "default_scope": self.default_scope,
             "identity": self.identity,
             "provenance": self._provenance,
             "calibration": self._calibration,
         }
+        if "directions" in changes and "columns" not in changes:
+            now["columns"] = {key: value for key, value in self._columns.items() if key in changes["directions"]}
         return SteeringVector(**{**now, **changes})
 
     def with_layers(self, lo: int, hi: int) -> SteeringVector:
@@ -355,8 +374,9 @@ class SteeringVector:
             raise VectorError(f"vector {self.name!r} cannot be multiplied by {factor}")
         self._need_add("multiplied")
         scales = {key: factor * scale for key, scale in self._scales.items()}
+        columns = {key: value.scaled(factor) for key, value in self._columns.items()}
         provenance = {"method": "arithmetic", "sum": [_operand(self, factor)]}
-        return self.replace(scales=scales, provenance=provenance, calibration=None)
+        return self.replace(scales=scales, columns=columns, provenance=provenance, calibration=None)
 
     def _need_add(self, doing: str) -> None:
         # project ignores the scale and clamp at 0 is not "off": k*v would silently mean something else.
@@ -393,11 +413,21 @@ class SteeringVector:
                     scales[key] = 0.0  # cancelled: the direction no longer matters, but a unit one must stand there
                 else:
                     directions[key], scales[key] = (total / length).astype(np.float32), length
+        columns = dict(self._columns)
+        for key, value in other._columns.items():
+            parts = [columns[key], value.scaled(sign)] if key in columns else [value.scaled(sign)]
+            if sum(map(len, parts)) > MAX_COLUMNS:
+                raise VectorError(
+                    f"{self.name!r} and {other.name!r} have {sum(map(len, parts))} columns at layer {key[0]}, "
+                    f"{MAX_COLUMNS} are the limit: use them as two terms"
+                )
+            columns[key] = Columns.joined(parts)
         joint = "-plus-" if sign > 0 else "-minus-"
         return SteeringVector(
             (self.name + joint + other.name)[:64],
             directions,
             scales,
+            columns=columns,
             default_scope=self.default_scope,
             identity=self.identity or other.identity,
             provenance={"method": "arithmetic", "sum": [_operand(self, 1.0), _operand(other, sign)]},
@@ -432,7 +462,8 @@ class SteeringVector:
 
     def __repr__(self) -> str:
         where = f"layers {layer_ranges(self.layers)} at {', '.join(self.sites)}"
-        return f"<SteeringVector {self.name!r} {self.op} {where}, n_embd {self.n_embd}, scope {self.default_scope}>"
+        kind = "responsive " if self._columns else ""
+        return f"<SteeringVector {self.name!r} {kind}{self.op} {where}, n_embd {self.n_embd}, scope {self.default_scope}>"
 
 
 def layer_ranges(layers: list[int]) -> str:
@@ -449,17 +480,38 @@ def layer_ranges(layers: list[int]) -> str:
     return ", ".join(runs()) if layers else "none"
 
 
-def content_sha256(op: str, directions: Mapping[Key, np.ndarray], scales: Mapping[Key, float]) -> str:
-    """sha256 (hex) of what is applied: op, then layer, site, direction and scale of each key, sorted.
+class HashedColumns(Protocol):
+    """Columns, or what a file holds of them."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def content(self) -> bytes:
+        """What is hashed of them."""
+        ...
+
+
+def content_sha256(
+    op: str,
+    directions: Mapping[Key, np.ndarray],
+    scales: Mapping[Key, float],
+    columns: Mapping[Key, HashedColumns] = MappingProxyType({}),
+) -> str:
+    """sha256 (hex) of what is applied: op, then layer, site, direction, scale and columns of each key, sorted.
 
     ``directions``: float32 [n_embd]; ``scales``: float64. The byte layout is in docs/vector-format.md.
     """
-    digest = hashlib.sha256(b"steer-content-v1\0" + op.encode() + b"\0")
+    version = b"v2" if columns else b"v1"
+    digest = hashlib.sha256(b"steer-content-" + version + b"\0" + op.encode() + b"\0")
     for layer, site in sorted(directions):
         direction = np.ascontiguousarray(directions[layer, site], "<f4")
         digest.update(layer.to_bytes(4, "little") + site.encode() + b"\0" + direction.size.to_bytes(4, "little"))
         digest.update(direction.tobytes())
         digest.update(np.array(scales[layer, site] + 0.0, "<f8").tobytes())  # + 0.0: -0.0 is hashed as 0.0
+        if columns:
+            here = columns.get((layer, site))
+            digest.update(b"\0\0\0\0" if here is None else len(here).to_bytes(4, "little") + here.content())
     return digest.hexdigest()
 
 
@@ -472,6 +524,22 @@ def _checked_key(name: str, key: object) -> Key:
     if site not in SITES:
         raise VectorError(f"vector {name!r}: unknown site {_clip(site)} at layer {layer}: use {', '.join(SITES)}")
     return int(layer), site
+
+
+def _checked_columns(name: str, columns: Mapping[Key, Columns], units: Mapping[Key, np.ndarray]) -> dict[Key, Columns]:
+    """Sorted by key; each must stand where there is a direction, and be as wide."""
+    found = {}
+    for key, value in columns.items():
+        layer, site = _checked_key(name, key)
+        if not isinstance(value, Columns):
+            raise VectorError(f"vector {name!r}: the columns of layer {layer} {site} are {_clip(value)}, not Columns")
+        if (layer, site) not in units:
+            raise VectorError(f"vector {name!r} has columns at layer {layer} {site}, but no direction there")
+        if value.read.shape[1] != units[layer, site].shape[0]:
+            has = f"{value.read.shape[1]} numbers, its direction {units[layer, site].shape[0]}"
+            raise VectorError(f"vector {name!r}: the columns of layer {layer} {site} have {has}")
+        found[layer, site] = value
+    return {key: found[key] for key in sorted(found)}
 
 
 def _checked_scale(name: str, layer: int, site: str, scale: object) -> float:

@@ -40,10 +40,10 @@ NO_FACTS = Facts()
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file of some format can hold; the default is everything that a SteeringVector can say.
+    """What a file of some format can hold; the default is everything that a SteeringVector of plain directions can say.
 
     ``scopes``: None for any. ``one_site``, ``one_layer``: a file is for one only. ``identity``: it names the model well
-    enough to refuse others; ``notes``: it keeps name and provenance.
+    enough to refuse others; ``notes``: it keeps name and provenance. ``columns``: it holds responsive vectors.
     """
 
     ops: tuple[str, ...] = OPS
@@ -55,6 +55,7 @@ class Limits:
     one_layer: bool = False
     identity: bool = True
     notes: bool = True
+    columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Format:
 
 
 #: The package's own format: docs/vector-format.md.
-STEER_VECTOR = Format("steer-vector", (".safetensors",), read_vector, write_vector, sniff)
+STEER_VECTOR = Format("steer-vector", (".safetensors",), read_vector, write_vector, sniff, limits=Limits(columns=True))
 
 
 def read_any(path: str | os.PathLike[str], facts: Facts | None = None) -> SteeringVector:

@@ -17,9 +17,11 @@ import numpy as np
 
 from ..atomic import write_atomically
 from ..errors import VectorError
+from ..steering.columns import LINEAR, MAX_COLUMNS, Columns, column_content
 from ..steering.vector import SITES, Key, ModelIdentity, SteeringVector, content_sha256
 
-FORMAT = "steer-vector-v1"
+#: Of vectors of plain directions, and of those that have columns.
+FORMATS = ("steer-vector-v1", "steer-vector-v2")
 #: Larger files and headers are refused unread.
 MAX_FILE_BYTES = 1 << 30
 MAX_HEADER_BYTES = 16 << 20
@@ -38,7 +40,8 @@ _FIELDS = (
     "calibration",
     "content_sha256",
 )
-_TENSOR = re.compile(rf"direction\.(0|[1-9][0-9]{{0,8}})\.({'|'.join(SITES)})")
+_PLACE = re.compile(rf"(0|[1-9][0-9]{{0,8}})\.({'|'.join(SITES)})")
+_TENSOR = re.compile(rf"(direction|read|write)\.{_PLACE.pattern}")
 
 
 def write_vector(vector: SteeringVector, path: str | os.PathLike[str]) -> None:
@@ -47,7 +50,7 @@ def write_vector(vector: SteeringVector, path: str | os.PathLike[str]) -> None:
     from safetensors.numpy import save  # here: reading needs no safetensors, and starting stays quick
 
     metadata = {
-        "format": FORMAT,
+        "format": FORMATS[1] if vector.columns else FORMATS[0],
         "name": vector.name,
         "op": vector.op,
         "default_scope": vector.default_scope,
@@ -59,6 +62,10 @@ def write_vector(vector: SteeringVector, path: str | os.PathLike[str]) -> None:
         "content_sha256": vector.content_hash,
     }
     tensors = {_tensor_name(key): np.ascontiguousarray(array) for key, array in vector.directions.items()}
+    if vector.columns:
+        metadata["columns"] = {f"{layer}.{site}": columns.to_json() for (layer, site), columns in vector.columns.items()}
+        for (layer, site), columns in vector.columns.items():
+            tensors[f"read.{layer}.{site}"], tensors[f"write.{layer}.{site}"] = columns.read, columns.write
     text = json.dumps(metadata, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     data = save(tensors, {"steer": text})
     header_bytes = int.from_bytes(data[:8], "little")
@@ -138,13 +145,14 @@ def _decode(header: dict[str, Any], data: bytes) -> SteeringVector:
     if not isinstance(outer, dict) or not isinstance(outer.get("steer"), str):
         raise VectorError("a safetensors file without a steering vector (no 'steer' metadata)")
     meta = json_object(outer["steer"], "'steer' metadata")
-    if meta.get("format") != FORMAT:
-        raise VectorError(f"unknown format version {_short(meta.get('format'))}: this reader knows {FORMAT}")
-    for field in _FIELDS:
+    if meta.get("format") not in FORMATS:
+        raise VectorError(f"unknown format version {_short(meta.get('format'))}: this reader knows {' and '.join(FORMATS)}")
+    fields = _FIELDS if meta["format"] == FORMATS[0] else (*_FIELDS, "columns")
+    for field in fields:
         if field not in meta:
             raise VectorError(f"the 'steer' metadata lacks {field!r}")
     for field in meta:
-        if field not in _FIELDS:
+        if field not in fields:
             raise VectorError(f"the 'steer' metadata has the unknown field {_short(field)}")
     for field in ("name", "op", "default_scope", "content_sha256"):
         if not isinstance(meta[field], str):
@@ -156,12 +164,16 @@ def _decode(header: dict[str, Any], data: bytes) -> SteeringVector:
     if not isinstance(n_embd, int) or isinstance(n_embd, bool) or n_embd < 1:
         raise VectorError("'n_embd' is not a positive whole number")
     identity = None if meta["identity"] is None else ModelIdentity.from_dict(meta["identity"])
-    directions = _directions(header, data, n_embd)
+    numbers = _column_numbers(meta["columns"]) if "columns" in fields else {}
+    tensors = _tensors(header, data, n_embd, numbers)
+    directions = tensors["direction"]
     scales = _scales(meta["scales"], directions)
+    columns = _columns(numbers, tensors["read"], tensors["write"])
     vector = SteeringVector(
         meta["name"],
         directions,
         scales,
+        columns=columns,
         op=meta["op"],
         default_scope=meta["default_scope"],
         identity=identity,
@@ -169,44 +181,78 @@ def _decode(header: dict[str, Any], data: bytes) -> SteeringVector:
         calibration=meta["calibration"],
     )
     # Of what is stored: another writer's rounding may have been normalised in the vector.
-    if content_sha256(vector.op, directions, scales) != meta["content_sha256"]:
+    stored = {key: _Stored(tensors["read"][key], tensors["write"][key], given) for key, given in numbers.items()}
+    if content_sha256(vector.op, directions, scales, stored) != meta["content_sha256"]:
         raise VectorError("damaged: the directions and scales do not match their content_sha256")
     return vector
 
 
-def _directions(header: dict[str, Any], data: bytes, n_embd: int) -> dict[Key, np.ndarray]:
-    """The tensors, sorted by key; they must be float32 [n_embd], of unit length, and fill ``data`` exactly."""
+def _column_numbers(stored: object) -> dict[Key, list[list[float]]]:
+    """Gain, bias and knee of the columns at each place, checked."""
+    if not isinstance(stored, dict) or not stored:
+        raise VectorError("'columns' is not an object that says what is read where")
+    found: dict[Key, list[list[float]]] = {}
+    for place, items in stored.items():
+        match = _PLACE.fullmatch(place)
+        if not match:
+            raise VectorError(f"the columns at {_short(place)} stand at no place: one is <layer>.<site>")
+        if not isinstance(items, list) or not 0 < len(items) <= MAX_COLUMNS:
+            raise VectorError(f"the columns at {place} are not a list of 1 to {MAX_COLUMNS}")
+        found[int(match[1]), match[2]] = [_three(place, item) for item in items]
+    return dict(sorted(found.items()))
+
+
+def _three(place: str, item: object) -> list[float]:
+    if not isinstance(item, dict) or item.keys() != {"gain", "bias", "knee"}:
+        raise VectorError(f"the columns at {place} do not have just gain, bias and knee")
+    values = {**item, "knee": LINEAR} if item["knee"] is None else item
+    for what, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise VectorError(f"the columns at {place}: {what} is {_short(value)}, not a number")
+        if not (abs(value) < 1e300 or (what == "knee" and value == LINEAR)):
+            raise VectorError(f"the columns at {place}: {what} is not finite")
+    return [float(values[what]) for what in ("gain", "bias", "knee")]
+
+
+def _columns(
+    numbers: dict[Key, list[list[float]]], reads: dict[Key, np.ndarray], writes: dict[Key, np.ndarray]
+) -> dict[Key, Columns]:
+    """The columns of each place; none may lack its rows."""
+    for key in numbers.keys() ^ reads.keys() | numbers.keys() ^ writes.keys():
+        raise VectorError(f"layer {key[0]} {key[1]} has columns without rows, or rows without columns")
+    return {key: Columns(reads[key], writes[key], *np.array(given).T) for key, given in numbers.items()}
+
+
+class _Stored:
+    """Columns as they stand in a file, for its hash: another writer's rounding may have been normalised in the vector."""
+
+    def __init__(self, read: np.ndarray, write: np.ndarray, numbers: list[list[float]]) -> None:
+        self.read, self.write, self.numbers = read, write, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def content(self) -> bytes:
+        return column_content(self.read, self.write, np.array(self.numbers))
+
+
+def _tensors(
+    header: dict[str, Any], data: bytes, n_embd: int, numbers: dict[Key, list[list[float]]]
+) -> dict[str, dict[Key, np.ndarray]]:
+    """By kind, the tensors sorted by key: float32 [n_embd], or [k, n_embd] for the columns; unit rows that fill ``data``."""
     spans: list[tuple[int, int]] = []
-    found: dict[Key, np.ndarray] = {}
+    found: dict[str, dict[Key, np.ndarray]] = {"direction": {}, "read": {}, "write": {}}
     if not header:
         raise VectorError("it holds no direction")
     for name, entry in header.items():
         match = _TENSOR.fullmatch(name)
         if not match:
             raise VectorError(f"unknown tensor {_short(name)}: directions are named direction.<layer>.<site>")
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise VectorError(f"the entry of tensor {name} is malformed")
-        if entry["dtype"] != "F32":
-            raise VectorError(f"tensor {name} has dtype {_short(entry['dtype'])}, not F32")
-        shape = entry["shape"]
-        if not isinstance(shape, list) or [type(n) for n in shape] != [int] or shape != [n_embd]:
-            raise VectorError(f"tensor {name} has shape {_short(shape)}, not [{n_embd}]")
-        offsets = entry["data_offsets"]
-        if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
-            raise VectorError(f"tensor {name} has malformed data_offsets")
-        begin, end = offsets
-        if not 0 <= begin <= end <= len(data):
-            raise VectorError(f"truncated: the data of tensor {name} does not fit into the file")
-        if end - begin != 4 * n_embd:
-            raise VectorError(f"tensor {name} has {end - begin} bytes of data, not {4 * n_embd}")
-        spans.append((begin, end))
-        array = np.frombuffer(data, "<f4", n_embd, begin).astype(np.float32)
-        if not np.isfinite(array).all():
-            raise VectorError(f"tensor {name} contains NaN or Inf")
-        length = float(np.linalg.norm(array.astype(np.float64)))
-        if abs(length - 1.0) > UNIT_TOLERANCE:
-            raise VectorError(f"tensor {name} has length {length:.6g}: stored directions have length 1")
-        found[int(match[1]), match[2]] = array
+        kind, key = match[1], (int(match[2]), match[3])
+        if kind != "direction" and key not in numbers:
+            raise VectorError(f"tensor {name} belongs to no column")
+        want = [n_embd] if kind == "direction" else [len(numbers[key]), n_embd]
+        found[kind][key] = _tensor(name, entry, data, want, spans)
     edge = 0
     for begin, end in sorted(spans):
         if begin != edge:
@@ -214,7 +260,34 @@ def _directions(header: dict[str, Any], data: bytes, n_embd: int) -> dict[Key, n
         edge = end
     if edge != len(data):
         raise VectorError(f"{len(data) - edge} bytes follow the last tensor")
-    return dict(sorted(found.items()))
+    return {kind: dict(sorted(arrays.items())) for kind, arrays in found.items()}
+
+
+def _tensor(name: str, entry: Any, data: bytes, want: list[int], spans: list[tuple[int, int]]) -> np.ndarray:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise VectorError(f"the entry of tensor {name} is malformed")
+    if entry["dtype"] != "F32":
+        raise VectorError(f"tensor {name} has dtype {_short(entry['dtype'])}, not F32")
+    shape = entry["shape"]
+    if not isinstance(shape, list) or any(type(n) is not int for n in shape) or shape != want:
+        raise VectorError(f"tensor {name} has shape {_short(shape)}, not {want}")
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
+        raise VectorError(f"tensor {name} has malformed data_offsets")
+    begin, end = offsets
+    if not 0 <= begin <= end <= len(data):
+        raise VectorError(f"truncated: the data of tensor {name} does not fit into the file")
+    size = 4 * math.prod(want)
+    if end - begin != size:
+        raise VectorError(f"tensor {name} has {end - begin} bytes of data, not {size}")
+    spans.append((begin, end))
+    array = np.frombuffer(data, "<f4", size // 4, begin).astype(np.float32).reshape(want)
+    if not np.isfinite(array).all():
+        raise VectorError(f"tensor {name} contains NaN or Inf")
+    for length in np.linalg.norm(array.astype(np.float64).reshape(-1, want[-1]), axis=1):
+        if abs(length - 1.0) > UNIT_TOLERANCE:
+            raise VectorError(f"tensor {name} has length {length:.6g}: stored directions have length 1")
+    return array
 
 
 def _scales(stored: object, directions: dict[Key, np.ndarray]) -> dict[Key, float]:

@@ -250,6 +250,8 @@ def losses(vector: SteeringVector, limits: Limits) -> list[str]:
         found.append(f"the scope {vector.default_scope}: it only holds {' and '.join(limits.scopes)}")
     if vector.calibration is not None and not limits.calibration:
         found.append("the calibration: what strength 1 means was measured")
+    if vector.columns and not limits.columns:
+        found.append("its columns, which read the state before they steer: it only holds plain directions")
     return found
 
 
@@ -272,6 +274,7 @@ def reduced(vector: SteeringVector, limits: Limits) -> SteeringVector:
     return vector.replace(
         directions=directions,
         scales={key: vector.scales[key] for key in directions},
+        columns={key: value for key, value in vector.columns.items() if limits.columns and key in directions},
         op=vector.op if vector.op in limits.ops else limits.ops[0],
         default_scope=scope if limits.scopes is None or scope in limits.scopes else limits.scopes[0],
         calibration=vector.calibration if limits.calibration else None,
