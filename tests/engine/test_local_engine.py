@@ -532,7 +532,7 @@ def test_more_vectors_than_are_kept(tiny: Callable[..., Path], llama_cpp: Any) -
                 want[list(where[t.effective_scope])] += t.strength * moved(engine, t.vector, layer)
             error = float(np.abs(got - want).max())
             assert error < NOISE, (step, n, error)
-        with pytest.raises(EngineError, match="more than 64 vectors project or clamp at once"):
+        with pytest.raises(EngineError, match="more than 64 directions and columns"):
             engine.read([PROMPT], steering=[Term(v, op="clamp") for v in vectors])
         vectors = vectors[:20]
         requests = [GenerateRequest(PROMPT, v, max_tokens=4) for v in vectors]

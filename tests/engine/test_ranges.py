@@ -400,7 +400,7 @@ def test_projecting_places_are_handed_on(raw: MakeRaw) -> None:
     former = r.steer.config_id(1)
     for k in range(64):
         r.steer.set_config(100 + k, [NativeTerm(k, PROJECT, 0.5)])
-    with pytest.raises(EngineError, match="64 vectors project"):
+    with pytest.raises(EngineError, match="more than 64 directions"):
         r.steer.set_config(1, [NativeTerm(66, PROJECT, 1.0)])
     assert r.steer.config_id(1) == former, "the former content of the config stays"
     r.steer.clear_config(103)
