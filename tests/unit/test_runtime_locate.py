@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from steer_plugins.errors import RuntimeMissing
-from steer_plugins.runtime import locate
+from steer_plugins.runtime import ensure, locate
 from steer_plugins.runtime.bindings import Bindings, library_names
 from steer_plugins.runtime.ensure import ensure_runtime
 from steer_plugins.runtime.locate import activate, find_runtime, read_runtime
@@ -172,11 +172,53 @@ def test_already_imported_with_ours_is_fine(tmp_path: Path, monkeypatch: pytest.
     assert activate(runtime) is package and activate(runtime) is package
 
 
-def test_a_library_without_the_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = read_runtime(make_runtime(tmp_path / "r"))
-    fake_llama_cpp(monkeypatch, FakeLibrary(runtime.library, False))
-    with pytest.raises(RuntimeMissing, match="has no steering in it"):
-        activate(runtime)
+def twin_of(folder: Path) -> Path:
+    lib = folder / "stock" / "lib"
+    lib.mkdir(parents=True)
+    (lib / LIBRARY).write_text("stock")
+    return lib
+
+
+def test_the_unmodified_library_of_the_bindings(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_RUNTIME", "stock")
+    with pytest.raises(RuntimeMissing, match="without a library of its own"):
+        find_runtime()
+    twin = twin_of(make_runtime(cache / "runtime" / "a", patch="old"))
+    twin_of(make_runtime(cache / "runtime" / "b", version="0.3.35"))
+    found = find_runtime()
+    assert found is not None and found.stock and found.lib_dir == twin
+    package = tmp_path / "llama_cpp"
+    (package / "lib").mkdir(parents=True)
+    (package / "lib" / LIBRARY).write_text("its own")
+    monkeypatch.setattr(locate, "find_bindings", lambda: Bindings("0.3.31", package, None))
+    found = find_runtime()
+    assert found is not None and found.stock and found.lib_dir == package / "lib" and found.version == "0.3.31"
+    bindings_are(monkeypatch, None)
+    with pytest.raises(RuntimeMissing, match="is not installed"):
+        find_runtime()
+
+
+def test_patched_where_there_is_one_else_stock(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ensure, "_said", False)
+    twin_of(make_runtime(cache / "runtime" / "a", patch="old"))
+    assert ensure_runtime().stock and ensure_runtime().stock
+    said = capsys.readouterr()
+    assert said.err.replace("\n", " ").count("through the unmodified llama-cpp-python 0.3.36") == 1 and said.out == ""
+    make_runtime(cache / "runtime" / "b")
+    assert not ensure_runtime().stock and ensure_runtime(wish="stock").stock and not ensure_runtime(wish="patched").stock
+    assert capsys.readouterr().err == ""
+
+
+def test_what_the_process_has_loaded_is_used(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_runtime(cache / "runtime" / "a")
+    other = tmp_path / "theirs" / LIBRARY
+    other.parent.mkdir()
+    other.write_text("stock")
+    package = fake_llama_cpp(monkeypatch, FakeLibrary(other, False))
+    found = ensure_runtime(quiet=True)
+    assert found.stock and found.lib_dir == other.parent and activate(found) is package
 
 
 def test_a_library_that_does_not_load(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ class LocalEngine(TokenEngine):
         n_threads: CPU threads; the machine's cores by default.
         n_batch: tokens computed at once.
         n_parallel: requests computed side by side by the calls that take several.
+        runtime: ``patched``, ``stock`` (the unmodified llama.cpp of the bindings) or a folder with libraries; by default
+            ``STEER_RUNTIME``, else the patched one where there is one. A process can load one only.
         verbose: print llama.cpp's log.
 
     Raises:
@@ -71,12 +73,13 @@ class LocalEngine(TokenEngine):
         n_threads: int | None = None,
         n_batch: int = 512,
         n_parallel: int = 8,
+        runtime: str | os.PathLike[str] | None = None,
         verbose: bool = False,
     ) -> None:
         for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads), ("n_batch", n_batch), ("n_parallel", n_parallel)):
             if value is not None and value < 1:
                 raise EngineError(f"{name} is {value}: it must be at least 1")
-        llama_cpp = activate(ensure_runtime())
+        llama_cpp = activate(ensure_runtime(wish=runtime))
         shared_log(llama_cpp).verbose = verbose
         if model is None:
             from ..runtime.demo_model import default_model_path
@@ -90,7 +93,7 @@ class LocalEngine(TokenEngine):
         self._n_threads = n_threads if n_threads is not None else (cores if cores <= 4 else cores // 2)
         self._n_threads_batch = n_threads if n_threads is not None else cores
         self._n_batch = min(n_batch, self._n_ctx)
-        self._n_parallel = n_parallel
+        self._n_parallel = 1 if self._model.steering.one_sequence else n_parallel
         self._sessions: dict[str, Session] = {}
         self._running: LocalStream | None = None
         self._read_callback: tuple[Callable[[native.ReadRows], None], list[int], str] | None = None
@@ -134,7 +137,7 @@ class LocalEngine(TokenEngine):
         limits = SessionLimits(
             n_ctx=need,
             n_seq=1 if kind == "one" else self._n_parallel + (kind == "texts"),
-            unified=kind == "texts",
+            unified=kind == "texts" or model.steering.unified,
             n_batch=self._n_batch,
             n_threads=self._n_threads,
             n_threads_batch=self._n_threads_batch,

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import native
 from ..errors import DataError, ModelError
+from ..runtime import has_steering, stock_library
 from ..store.identity import identity_of_gguf
 from .base import Prompt
 from .chat import ChatTemplate, check_messages, utf8
@@ -50,11 +51,24 @@ def shared_log(llama_cpp: Any) -> LlamaLog:
     return _log
 
 
+def steering_of(llama_cpp: Any, model: Any, architecture: str) -> native.Steering:
+    """How contexts of a ``llama_model`` are steered by the library that is loaded: one with the patch does it itself.
+
+    Raises:
+        RuntimeMissing: it cannot, or what is needed for it is not there.
+        ModelError: steering was not tested on this architecture.
+    """
+    library = llama_cpp.llama_cpp._lib
+    if has_steering(library):
+        return native.PatchedSteering(library, model)
+    return native.StockSteering(llama_cpp, stock_library(), model, architecture)
+
+
 class LoadedModel:
     """Weights and vocabulary of a GGUF file; any shard of a split one may be named.
 
     Args:
-        llama_cpp: the ``llama_cpp`` module, loaded with a patched library.
+        llama_cpp: the ``llama_cpp`` module, on a patched library or an unmodified one.
         path: the GGUF file.
         n_gpu_layers: layers to offload; -1 is all.
 
@@ -72,13 +86,15 @@ class LoadedModel:
         params.n_gpu_layers = n_gpu_layers if n_gpu_layers >= 0 else 0x7FFFFFFF
         params.use_mmap = use_mmap
         llama_cpp.llama_backend_init()
+        self.steering: Any = None
         self.pointer = llama_cpp.llama_model_load_from_file(os.fsencode(first_shard(self.path)), params)
         if not self.pointer:
             reason = log.errors[-1] if log.errors else "no reason given"
             raise ModelError(f"llama.cpp cannot load {self.path}: {_last_clause(reason)}")
         try:
-            self.library = native.load(llama_cpp.llama_cpp._lib)
-            self.steer = native.model_info(self.library, self.pointer)
+            self.steering = steering_of(llama_cpp, self.pointer, self.identity.architecture)
+            self.library = self.steering.library
+            self.steer = self.steering.info
         except BaseException:
             self.close()
             raise
@@ -167,6 +183,9 @@ class LoadedModel:
 
     def close(self) -> None:
         """Free the weights."""
+        if self.steering is not None:
+            self.steering.close()
+            self.steering = None
         if self.pointer:
             self.c.llama_model_free(self.pointer)
             self.pointer = None

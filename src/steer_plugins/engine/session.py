@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import native
 from ..errors import EngineError
 from .model import LoadedModel, shared_log
 from .steered import UNKNOWN_EDIT, SequenceSteering, SteeredContext
@@ -75,12 +74,13 @@ class Session(SteeredContext):
         params.kv_unified = limits.unified
         log = shared_log(c)
         log.errors = []
+        prepared = model.steering.prepare(params)
         self.pointer = c.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             reason = log.errors[-1] if log.errors else "no reason given"
             raise EngineError(f"a context of {params.n_ctx} tokens could not be made ({reason}): use a smaller --n-ctx")
         self.memory = c.llama_get_memory(self.pointer)
-        super().__init__(model, native.SteerContext(model.library, self.pointer, model.steer.n_embd))
+        super().__init__(model, model.steering.attach(prepared, self.pointer))
         self._batch = c.llama_batch_init(limits.n_batch, 0, limits.n_seq)
         self.kv: dict[int, list[tuple[int, int]]] = {s: [] for s in range(limits.n_seq)}
 
@@ -103,7 +103,7 @@ class Session(SteeredContext):
                 batch.seq_id[i][k] = other
             batch.logits[i] = e.output
         with self.steer.interrupts_held():
-            code = self.c.llama_decode(self.pointer, batch)
+            code = self.steer.decode(self.c, batch)
         if code != 0:
             self.steer.raise_callback_error()
             if code == 1:
@@ -190,6 +190,7 @@ class Session(SteeredContext):
         if self.pointer:
             self.c.llama_batch_free(self._batch)
             self.c.llama_free(self.pointer)
+            self.steer.close()
             self.pointer = None
 
 

@@ -11,15 +11,18 @@ from .binding import (
     STREAM_MEAN,
     AddTokens,
     NativeTerm,
+    PatchedSteering,
     ReadRows,
     SteerContext,
     SteerInfo,
+    Steering,
     SteerStats,
     load,
     model_info,
     tested_architectures,
 )
 from .plan import SCHEDULES, SCOPE_RANGE, SCOPES, Plan, PlanTerm, PlanVector, Segment, Tags
+from .stock import StockContext, StockSteering
 
 __all__ = [
     "API_VERSION",
@@ -32,12 +35,16 @@ __all__ = [
     "STREAM_MEAN",
     "AddTokens",
     "NativeTerm",
+    "PatchedSteering",
     "Plan",
     "PlanTerm",
     "PlanVector",
     "ReadRows",
     "Segment",
     "SteerContext",
+    "Steering",
+    "StockContext",
+    "StockSteering",
     "SteerInfo",
     "SteerStats",
     "Tags",

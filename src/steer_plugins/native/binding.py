@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +96,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_steer_version": (c_char_p, []),
     "llama_steer_error": (c_char_p, [c_void_p]),
     "llama_steer_model_info": (c_int32, [c_void_p, POINTER(_Info)]),
+    "llama_steer_context_info": (c_int32, [c_void_p, POINTER(_Info)]),
     "llama_steer_arch_name": (c_char_p, [c_int32]),
     "llama_steer_vector_set": (
         c_int32,
@@ -205,10 +206,18 @@ def model_info(library: ctypes.CDLL, model: Any) -> SteerInfo:
     Raises:
         ModelError: the architecture is not in the tested list.
     """
+    return _told(library, library.llama_steer_model_info, model)
+
+
+def context_info(library: ctypes.CDLL, context: Any) -> SteerInfo:
+    """The same, of a context."""
+    return _told(library, library.llama_steer_context_info, context)
+
+
+def _told(library: ctypes.CDLL, call: Any, whom: Any) -> SteerInfo:
     info = _Info()
-    if library.llama_steer_model_info(model, ctypes.byref(info)) != 0:
-        known = ", ".join(tested_architectures(library))
-        raise ModelError(f"{_message(library, None)}: tested are {known}")
+    if call(whom, ctypes.byref(info)) != 0:
+        raise untested(library)
     return SteerInfo(
         n_layer=info.n_layer,
         n_embd=info.n_embd,
@@ -216,6 +225,11 @@ def model_info(library: ctypes.CDLL, model: Any) -> SteerInfo:
         sites=tuple(name for name, i in SITES.items() if info.sites[i]),
         last_layer_outputs_only=info.last_layer_outputs_only,
     )
+
+
+def untested(library: ctypes.CDLL) -> ModelError:
+    """What to raise when a model cannot be steered: the library's last sentence, and the architectures that can."""
+    return ModelError(f"{_message(library, None)}: tested are {', '.join(tested_architectures(library))}")
 
 
 def tested_architectures(library: ctypes.CDLL) -> list[str]:
@@ -286,6 +300,10 @@ class SteerContext:
     def _check(self, code: int) -> None:
         if code != 0:
             raise EngineError(self.error())
+
+    def decode(self, llama_cpp: Any, batch: Any) -> int:
+        """``llama_decode()`` of a batch of the bindings ``llama_cpp``, steered; its result."""
+        return int(llama_cpp.llama_decode(self._context, batch))
 
     def error(self) -> str:
         """The library's sentence on its last failing call, a failed decode included."""
@@ -533,3 +551,56 @@ class SteerContext:
         self._check(self.library.llama_steer_free(self._context))
         self._callbacks.clear()
         self._set.clear()
+
+    def close(self) -> None:
+        """The context is gone."""
+
+
+class Steering(Protocol):
+    """How the contexts of one model are steered: by the patch, or beside an unmodified library.
+
+    ``library`` holds the planner; ``info`` says what can be steered. ``one_sequence``: this model's batches can hold one sequence
+    only. ``unified``: sequences have to share one buffer.
+    """
+
+    library: ctypes.CDLL
+    info: SteerInfo
+    unified: bool
+    one_sequence: bool
+
+    def prepare(self, params: Any) -> Any:
+        """Take note of the parameters of a context that is about to be made, and change them where needed."""
+        ...
+
+    def attach(self, prepared: Any, context: Any) -> SteerContext:
+        """The steering of that context."""
+        ...
+
+    def close(self) -> None:
+        """The model is about to be freed."""
+        ...
+
+
+class PatchedSteering:
+    """Of a model that a patched library has loaded.
+
+    Raises:
+        RuntimeMissing: the library speaks another version of the API.
+        ModelError: the architecture is not in the tested list.
+    """
+
+    unified = False
+    one_sequence = False
+
+    def __init__(self, library: ctypes.CDLL, model: Any) -> None:
+        self.library = load(library)
+        self.info = model_info(library, model)
+
+    def prepare(self, params: Any) -> Any:
+        return None
+
+    def attach(self, prepared: Any, context: Any) -> SteerContext:
+        return SteerContext(self.library, context, self.info.n_embd)
+
+    def close(self) -> None:
+        pass

@@ -6,10 +6,11 @@ from .bindings import PINNED_VERSION, Bindings, find_bindings
 from .build import BuildResult, CheckResult, build_runtime, check_patch
 from .cache import cache_dir
 from .ensure import ensure_runtime
-from .locate import Runtime, activate, find_runtime
+from .locate import Runtime, activate, find_runtime, find_stock, has_steering
 from .plan import BuildOptions
 from .process import Reporter
 from .prune import prune_runtimes
+from .stock import stock_library
 
 __all__ = [
     "PINNED_VERSION",
@@ -26,5 +27,8 @@ __all__ = [
     "ensure_runtime",
     "find_bindings",
     "find_runtime",
+    "find_stock",
+    "has_steering",
     "prune_runtimes",
+    "stock_library",
 ]

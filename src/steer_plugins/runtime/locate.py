@@ -31,9 +31,14 @@ RUNTIME_PACKAGE = "steer_plugins_runtime"
 INSTALL_BINDINGS = f"CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install --no-cache-dir {DISTRIBUTION}=={PINNED_VERSION}"
 
 
+# What --runtime, STEER_RUNTIME and LocalEngine(runtime=...) may say instead of a folder.
+PATCHED = "patched"
+STOCK = "stock"
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """A patched llama.cpp, ready to load.
+    """A llama.cpp, ready to load: a patched one, or (``stock``) the unmodified one of the bindings.
 
     ``path``: its folder; ``lib_dir``: the shared libraries; ``server``: llama-server or None; ``version``: of
     llama-cpp-python, or a label where the sources were no release of it ("" when unknown); ``patch``: content hash of
@@ -51,8 +56,13 @@ class Runtime:
     meta: dict[str, Any]
 
     @property
+    def stock(self) -> bool:
+        """Whether it is an unmodified library, which is steered from outside."""
+        return bool(self.meta.get("stock"))
+
+    @property
     def library(self) -> Path:
-        """The patched libllama."""
+        """Its libllama."""
         found = find_library(self.lib_dir, "llama")
         if found is None:
             raise RuntimeMissing(f"the runtime {self.path} has lost its llama library; run `steer build --rebuild`")
@@ -194,14 +204,19 @@ def is_current(runtime: Runtime, need_server: bool = False) -> bool:
     return runtime.patch == patch.core_hash
 
 
-def find_runtime(need_server: bool = False) -> Runtime | None:
-    """The runtime to use, or None: ``STEER_RUNTIME``, else the installed wheel, else the newest in the cache that was
-    built with the current patch. Where llama-cpp-python is installed, wheel and cache must be for its version.
+def find_runtime(need_server: bool = False, wish: str | os.PathLike[str] | None = None) -> Runtime | None:
+    """The patched runtime to use, or None: the installed wheel, else the newest in the cache that was built with the current
+    patch. Where llama-cpp-python is installed, wheel and cache must be for its version.
 
-    Raises RuntimeMissing when ``STEER_RUNTIME`` is set to something unusable, or the wheel is (installed_runtime).
+    ``wish`` (``STEER_RUNTIME`` when None): a folder is taken instead, whatever is in it; ``stock`` is the unmodified library,
+    but for servers, which are always patched.
+
+    Raises RuntimeMissing when the wish is unusable, or the wheel is (installed_runtime).
     """
-    named = os.environ.get("STEER_RUNTIME")
-    if named:
+    named = os.fspath(wish) if wish is not None else os.environ.get("STEER_RUNTIME")
+    if named == STOCK and not need_server:
+        return _stock()
+    if named and named not in (STOCK, PATCHED):
         runtime = runtime_at(expand_path(named).absolute())
         problem = runtime.problem()
         if problem:
@@ -213,6 +228,51 @@ def find_runtime(need_server: bool = False) -> Runtime | None:
     if installed is not None and _serves(installed, need_server):
         return installed
     return find_cached_runtime(need_server)
+
+
+def find_stock() -> Runtime | None:
+    """The unmodified llama.cpp of the bindings, or None: their own library; where they came without one, the unpatched twin in
+    the cache that was built for their version."""
+    bindings = find_bindings()
+    if bindings is None:
+        return None
+    if bindings.has_library:
+        return _as_stock(bindings.library_dir, bindings.version)
+    for runtime in cached_runtimes():
+        folder = runtime.stock_lib_dir
+        if folder is not None and runtime.version == bindings.version:
+            return _as_stock(folder, bindings.version)
+    return None
+
+
+def _stock() -> Runtime:
+    found = find_stock()
+    if found is not None:
+        return found
+    bindings = find_bindings()
+    if bindings is None:
+        raise RuntimeMissing(f"{DISTRIBUTION} is not installed; install it with `pip install 'steer-plugins[local]'`")
+    raise RuntimeMissing(
+        f"{DISTRIBUTION} {bindings.version} was installed without a library of its own; install it with one "
+        f"(`pip install --force-reinstall --no-cache-dir {DISTRIBUTION}`), or use the patched runtime (`steer build`)"
+    )
+
+
+def _as_stock(folder: Path, version: str) -> Runtime:
+    return Runtime(
+        path=folder, lib_dir=folder, server=None, version=version, patch="", patch_set="", ggml_mode="", meta={"stock": True}
+    )
+
+
+def loaded_stock() -> Runtime | None:
+    """The unmodified library that somebody has imported ``llama_cpp`` with in this process, or None."""
+    module = sys.modules.get("llama_cpp.llama_cpp")
+    library = getattr(module, "_lib", None)
+    name = getattr(library, "_name", None)
+    bindings = find_bindings()
+    if library is None or not name or bindings is None or has_steering(library):
+        return None
+    return _as_stock(Path(name).absolute().parent, bindings.version)
 
 
 def find_cached_runtime(need_server: bool = False) -> Runtime | None:
@@ -230,8 +290,7 @@ def activate(runtime: Runtime) -> ModuleType:
     """Import llama_cpp on the runtime's libraries and return it; fine to call again.
 
     ``LLAMA_CPP_LIB_PATH`` and ``MTMD_CPP_LIB`` are set for this process; its threads wait as :mod:`.waiting` says.
-    Raises RuntimeMissing: no bindings, bindings of another version, llama_cpp already loaded with other libraries, or
-    libraries without the patch.
+    Raises RuntimeMissing: no bindings, bindings of another version, or llama_cpp already loaded with other libraries.
     """
     bindings = find_bindings()
     if bindings is None:
@@ -246,7 +305,7 @@ def activate(runtime: Runtime) -> ModuleType:
             "installed; run `steer build`, and unset STEER_RUNTIME if it is set"
         )
     library = runtime.library
-    if "llama_cpp" not in sys.modules:
+    if "llama_cpp" not in sys.modules and not (runtime.stock and bindings.has_library):
         os.environ["LLAMA_CPP_LIB_PATH"] = str(runtime.lib_dir)
         os.environ["MTMD_CPP_LIB"] = str(runtime.lib_dir)
     try:
@@ -262,8 +321,6 @@ def activate(runtime: Runtime) -> ModuleType:
             f"before llama_cpp, or set LLAMA_CPP_LIB_PATH={runtime.lib_dir}"
         )
     _load_modules(runtime)
-    if not has_steering(loaded):
-        raise RuntimeMissing(f"{library} has no steering in it; unset STEER_RUNTIME or run `steer build --rebuild`")
     return module
 
 
