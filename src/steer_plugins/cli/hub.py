@@ -12,6 +12,7 @@ import click
 from ..errors import HubError, SpecError
 from ..paths import expand_path
 from ..plugins import hookimpl
+from ..store.pulled import KINDS
 from .common import FilePath, cell_text, console, json_option, print_json, print_table
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def forget(name: str) -> None:
 @hub.command()
 @click.argument("words", nargs=-1)
 @_model
-@click.option("--kind", type=click.Choice(["vector", "gate", "trait", "preset"]), help="Only these.")
+@click.option("--kind", type=click.Choice(KINDS), help="Only these.")
 @click.option("--limit", type=click.IntRange(min=1, max=10_000), default=50, show_default=True, metavar="N")
 @click.option("--huggingface", is_flag=True, help="Look for repositories on Hugging Face that are tagged as hubs instead.")
 @json_option
@@ -218,6 +219,8 @@ def _use(found: Hub, item: Item) -> str:
         return f"Use it as {item.name}:0.8"
     if item.kind == "gate":
         return f"Use it as mood?response{{{item.name}}}"
+    if item.kind == "sae":
+        return f"Use it with: steer sae import {item.name} {item.name.split('/')[1]}"
     if item.kind == "trait":
         return f"Fit it with: steer train {item.name.split('/')[1]} --trait {item.name}"
     from ..hub.contents import preset_terms
@@ -355,8 +358,8 @@ def key(rotate: Path | None) -> None:
 @click.option("--licence", required=True, metavar="SPDX", help="Such as Apache-2.0 or CC-BY-4.0.")
 @click.option("--description", default="", metavar="TEXT", help="What it does, for people.")
 @click.option("--version", metavar="N", help="Such as 2 or 1.3 (default: the next whole number).")
-@click.option("--kind", type=click.Choice(["vector", "trait", "preset"]), default="vector", show_default=True,
-              help="What THING is: a vector or gate, a trait's file, or the text of a steering.")  # fmt: skip
+@click.option("--kind", type=click.Choice(["vector", "sae", "trait", "preset"]), default="vector", show_default=True,
+              help="What THING is: a vector or gate, an autoencoder of --model, a trait's file, a steering's text.")  # fmt: skip
 @click.option("--base-model", metavar="OWNER/NAME", help="The model's repository, as Hugging Face calls it.")
 @click.option("--tried-on", multiple=True, metavar="TEXT", help="A quantisation it was tried on; several times.")
 @click.option("--tag", "tags", multiple=True, metavar="WORD", help="A word to find it by; several times.")
@@ -414,6 +417,15 @@ def _contents(found: Hub, thing: str, kind: str, trait: str | None, model: str |
         path.write_text(json.dumps(preset_data(thing), indent=1) + "\n", "utf-8")
         return {"preset": path}
     contents = {}
+    if kind == "sae":
+        from ..concepts.code import CONFIG, WEIGHTS
+        from ..concepts.index import INDEX
+        from ..concepts.making import find_sae
+
+        if model is None and not (expand_path(thing) / CONFIG).is_file():
+            raise SpecError(f"an autoencoder belongs to a model: name the one of {thing!r:.80} with --model")
+        there = find_sae(found.library, thing, _identity(model))
+        return {"weights": there / WEIGHTS, "config": there / CONFIG, "names": there / INDEX}
     if kind == "vector":
         from ..store.vectorfile import write_vector
 

@@ -269,20 +269,30 @@ def import_(
 ) -> None:
     """Keep a published autoencoder, FILE or its folder, in the library as NAME for a model.
 
+    FILE may also be owner/name, an autoencoder that `steer hub pull` has fetched; it comes with the names of its features.
     Weights are read and rewritten as a SAELens folder; nothing in them is executed. docs/concepts.md lists the layouts.
 
     \b
-    Example:
+    Examples:
       steer sae import ./layers.15.mlp smell-mlp --site ffn_out
+      steer sae import ann/talk talk
     """
     from ..concepts.making import keep_published
     from ..concepts.published import read_published
+    from ..hub.contents import read_autoencoder
     from ..store.identity import identity_of_gguf
     from ..store.library import Library
 
     identity = identity_of_gguf(model_path(model))
-    code = read_published(file, layer=layer, site=site, k=k)
-    folder = keep_published(code, name, identity, Library(), overwrite=overwrite)
+    library = Library()
+    pulled = library.pulled.files(file.as_posix(), "sae", identity)
+    if pulled and not file.exists():
+        if (layer, site, k) != (None, None, None):
+            raise click.UsageError(f"{file.as_posix()} says its layer, site and k itself: leave these options out")
+        code, index = read_autoencoder(pulled)
+    else:
+        code, index = read_published(file, layer=layer, site=site, k=k), None
+    folder = keep_published(code, name, identity, library, index=index, overwrite=overwrite)
     if as_json:
         print_json(
             {"name": name, "folder": folder, "layer": code.layer, "site": code.site, "features": code.n_features, "k": code.k}

@@ -271,14 +271,23 @@ class _Pieces(dict[int, bytes]):
         super().__init__(zip(tokens, engine.pieces(tokens), strict=True))
 
 
-def keep_published(code: SparseCode, name: str, identity: ModelIdentity, library: Library, *, overwrite: bool = False) -> Path:
-    """Keep an autoencoder from elsewhere for a model, with an index that knows no contexts yet. Raises VectorError."""
+def keep_published(
+    code: SparseCode,
+    name: str,
+    identity: ModelIdentity,
+    library: Library,
+    *,
+    index: FeatureIndex | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Keep an autoencoder from elsewhere for a model. Without its index, that knows no contexts yet. Raises VectorError."""
     if code.n_embd != identity.n_embd or code.layer >= identity.n_layer:
         raise VectorError(f"the autoencoder is of width {code.n_embd} at layer {code.layer}, which does not fit {identity.label}")
     target = sae_folder(library, name, identity)
     if target.exists() and not overwrite:
         raise VectorError(f"the library already has the autoencoder {name!r} for {identity.label}: replace it with --overwrite")
-    features = tuple(Feature(i) for i in range(code.n_features))
-    index = FeatureIndex(identity, code.layer, 0.0, features, {"family": code.notes.get("family", "saelens")})
+    if index is None:
+        features = tuple(Feature(i) for i in range(code.n_features))
+        index = FeatureIndex(identity, code.layer, 0.0, features, {"family": code.notes.get("family", "saelens")})
     _keep(code, index, target.with_name(target.name + ".partial"), target)
     return target

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import HubError, SteerError
+from ..concepts.code import CONFIG, WEIGHTS, SparseCode
+from ..concepts.index import INDEX, FeatureIndex
+from ..errors import HubError, SteerError, VectorError
 from ..steering.gate import Gate
 from ..steering.grammar import TermSpec, from_json, parse
 from ..steering.vector import FILE_SUFFIXES, SteeringVector, is_hub_name
@@ -21,6 +27,8 @@ def check_contents(card: dict[str, Any], files: Mapping[str, Path]) -> None:
     """Raise HubError unless the files (by role) are of the card's kind and say of themselves what the card says."""
     what = f"{card['name']}@{card['version']}"
     try:
+        if card["kind"] == "sae":
+            _compare(card, facts_of_sae(files), what)
         for role, path in files.items():
             if role == "vector":
                 _compare(card, facts_of(read_vector(path)), what)
@@ -53,6 +61,35 @@ def facts_of(vector: SteeringVector) -> dict[str, Any]:
         "op": vector.op,
         "scope": vector.default_scope,
     }
+
+
+def facts_of_sae(files: Mapping[str, Path]) -> dict[str, Any]:
+    """What a card has to say of an autoencoder just as its files do. Raises VectorError."""
+    code, index = read_autoencoder(files)
+    if index.identity is None:
+        raise VectorError("its index names no model")
+    if (code.n_embd, code.n_features, code.layer) != (index.identity.n_embd, len(index.features), index.layer):
+        raise VectorError("its weights are of another width, count or layer than its index says")
+    made = {"model": index.identity.to_dict(), "layers": [code.layer], "op": "add", "scope": "response"}
+    return {"kind": "sae", "method": None, **made}
+
+
+def read_autoencoder(files: Mapping[str, Path]) -> tuple[SparseCode, FeatureIndex]:
+    """The autoencoder in some files by role, and the index of its features. Raises VectorError."""
+    with _folder_of(files) as folder:
+        return SparseCode.load(folder), FeatureIndex.load(folder)
+
+
+@contextlib.contextmanager
+def _folder_of(files: Mapping[str, Path]) -> Iterator[Path]:
+    """The files of an autoencoder (by role) under the names that its readers know, in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="steer-hub-") as place:
+        for role, name in (("weights", WEIGHTS), ("config", CONFIG), ("names", INDEX)):
+            try:
+                os.link(files[role], Path(place) / name)
+            except OSError:  # on another disk
+                shutil.copyfile(files[role], Path(place) / name)
+        yield Path(place)
 
 
 def _compare(card: dict[str, Any], facts: dict[str, Any], what: str) -> None:

@@ -21,7 +21,7 @@ from ..steering.vector import SteeringVector, is_hub_name
 from ..store.pulled import Ref
 from ..store.vectorfile import read_vector
 from . import index as indexes
-from .contents import check_contents, facts_of
+from .contents import check_contents, facts_of, facts_of_sae
 from .schema import (
     CARD_FORMAT,
     INDEX_FORMAT,
@@ -76,6 +76,8 @@ def draft(
             raise HubError(f"vector {vector.name!r} names no model: put it into the library with --model, then publish it")
         facts = facts_of(vector)
         card |= {"trait": _trait_of(vector), "calibration": _calibration_of(vector), "samples": _samples_of(vector)}
+    elif role == "weights":
+        facts = facts_of_sae(contents)
     return {
         "format": CARD_FORMAT,
         "name": name,

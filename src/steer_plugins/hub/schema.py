@@ -26,8 +26,20 @@ CARD_FORMAT = "steer-card-v1"
 INDEX_FORMAT = "steer-hub-v1"
 MAX_CARD_BYTES = 128 << 10
 MAX_JSON_BYTES = 5_000_000
-#: What files a kind has, by role; ``trait`` of a vector may be missing.
-ROLES = {"vector": ("vector", "trait"), "gate": ("vector",), "trait": ("trait",), "preset": ("preset",)}
+MAX_NAMES_BYTES = 64 << 20
+#: What files a kind has, by role.
+ROLES = {
+    "vector": ("vector", "trait"),
+    "gate": ("vector",),
+    "sae": ("weights", "config", "names"),
+    "trait": ("trait",),
+    "preset": ("preset",),
+}
+_MAY_BE_MISSING = {"vector": {"trait"}}
+_OF_A_MODEL = ("vector", "gate", "sae")
+#: Types of files by role; all others are JSON.
+_TENSORS = ("vector", "weights")
+_MOST = {"vector": MAX_FILE_BYTES, "weights": MAX_FILE_BYTES, "card": MAX_CARD_BYTES, "names": MAX_NAMES_BYTES}
 
 _VERSION = re.compile(r"(?:0|[1-9][0-9]{0,5})(?:\.(?:0|[1-9][0-9]{0,5})){0,2}")
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}(?: (?:AND|OR|WITH) [A-Za-z0-9][A-Za-z0-9.+-]{0,63}){0,3}")
@@ -251,8 +263,8 @@ def entry_of(card: dict[str, Any], ref: Ref, key: PublicKey) -> dict[str, Any]:
 
 def files_of(entry: dict[str, Any], what: str) -> dict[str, Ref]:
     """The files of an entry or card by role, without the card. Raises HubError."""
-    roles = ROLES[entry["kind"]]
-    if not entry["files"] or not set(entry["files"]) <= set(roles) or roles[0] not in entry["files"]:
+    roles, there = ROLES[entry["kind"]], set(entry["files"])
+    if not set(roles) - _MAY_BE_MISSING.get(entry["kind"], set()) <= there <= set(roles):
         raise HubError(f"{what}: a {entry['kind']} has the files {', '.join(roles)} and no others")
     return {role: _ref(data, role, what) for role, data in entry["files"].items()}
 
@@ -284,17 +296,16 @@ def _checked(data: dict[str, Any], checks: dict[str, Check], what: str) -> dict[
             raise HubError(f"{what}: the field {field!r} may not be {value!r:.60}")
     if "files" in checks:
         files_of(data, what)
-        if (data["model"] is None) != ("vector" not in ROLES[data["kind"]]):
-            has = "names no model" if data["model"] is None else "names a model, which only vectors and gates have"
+        if (data["model"] is None) != (data["kind"] not in _OF_A_MODEL):
+            has = "names no model" if data["model"] is None else f"names a model, which only {', '.join(_OF_A_MODEL)} have"
             raise HubError(f"{what}: this {data['kind']} {has}")
     return data
 
 
 def _ref(data: Any, role: str, what: str) -> Ref:
-    type_ = "safetensors" if role == "vector" else "json"
-    most = MAX_FILE_BYTES if role == "vector" else MAX_CARD_BYTES if role == "card" else MAX_JSON_BYTES
+    type_ = "safetensors" if role in _TENSORS else "json"
     try:
-        ref = Ref.from_dict(data, most)
+        ref = Ref.from_dict(data, _MOST.get(role, MAX_JSON_BYTES))
     except VectorError as error:
         raise HubError(f"{what}: {error}") from None
     if ref.type != type_:

@@ -21,8 +21,8 @@ from ..steering.vector import ModelIdentity, SteeringVector, is_hub_name
 from .vectorfile import read_vector
 
 FORMAT = "steer-hub-state-v1"
-#: Kinds of things that a hub holds; the first two are vector files.
-KINDS = ("vector", "gate", "trait", "preset")
+#: Kinds of things that a hub holds; the first two are vector files, ``sae`` is an autoencoder with the names of its features.
+KINDS = ("vector", "gate", "sae", "trait", "preset")
 MAX_STATE_BYTES = 64 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 #: What files are called after their sha256.
@@ -67,7 +67,7 @@ class Item:
     key: str  # of the publisher
     index: str  # the address it came from
     pinned: bool
-    files: dict[str, Ref]  # by role: "card", "vector", "trait", "preset"
+    files: dict[str, Ref]  # by role: "card", and those of the kind (hub.schema.ROLES)
 
     @property
     def label(self) -> str:
@@ -177,6 +177,19 @@ class Pulled:
             if item.name == name and role in item.files:
                 return self.checked(item.files[role], item.name)
         return None
+
+    def files(self, name: str, kind: str, identity: ModelIdentity) -> dict[str, Path]:
+        """The checked files, by role, of what was pulled under a name for this model; none if it is not there or another kind.
+
+        Raises VectorError for one that is damaged, or of another model only.
+        """
+        found = [item for item in self.items() if (item.name, item.kind) == (name, kind)]
+        for item in found:
+            if item.model is not None and item.model.mismatch(identity) is None:
+                return {role: self.checked(ref, item.name) for role, ref in item.files.items() if role != "card"}
+        if found and found[0].model is not None:
+            raise VectorError(f"{name} was pulled for another model: {found[0].model.mismatch(identity)}")
+        return {}
 
     @contextlib.contextmanager
     def locked(self, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
