@@ -68,6 +68,22 @@ def test_a_folder_is_the_same_bytes_but_for_time_and_signature(world: World) -> 
     assert after[1] == lines[1] + "," and len(after) == 4
 
 
+def test_signing_removes_what_nothing_names(world: World) -> None:
+    world.publish()
+    world.publish(make(seed=1))
+    files = world.there / "files"
+    kept = {path.name for path in files.iterdir()}
+    (files / ("0" * 64 + ".safetensors")).write_bytes(b"of publishing that was killed")
+    (files / "notes.txt").write_text("somebody's own")
+    Folder(world.there, world.key).sign()
+    left = {path.name for path in files.iterdir()}
+    gone, new = kept - left, left - kept
+    assert len(gone) == 2 and all(name.endswith(".minisig") for name in gone)  # of the two earlier indexes
+    assert len(new) == 2 and "notes.txt" in new
+    bob = world.reader()
+    assert bob.pull("ann/mood@1") and bob.pull("ann/mood@2")
+
+
 def test_versions(world: World) -> None:
     world.publish()
     with pytest.raises(HubError, match="there already.*no version is written over"):

@@ -43,7 +43,21 @@ def hub() -> None:
     """
 
 
-_model = click.option("-m", "--model", metavar="FILE", default=None, help="The model that it has to fit, a GGUF file.")
+def _file(model: str | None) -> str | None:
+    """The file of --model; none unless one is named, since what is looked for may be for any."""
+    from .common import model_path
+
+    return None if model is None else str(model_path(None if model == "demo" else model))
+
+
+_model = click.option(
+    "-m",
+    "--model",
+    metavar="FILE",
+    default=None,
+    callback=lambda context, option, value: _file(value),
+    help="The model that it has to fit: a GGUF file, or demo for the demo model.",
+)
 _index = click.option("--index", metavar="INDEX", default=None, help="Take it from this index.")
 _days = click.option(
     "--days",
@@ -62,9 +76,8 @@ def _hub() -> Hub:
 
 def _identity(model: str | None) -> ModelIdentity | None:
     from ..store.identity import identity_of_gguf
-    from .common import model_path
 
-    return None if model is None else identity_of_gguf(model_path(model))
+    return None if model is None else identity_of_gguf(Path(model))
 
 
 @hub.command()
@@ -182,13 +195,12 @@ def pull(
     else:
         from ..engine.local import LocalEngine
         from ..hub.safety import safety_check
-        from .common import model_path
 
         identity = _identity(model)
         with contextlib.ExitStack() as stack:
             engine = None
             if model is not None:
-                engine = functools.cache(lambda: stack.enter_context(LocalEngine(model_path(model))))
+                engine = functools.cache(lambda: stack.enter_context(LocalEngine(Path(model))))
             check = safety_check(found.library, engine, force=force, say=lambda text: click.echo(text, err=as_json))
             items = [_pull_one(found, reference, identity, index, check) for reference in references]
     if as_json:

@@ -25,6 +25,7 @@ from .contents import check_contents, facts_of, facts_of_sae
 from .schema import (
     CARD_FORMAT,
     INDEX_FORMAT,
+    MAX_CARD_BYTES,
     canonical,
     check_card,
     check_entry,
@@ -36,8 +37,8 @@ from .schema import (
     time_text,
     version_key,
 )
-from .signing import MAX_SIGNATURE_BYTES, PublicKey, SecretKey, blake2b, verify
-from .sources import INDEX, file_name
+from .signing import PublicKey, SecretKey, blake2b, verify
+from .sources import INDEX, file_name, is_file_name
 from .trust import follows, rotation
 
 VALID_DAYS = 365
@@ -146,14 +147,24 @@ class Folder:
     def sign(self, *, days: int | None = None) -> dict[str, Any]:
         """Check the whole index and sign it, as its keeper does after changes by others; returns its head. Raises HubError.
 
+        Files that nothing names are removed: of publishing that was interrupted, and signatures of earlier indexes.
         ``days``: how long it may be trusted; 0: for ever; None: as it was, a year for a new one.
         """
         with self._locked():
             opened = self._open(None)
+            named = set()
             for entry in opened().entries:
                 self._check(entry)
+                refs = [Ref.from_dict(entry["card"], MAX_CARD_BYTES), *files_of(entry, entry["name"]).values()]
+                named |= {file_name(ref.sha256, ref.type) for ref in refs} | {file_name(refs[0].sha256, "minisig")}
             index = opened()
-            return self._write(index.header, (line for _, line in index.lines), days)
+            header = self._write(index.header, (line for _, line in index.lines), days)
+            named.add(file_name(file_sha256(self.folder / INDEX), "minisig"))
+            with contextlib.suppress(OSError):
+                for path in (self.folder / "files").iterdir():
+                    if is_file_name(f"files/{path.name}") and f"files/{path.name}" not in named:
+                        path.unlink()
+            return header
 
     def rotate(self, new: SecretKey, *, days: int | None = None) -> int:
         """Hand over from this key to a new one: what this one signed is signed anew, and the index says so.
@@ -183,7 +194,7 @@ class Folder:
 
     def _sign_again(self, entry: dict[str, Any], old: PublicKey) -> None:
         """Replace the old key's signature of a card by one of ours."""
-        ref = Ref.from_dict(entry["card"], MAX_SIGNATURE_BYTES << 10)
+        ref = Ref.from_dict(entry["card"], MAX_CARD_BYTES)
         digest = blake2b(self.folder / file_name(ref.sha256, ref.type))
         try:
             verify(self._signature(ref), digest, old, entry["name"])
@@ -269,7 +280,7 @@ class Folder:
     def _check(self, entry: dict[str, Any]) -> None:
         """Raise HubError unless all that an entry names is there, signed, and says the same."""
         what = f"{entry['name']}@{entry['version']}"
-        ref = Ref.from_dict(entry["card"], 1 << 20)
+        ref = Ref.from_dict(entry["card"], MAX_CARD_BYTES)
         refs = files_of(entry, what)
         paths = {role: self.folder / file_name(one.sha256, one.type) for role, one in {"card": ref, **refs}.items()}
         for role, one in {"card": ref, **refs}.items():

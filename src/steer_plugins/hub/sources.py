@@ -29,6 +29,11 @@ def file_name(sha256: str, type: str) -> str:
     return f"files/{sha256}.{type}"
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a hub could have a file of that name."""
+    return _NAME.fullmatch(name) is not None
+
+
 class Source(ABC):
     """One hub. ``url``: its address, as it is kept."""
 
@@ -45,7 +50,7 @@ class Source(ABC):
 
         Raises HubError: it is not there, larger, or cannot be had; what came so far may be left in ``target``.
         """
-        if not _NAME.fullmatch(name):
+        if not is_file_name(name):
             raise HubError(f"a hub has no file {name!r:.80}")
         self._fetch(name, target, most, resume, progress)
 
