@@ -89,8 +89,7 @@ def skip_untested(arch: str) -> None:
     """Tiny models may exist before the patch lists their architecture; ``test_errors`` names those that must be there."""
     from steer_plugins import native
 
-    library = native.load(harness.llama_cpp.llama_cpp._lib)
-    if arch not in native.tested_architectures(library):
+    if arch not in native.tested_architectures(harness.steer_library()):
         pytest.skip(f"the patch does not steer {arch}")
 
 

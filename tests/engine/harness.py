@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 
 from steer_plugins import native
+from steer_plugins.engine.model import steering_of
 from steer_plugins.native import NativeTerm
+from steer_plugins.runtime import has_steering, stock_library
 from steer_plugins.runtime.waiting import with_short_waits
+from steer_plugins.store.identity import identity_of_gguf
 
 CORE = ("llama", "qwen2", "qwen3", "gemma3", "deepseek2", "deepseek4")
 """Architectures for the tests with many cases; test_architectures.py runs its shorter list over all of them."""
@@ -90,31 +93,42 @@ class Raw:
         cp.kv_unified = kv_unified
         if flash is not None:
             cp.flash_attn_type = int(flash)
+        self._params = cp
+        self.steering: Any = None
+        prepared = None
+        if steer:
+            self.steering = steering_of(c, self.model, identity_of_gguf(path).architecture)
+            prepared = self.steering.prepare(cp)
         if cb_eval is not None:
             cp.cb_eval = cb_eval
-        self._params = cp
         self.ctx = c.llama_init_from_model(self.model, cp)
         assert self.ctx
         self.n_embd = c.llama_model_n_embd(self.model)
         self.n_layer = c.llama_model_n_layer(self.model)
         self.n_vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
         self.memory = c.llama_get_memory(self.ctx)
-        self.library = c.llama_cpp._lib
+        self.library = c.llama_cpp._lib if self.steering is None else self.steering.library
         self.steer: Any = None
         if steer:
-            self.info = native.model_info(native.load(self.library), self.model)
+            self.info = self.steering.info
             self.sites = [native.SITES[name] for name in self.info.sites]
-            self.steer = native.SteerContext(self.library, self.ctx, self.n_embd)
+            self.steer = self.steering.attach(prepared, self.ctx)
 
     def second_context(self) -> Raw:
         """Another context on the same weights."""
         other = object.__new__(Raw)
         other.__dict__.update(self.__dict__)
         other.model = None  # the first one frees it
+        prepared = self.steering.prepare(self._params)
         other.ctx = llama_cpp.llama_init_from_model(self.model, self._params)
         other.memory = llama_cpp.llama_get_memory(other.ctx)
-        other.steer = native.SteerContext(self.library, other.ctx, self.n_embd)
+        other.steer = self.steering.attach(prepared, other.ctx)
         return other
+
+    @property
+    def handle(self) -> Any:
+        """What calls of the steering API take for this context."""
+        return self.steer._context if self.steer else self.ctx
 
     # ---- decoding ----
 
@@ -130,7 +144,7 @@ class Raw:
                 for j, seq in enumerate(seqs):
                     batch.seq_id[i][j] = seq
                 batch.logits[i] = output
-            return int(c.llama_decode(self.ctx, batch))
+            return self.steer.decode(c, batch) if self.steer else int(c.llama_decode(self.ctx, batch))
         finally:
             c.llama_batch_free(batch)
 
@@ -219,8 +233,18 @@ class Raw:
 
     def close(self) -> None:
         llama_cpp.llama_free(self.ctx)
+        if self.steer:
+            self.steer.close()
         if self.model:
+            if self.steering:
+                self.steering.close()
             llama_cpp.llama_model_free(self.model)
+
+
+def steer_library() -> ctypes.CDLL:
+    """The library that holds the steering API: the loaded one, or the one that steers beside it."""
+    library = llama_cpp.llama_cpp._lib
+    return native.load(library) if has_steering(library) else native.stock.open_library(stock_library())
 
 
 # ---- llama.cpp's own view of its graph ----

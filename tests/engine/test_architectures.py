@@ -30,7 +30,7 @@ every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 def test_the_table_holds_what_is_tested_here(llama_cpp: Any) -> None:
     """An architecture without a tiny model must not be listed as tested, and each tiny model is there to be steered."""
-    listed = native.tested_architectures(native.load(llama_cpp.llama_cpp._lib))
+    listed = native.tested_architectures(H.steer_library())
     assert len(listed) == len(set(listed))
     assert set(listed) == set(ARCHITECTURES)
 
@@ -79,7 +79,7 @@ def test_rows_are_what_the_graph_computes(fresh: MakeRaw, arch: str) -> None:
     """Bit for bit llama.cpp's own nodes, at tokens that are outputs and, where the table says so, at others."""
     reader = fresh(arch, n_ubatch=5, **SMALL)
     node = "l_last" if arch == "deepseek4" else "l_out"
-    nodes = H.Nodes(reader.library, [node])
+    nodes = H.Nodes(H.llama_cpp.llama_cpp._lib, [node])
     watched = fresh(arch, n_ubatch=5, cb_eval=nodes.callback, **SMALL)
     layers, top = list(range(reader.n_layer)), reader.n_layer - 1
     toks = [Tok(t.token, t.pos, 0, t.pos in (3, 8, 12)) for t in H.prompt(13)]

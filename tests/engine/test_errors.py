@@ -39,7 +39,7 @@ def vector_set(
     pointer = dirs.astype(np.float32).ctypes.data_as(POINTER(c_float)) if dirs is not None else None
     return int(
         r.library.llama_steer_vector_set(
-            r.ctx,
+            r.handle,
             vector,
             n,
             (c_int32 * len(layers))(*layers) if layers is not None else None,
@@ -55,7 +55,7 @@ def config_set(r: Raw, config: int, *terms: NativeTerm, n: int | None = None, nu
     for slot, t in zip(array, terms, strict=False):
         slot.vector, slot.op, slot.strength = t.vector, t.op, t.strength
         slot.il_first, slot.il_last, slot.stream = t.il_first, t.il_last, t.stream
-    return int(r.library.llama_steer_config_set(r.ctx, config, len(terms) if n is None else n, None if null else array))
+    return int(r.library.llama_steer_config_set(r.handle, config, len(terms) if n is None else n, None if null else array))
 
 
 def capture_set(
@@ -63,7 +63,7 @@ def capture_set(
 ) -> int:
     return int(
         r.library.llama_steer_capture_set(
-            r.ctx,
+            r.handle,
             n if n is not None else len(layers or ()),
             (c_int32 * len(layers))(*layers) if layers is not None else None,
             (c_int32 * len(sites))(*sites) if sites is not None else None,
@@ -75,7 +75,7 @@ def capture_set(
 
 
 def capture_get(r: Raw, layer: int, out: Any, room: int) -> int:
-    return int(r.library.llama_steer_capture_get(r.ctx, layer, RESID, out, room))
+    return int(r.library.llama_steer_capture_get(r.handle, layer, RESID, out, room))
 
 
 def unit(r: Raw, at: int, value: float) -> np.ndarray:
@@ -116,9 +116,9 @@ CASES: list[tuple[str, str, Callable[[Raw], int], int, str]] = [
     ("used elsewhere", "llama", lambda r: vector_set(r, 2, layers=[0]), ARG,
      "vector 2 is used by a config whose layer window holds none of its new layers"),
     ("scale too large for a config", "llama", lambda r: vector_set(r, 2, layers=[2], scales=[1e39]), ARG, "too large"),
-    ("clear unknown", "llama", lambda r: r.library.llama_steer_vector_clear(r.ctx, 77), ARG, "vector 77 is not set"),
-    ("clear -1", "llama", lambda r: r.library.llama_steer_vector_clear(r.ctx, -1), ARG, "vector -1 is not set"),
-    ("clear used", "llama", lambda r: r.library.llama_steer_vector_clear(r.ctx, 2), ARG, "vector 2 is in use"),
+    ("clear unknown", "llama", lambda r: r.library.llama_steer_vector_clear(r.handle, 77), ARG, "vector 77 is not set"),
+    ("clear -1", "llama", lambda r: r.library.llama_steer_vector_clear(r.handle, -1), ARG, "vector -1 is not set"),
+    ("clear used", "llama", lambda r: r.library.llama_steer_vector_clear(r.handle, 2), ARG, "vector 2 is in use"),
     ("config 0", "llama", lambda r: config_set(r, 0, NativeTerm(0)), ARG, "config 0 cannot be set"),
     ("config -5", "llama", lambda r: config_set(r, -5, NativeTerm(0)), ARG, "config -5 cannot be set"),
     ("-1 terms", "llama", lambda r: config_set(r, 1, n=-1), LIMIT, "0 to 256 terms, not -1"),
@@ -142,14 +142,14 @@ CASES: list[tuple[str, str, Callable[[Raw], int], int, str]] = [
     ("stream -2", "deepseek4", lambda r: config_set(r, 1, NativeTerm(0, stream=MEAN)), ARG, "stream -2 does not exist"),
     ("stream of a writer", "deepseek4", lambda r: config_set(r, 1, NativeTerm(3, stream=0)), ARG,
      "a stream cannot be named at attn_out"),
-    ("clear config 9", "llama", lambda r: r.library.llama_steer_config_clear(r.ctx, 9), ARG, "config 9 is not set"),
-    ("clear config 0", "llama", lambda r: r.library.llama_steer_config_clear(r.ctx, 0), ARG, "config 0 is not set"),
-    ("range seq", "llama", lambda r: r.library.llama_steer_range(r.ctx, -1, 0, -1, 1), ARG, "is no range"),
-    ("range start", "llama", lambda r: r.library.llama_steer_range(r.ctx, 0, -1, 5, 1), ARG, "is no range"),
-    ("range empty", "llama", lambda r: r.library.llama_steer_range(r.ctx, 0, 5, 5, 1), ARG, "is no range"),
-    ("range backwards", "llama", lambda r: r.library.llama_steer_range(r.ctx, 0, 5, 2, 1), ARG, "positions 5 to 2 is no range"),
-    ("range config", "llama", lambda r: r.library.llama_steer_range(r.ctx, 0, 0, -1, 55), ARG, "config 55 is not set"),
-    ("range config -1", "llama", lambda r: r.library.llama_steer_range(r.ctx, 0, 0, -1, -1), ARG, "config -1 is not set"),
+    ("clear config 9", "llama", lambda r: r.library.llama_steer_config_clear(r.handle, 9), ARG, "config 9 is not set"),
+    ("clear config 0", "llama", lambda r: r.library.llama_steer_config_clear(r.handle, 0), ARG, "config 0 is not set"),
+    ("range seq", "llama", lambda r: r.library.llama_steer_range(r.handle, -1, 0, -1, 1), ARG, "is no range"),
+    ("range start", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, -1, 5, 1), ARG, "is no range"),
+    ("range empty", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, 5, 5, 1), ARG, "is no range"),
+    ("range backwards", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, 5, 2, 1), ARG, "positions 5 to 2 is no range"),
+    ("range config", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, 0, -1, 55), ARG, "config 55 is not set"),
+    ("range config -1", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, 0, -1, -1), ARG, "config -1 is not set"),
     ("captures -1", "llama", lambda r: capture_set(r, [], [], n=-1), ARG, "captures can be set, not -1"),
     ("captures 1000", "llama", lambda r: capture_set(r, [0], [0], n=1000), ARG, "captures can be set, not 1000"),
     ("captures NULL", "llama", lambda r: capture_set(r, None, None, n=1), ARG, "captures"),
@@ -159,13 +159,13 @@ CASES: list[tuple[str, str, Callable[[Raw], int], int, str]] = [
     ("capture twice", "llama", lambda r: capture_set(r, [0, 1, 0], [0, 0, 0]), ARG, "layer 0, resid_post is captured twice"),
     ("capture stream 0", "deepseek4", lambda r: capture_set(r, [0], [0], 0), ARG, "stream mode 0 does not exist"),
     ("capture rows", "llama", lambda r: capture_set(r, [0], [0], rows=-1), ARG, "captures cannot hold -1 rows"),
-    ("want seq", "llama", lambda r: r.library.llama_steer_capture_range(r.ctx, -2, 0, -1, True), ARG, "is no range"),
-    ("want empty", "llama", lambda r: r.library.llama_steer_capture_range(r.ctx, 0, 3, 1, True), ARG, "is no range"),
+    ("want seq", "llama", lambda r: r.library.llama_steer_capture_range(r.handle, -2, 0, -1, True), ARG, "is no range"),
+    ("want empty", "llama", lambda r: r.library.llama_steer_capture_range(r.handle, 0, 3, 1, True), ARG, "is no range"),
     ("get uncaptured", "llama", lambda r: capture_get(r, 3, (c_float * 4)(), 4), ARG, "layer 3, resid_post is not captured"),
     ("get no room", "llama", lambda r: capture_get(r, 0, (c_float * 4)(), 4), ARG, "there is room for 4"),
     ("get NULL", "llama", lambda r: capture_get(r, 0, None, BIG), ARG, "NULL"),
-    ("index NULL", "llama", lambda r: r.library.llama_steer_capture_index(r.ctx, None, None), ARG, "NULL"),
-    ("stats NULL", "llama", lambda r: r.library.llama_steer_get_stats(r.ctx, None), ARG, "NULL"),
+    ("index NULL", "llama", lambda r: r.library.llama_steer_capture_index(r.handle, None, None), ARG, "NULL"),
+    ("stats NULL", "llama", lambda r: r.library.llama_steer_get_stats(r.handle, None), ARG, "NULL"),
 ]  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def test_bad_arguments(raw: MakeRaw, arch: str) -> None:
         if where != arch:
             continue
         got = call(r)
-        said = r.library.llama_steer_error(r.ctx).decode()
+        said = r.library.llama_steer_error(r.handle).decode()
         if got != code:
             problems.append(f"{name}: code {got} instead of {code}")
         elif sentence not in said:
@@ -306,14 +306,14 @@ def test_null_everywhere(raw: MakeRaw) -> None:
 def test_odd_arguments_that_are_fine(raw: MakeRaw) -> None:
     r = raw("llama")
     lib = r.library
-    assert lib.llama_steer_edit_id(r.ctx, -5, 3) == lib.llama_steer_edit_id(r.ctx, 0, -3) == 0
-    assert lib.llama_steer_config_id(r.ctx, -1) == 0
-    assert lib.llama_steer_fired(r.ctx, 99, 99) == 0
-    assert lib.llama_steer_capture_count(r.ctx) == 0
-    assert lib.llama_steer_seq_clear(r.ctx, 1234) == 0
+    assert lib.llama_steer_edit_id(r.handle, -5, 3) == lib.llama_steer_edit_id(r.handle, 0, -3) == 0
+    assert lib.llama_steer_config_id(r.handle, -1) == 0
+    assert lib.llama_steer_fired(r.handle, 99, 99) == 0
+    assert lib.llama_steer_capture_count(r.handle) == 0
+    assert lib.llama_steer_seq_clear(r.handle, 1234) == 0
     assert vector_set(r, 4095) == 0 and config_set(r, 2**31 - 1, NativeTerm(4095)) == 0
-    assert lib.llama_steer_range(r.ctx, 0, 0, 2**31 - 1, 2**31 - 1) == 0
-    assert lib.llama_steer_range(r.ctx, 0, 2**31 - 1, -1, 2**31 - 1) == 0
+    assert lib.llama_steer_range(r.handle, 0, 0, 2**31 - 1, 2**31 - 1) == 0
+    assert lib.llama_steer_range(r.handle, 0, 2**31 - 1, -1, 2**31 - 1) == 0
     toks = H.prompt(3)
     assert np.isfinite(r.decode(toks)).all()
     assert config_set(r, 1, *[NativeTerm(4095, ADD, 0.01)] * 256) == 0
@@ -324,10 +324,10 @@ def test_an_error_belongs_to_its_context(raw: MakeRaw) -> None:
     r = raw("llama")
     other = r.second_context()
     try:
-        r.library.llama_steer_config_clear(r.ctx, 5)
-        r.library.llama_steer_config_clear(other.ctx, 6)
-        assert "config 5" in r.library.llama_steer_error(r.ctx).decode()
-        assert "config 6" in r.library.llama_steer_error(other.ctx).decode()
+        r.library.llama_steer_config_clear(r.handle, 5)
+        r.library.llama_steer_config_clear(other.handle, 6)
+        assert "config 5" in r.library.llama_steer_error(r.handle).decode()
+        assert "config 6" in r.library.llama_steer_error(other.handle).decode()
     finally:
         other.close()
 
@@ -345,11 +345,11 @@ def test_an_untested_architecture_is_refused(llama_cpp: Any, untested: Path) -> 
         assert r.library.llama_steer_model_info(r.model, byref(info)) == ARCH
         assert (info.n_layer, info.n_embd, info.n_streams, list(info.sites)) == (2, 128, 1, [False] * 3)
         assert vector_set(r) == ARCH
-        assert "internlm2" in r.library.llama_steer_error(r.ctx).decode()
+        assert "internlm2" in r.library.llama_steer_error(r.handle).decode()
         assert capture_set(r, [0], [0]) == ARCH
         assert config_set(r, 1, NativeTerm(0)) == ARCH
-        assert r.library.llama_steer_set_read_callback(r.ctx, binding._READ_CB(), None) == ARCH
-        assert r.library.llama_steer_free(r.ctx) == 0
+        assert r.library.llama_steer_set_read_callback(r.handle, binding._READ_CB(), None) == ARCH
+        assert r.library.llama_steer_free(r.handle) == 0
         r.forget()
         assert np.array_equal(r.decode(toks), plain)
     finally:

@@ -29,7 +29,7 @@ def test_rows_are_what_the_graph_computes(
     """Against llama.cpp's own evaluation callback, bit for bit: the right node, layer, site, token and stream."""
     resid = "l_last" if arch == "deepseek4" else "l_out"
     reader = fresh(arch, n_ubatch=n_ubatch)
-    nodes = H.Nodes(reader.library, [resid, "attn_out", "ffn_out"])
+    nodes = H.Nodes(H.llama_cpp.llama_cpp._lib, [resid, "attn_out", "ffn_out"])
     watched = fresh(arch, n_ubatch=n_ubatch, cb_eval=nodes.callback)
     n, layers = 11, list(range(reader.n_layer))
     toks = H.prompt(n)

@@ -38,10 +38,45 @@ class FilePath(click.Path):
 #: ``--json``: the command gets ``as_json: bool``.
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 
-#: ``--model``: the command gets ``model: str | None``; None means the demo model, see :func:`model_path`.
-model_option = click.option(
-    "-m", "--model", type=FilePath(), metavar="FILE", help="The model, a GGUF file (default: the demo model)."
+
+def _set_runtime(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    """What is chosen holds for the whole command, and for the processes that it starts."""
+    if value is None:
+        return
+    before = os.environ.get("STEER_RUNTIME")
+
+    def restore() -> None:
+        if before is None:
+            os.environ.pop("STEER_RUNTIME", None)
+        else:
+            os.environ["STEER_RUNTIME"] = before
+
+    os.environ["STEER_RUNTIME"] = value
+    context.meta[_RUNTIME] = value
+    context.call_on_close(restore)
+
+
+_RUNTIME = "steer_plugins.runtime"
+
+
+#: ``--runtime``, of which a command need not know.
+runtime_option = click.option(
+    "--runtime",
+    metavar="WHICH",
+    expose_value=False,
+    callback=_set_runtime,
+    help="The llama.cpp to use: patched, stock (the unmodified one of llama-cpp-python) or a folder with libraries "
+    "(default: STEER_RUNTIME, else the patched one where there is one).",
 )
+
+
+def model_option(command: F) -> F:
+    """Adds ``--model``: the command gets ``model: str | None``; None means the demo model, see :func:`model_path`. And
+    :data:`runtime_option`."""
+    model = click.option(
+        "-m", "--model", type=FilePath(), metavar="FILE", help="The model, a GGUF file (default: the demo model)."
+    )
+    return model(runtime_option(command))
 
 
 @dataclass(frozen=True)
@@ -94,7 +129,8 @@ def engine_options(command: F) -> F:
         server: str | None,
         **rest: Any,
     ) -> Any:
-        local = {"--model": model, "--n-ctx": n_ctx, "--n-gpu-layers": n_gpu_layers, "--threads": threads}
+        runtime = click.get_current_context().meta.get(_RUNTIME)
+        local = {"--runtime": runtime, "--model": model, "--n-ctx": n_ctx, "--n-gpu-layers": n_gpu_layers, "--threads": threads}
         server = _chosen_server(server, [name for name, value in local.items() if value is not None])
         return command(*args, engine=EngineOptions(model, n_ctx, n_gpu_layers, threads, server), **rest)
 

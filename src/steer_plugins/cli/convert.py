@@ -10,7 +10,7 @@ import click
 
 from ..errors import SpecError, VectorError
 from ..plugins import hookimpl
-from .common import FilePath, json_option, print_json
+from .common import FilePath, json_option, print_json, runtime_option
 
 if TYPE_CHECKING:
     from ..steering.vector import SteeringVector
@@ -64,6 +64,7 @@ def register_commands(cli: click.Group) -> None:
     type=click.Choice(["block", "plus-one", "probe"]),
     help="What direction.N of a GGUF control vector was made at: block N (default), or block N-1; probe asks --model.",
 )
+@runtime_option
 @json_option
 def convert(
     source: Path,

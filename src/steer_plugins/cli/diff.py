@@ -9,7 +9,7 @@ import click
 
 from ..errors import ModelError, VectorError
 from ..plugins import hookimpl
-from .common import FilePath, Stages, json_option, print_json
+from .common import FilePath, Stages, json_option, print_json, runtime_option
 
 
 @hookimpl
@@ -27,6 +27,7 @@ def register_commands(cli: click.Group) -> None:
 @click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, metavar="N", help="Layers on the GPU; -1: all.")
 @click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
 @click.option("--overwrite", is_flag=True, help="Replace a vector of that name.")
+@runtime_option
 @json_option
 def diff(
     base: Path,

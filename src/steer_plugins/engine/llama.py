@@ -1,8 +1,10 @@
-"""A drop-in for ``llama_cpp.Llama`` whose calls take ``steering=``. Importing this module loads the patched llama.cpp."""
+"""A drop-in for ``llama_cpp.Llama`` whose calls take ``steering=``. Importing this module loads the library that is steered."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ..steering.terms import Steering
 from ..steering.vector import ModelIdentity
 from ..store.identity import identity_of_gguf
 from .base import as_steering
+from .model import steering_of
 from .steered import UNKNOWN_EDIT, SequenceSteering, SteeredContext
 from .thinking import tags_of
 
@@ -34,31 +37,69 @@ class _Facts:
         return bytes(self.model.token_to_piece(token, special=True))
 
 
+@contextmanager
+def _steerable(architecture: str) -> Iterator[list[tuple[native.Steering, Any]]]:
+    """Contexts that this thread makes meanwhile can be steered; gives (steering of the model, what was prepared) for each.
+
+    ``Llama`` makes its context itself, and an unmodified library has to be told of the callback before.
+    """
+    low = llama_cpp.llama_cpp
+    original, thread = low.llama_init_from_model, threading.get_ident()
+    made: list[tuple[native.Steering, Any]] = []
+
+    def init(model: Any, params: Any) -> Any:
+        if threading.get_ident() == thread:
+            steering = steering_of(llama_cpp, model, architecture)
+            made.append((steering, steering.prepare(params)))
+        return original(model, params)
+
+    low.llama_init_from_model = init
+    try:
+        yield made
+    finally:
+        low.llama_init_from_model = original
+
+
 class SteeredLlama(_Llama):
     """``llama_cpp.Llama`` with a ``steering=`` argument on ``__call__``, ``create_completion``, ``create_chat_completion`` and
     ``generate``: a vector, a term, a ``Steering``, a list of these, or None.
 
     A cached prefix is kept only as far as token and edit agree, so a reply never builds on states that another steering
     left behind. Saved states and ``set_cache`` follow the same rule. A draft model is refused with steering.
+    Where the loaded library has no patch, it is steered from outside, and ``n_ubatch`` becomes ``n_batch``.
 
     Raises:
         SteerError: the architecture is not supported, or a vector belongs to another model.
     """
 
     def __init__(self, model_path: str, **kwargs: Any) -> None:
-        super().__init__(model_path, **kwargs)
-        library = native.load(llama_cpp.llama_cpp._lib)
-        info = native.model_info(library, self._model.model)
+        identity = identity_of_gguf(Path(model_path))
+        with _steerable(identity.architecture) as made:
+            super().__init__(model_path, **kwargs)
+        self._steering, prepared = made[0]
         self._facts = _Facts(
-            identity=identity_of_gguf(Path(model_path)),
-            steer=info,
+            identity=identity,
+            steer=self._steering.info,
             tags=tags_of(self.metadata.get("tokenizer.chat_template")),
             model=self._model,
         )
-        self._context = SteeredContext(self._facts, native.SteerContext(library, self._ctx.ctx, info.n_embd))
+        self._context = SteeredContext(self._facts, self._steering.attach(prepared, self._ctx.ctx))
+        self._ctx.decode = self._decode
         self._edits: list[int] = []  # edit id of each token in the cache
         self._wish: Steering = Steering()
         self._live: list[Steering] = []
+
+    def _decode(self, batch: Any) -> None:
+        code = self._context.steer.decode(llama_cpp, batch.batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode returned {code}")
+
+    def close(self) -> None:
+        """As ``Llama.close``."""
+        super().close()
+        if (context := self.__dict__.pop("_context", None)) is not None:
+            context.steer.close()
+            self._steering.close()
 
     @property
     def identity(self) -> ModelIdentity:

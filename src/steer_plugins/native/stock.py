@@ -205,6 +205,10 @@ class StockSteering:
     # ---- what the engines use ----
 
     def prepare(self, params: Any) -> Any:
+        if params.embeddings:
+            raise EngineError(
+                "a context for embeddings cannot be steered beside an unmodified llama.cpp: use the patched runtime (`steer build`)"
+            )
         params.n_ubatch = params.n_batch  # a batch is computed in one piece
         params.kv_unified = True  # and in its order
         handle = self.library.llama_steer_stock_new(self._handle, params.n_batch, params.n_seq_max)

@@ -17,9 +17,19 @@ from .bindings import DISTRIBUTION, PINNED_VERSION, Bindings, find_bindings, ggm
 from .cache import cache_dir
 from .host import host_of, same_host
 from .libraries import probe
-from .locate import INSTALL_BINDINGS, WHEEL_NAME, Runtime, cached_runtimes, find_runtime, installed_runtime, is_current
+from .locate import (
+    INSTALL_BINDINGS,
+    WHEEL_NAME,
+    Runtime,
+    cached_runtimes,
+    find_runtime,
+    find_stock,
+    installed_runtime,
+    is_current,
+)
 from .patching import PatchSet, patch_sets
 from .sources import pip_available
+from .stock import present_library
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ def diagnose(model: Path | None = None) -> Diagnosis:
     report.add("python", "ok", f"{version} on {platform.platform()}, steer-plugins {__version__}")
     bindings = _bindings(report)
     patch = _patch(report, bindings)
-    runtime = _runtime(report, bindings, patch)
+    stock = _stock(report)
+    runtime = _runtime(report, bindings, patch, stock)
     _devices(report, runtime)
     _model(report, model)
     _tools(report, runtime)
@@ -116,7 +127,24 @@ def _patch(report: Diagnosis, bindings: Bindings | None) -> PatchSet | None:
     return patch
 
 
-def _runtime(report: Diagnosis, bindings: Bindings | None, patch: PatchSet | None) -> Runtime | None:
+def _stock(report: Diagnosis) -> Runtime | None:
+    """The unmodified llama.cpp, if it can be steered here."""
+    report.facts["stock"] = None
+    stock = find_stock()
+    if stock is None:
+        return None
+    library = present_library()
+    report.facts["stock"] = {"path": str(stock.lib_dir), "version": stock.version, "library": str(library) if library else None}
+    text = f"the unmodified llama.cpp of {DISTRIBUTION} {stock.version}, {stock.lib_dir}"
+    if library is None and tools.find_compiler() is None:
+        advice = f"pip install a wheel of steer-plugins for this platform, or {tools.compiler_advice()}"
+        report.add("stock", "note", f"{text}; the library that steers beside it is missing", advice)
+        return None
+    report.add("stock", "ok", f"{text}; {library or 'the library that steers beside it is compiled when it is needed'}")
+    return stock
+
+
+def _runtime(report: Diagnosis, bindings: Bindings | None, patch: PatchSet | None, stock: Runtime | None) -> Runtime | None:
     report.facts["runtime"] = None
     report.facts["cache"] = str(cache_dir())
     try:
@@ -135,8 +163,14 @@ def _runtime(report: Diagnosis, bindings: Bindings | None, patch: PatchSet | Non
             newest = others[0]
             same = "this" if is_current(newest) else "another"
             why += f" (the newest there is for {newest.version} with {same} patch)"
+        if stock is not None:
+            report.add("runtime", "note", f"no patched llama.cpp: {why}; the unmodified one is steered", "steer build")
+            return stock
         report.add("runtime", "missing", f"no patched llama.cpp: {why}", "steer build")
         return None
+    if runtime.stock:
+        report.add("runtime", "ok", "STEER_RUNTIME=stock: the unmodified one is steered")
+        return runtime
     report.facts["runtime"] = {
         "path": str(runtime.path),
         "version": runtime.version,
@@ -219,12 +253,12 @@ def _devices(report: Diagnosis, runtime: Runtime | None) -> None:
     if "error" in answer:
         report.add("devices", "missing", f"the libraries cannot be loaded: {answer['error']}", "steer build --rebuild")
         return
-    if not answer.get("steer"):
+    if not answer.get("steer") and not runtime.stock:
         report.add("devices", "missing", f"{runtime.lib_dir} is a llama.cpp without steering", "steer build")
         return
     devices = answer.get("devices") or []
     report.facts["devices"] = devices
-    report.facts["steer_api"] = answer["steer"]
+    report.facts["steer_api"] = answer.get("steer")
     names = "; ".join(f"{device['name']}: {device['description']}" for device in devices)
     report.add("devices", "ok", names or "none", "" if devices else "steer build --rebuild --own-ggml")
 

@@ -136,8 +136,8 @@ def runtime_at(folder: Path) -> Runtime:
             server = next((path for path in (lib / binary, folder / "bin" / binary) if path.is_file()), None)
             return Runtime(folder, lib, server, "", "", "", "", {})
     raise RuntimeMissing(
-        f"STEER_RUNTIME={folder} holds neither a {RUNTIME_FILE} nor the llama libraries; "
-        "point it at a folder that `steer build` made, or unset it"
+        f"the runtime {folder} holds neither a {RUNTIME_FILE} nor the llama libraries; "
+        "name a folder that `steer build` made, `patched` or `stock`, or leave --runtime and STEER_RUNTIME away"
     )
 
 
@@ -208,21 +208,24 @@ def find_runtime(need_server: bool = False, wish: str | os.PathLike[str] | None 
     """The patched runtime to use, or None: the installed wheel, else the newest in the cache that was built with the current
     patch. Where llama-cpp-python is installed, wheel and cache must be for its version.
 
-    ``wish`` (``STEER_RUNTIME`` when None): a folder is taken instead, whatever is in it; ``stock`` is the unmodified library,
-    but for servers, which are always patched.
+    ``wish`` (``STEER_RUNTIME`` when None): a folder is taken instead, whatever is in it; ``stock`` is the unmodified library.
 
     Raises RuntimeMissing when the wish is unusable, or the wheel is (installed_runtime).
     """
     named = os.fspath(wish) if wish is not None else os.environ.get("STEER_RUNTIME")
-    if named == STOCK and not need_server:
+    if named == STOCK:
+        if need_server:
+            raise RuntimeMissing(
+                "an unmodified llama-server cannot be steered by requests: leave out --runtime stock (STEER_RUNTIME)"
+            )
         return _stock()
-    if named and named not in (STOCK, PATCHED):
+    if named and named != PATCHED:
         runtime = runtime_at(expand_path(named).absolute())
         problem = runtime.problem()
         if problem:
-            raise RuntimeMissing(f"STEER_RUNTIME={named} cannot be used: {problem}")
+            raise RuntimeMissing(f"the runtime {named} cannot be used: {problem}")
         if need_server and runtime.server is None:
-            raise RuntimeMissing(f"STEER_RUNTIME={named} has no llama-server; unset it and run `steer build`")
+            raise RuntimeMissing(f"the runtime {named} has no llama-server; name another, and run `steer build`")
         return runtime
     installed = installed_runtime()
     if installed is not None and _serves(installed, need_server):

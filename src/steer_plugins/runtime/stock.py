@@ -9,17 +9,18 @@ import sys
 from pathlib import Path
 
 from ..errors import BuildError, RuntimeMissing
-from ..native.compile import compile_library, library_name
 from .cache import cache_dir, cache_lock, make_dir
+from .compiling import compile_library, library_name
 from .patching import patch_dir
 from .process import Reporter
 from .tools import compiler_advice, find_compiler
 
 
-def packaged_library() -> Path | None:
-    """The one that came with the package, if it fits its sources."""
-    path = Path(__file__).parent.parent / "native" / library_name(patch_dir())
-    return path if path.is_file() else None
+def present_library() -> Path | None:
+    """The one that came with the package, or was compiled before."""
+    root = patch_dir()
+    places = (Path(__file__).parent.parent / "native", cache_dir() / "stock")
+    return next((place / library_name(root) for place in places if (place / library_name(root)).is_file()), None)
 
 
 def stock_library(quiet: bool = False) -> Path:
@@ -29,14 +30,12 @@ def stock_library(quiet: bool = False) -> Path:
         RuntimeMissing: there is none, and no compiler either.
         BuildError: it could not be compiled.
     """
-    found = packaged_library()
+    found = present_library()
     if found is not None:
         return found
     root = patch_dir()
     name = library_name(root)
     target = cache_dir() / "stock" / name
-    if target.is_file():
-        return target
     compiler = find_compiler()
     if compiler is None:
         raise RuntimeMissing(
