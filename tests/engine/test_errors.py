@@ -147,7 +147,7 @@ CASES: list[tuple[str, str, Callable[[Raw], int], int, str]] = [
     ("range seq", "llama", lambda r: r.library.llama_steer_range(r.handle, -1, 0, -1, 1), ARG, "is no range"),
     ("range start", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, -1, 5, 1), ARG, "is no range"),
     ("range empty", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, 5, 5, 1), ARG, "is no range"),
-    ("range backwards", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, 5, 2, 1), ARG, "positions 5 to 2 is no range"),
+    ("range backwards", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, 5, 2, 1), ARG, "5 to 2 is no range"),
     ("range config", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, 0, -1, 55), ARG, "config 55 is not set"),
     ("range config -1", "llama", lambda r: r.library.llama_steer_range(r.handle, 0, 0, -1, -1), ARG, "config -1 is not set"),
     ("captures -1", "llama", lambda r: capture_set(r, [], [], n=-1), ARG, "captures can be set, not -1"),

@@ -73,10 +73,8 @@ runtime_option = click.option(
 def model_option(command: F) -> F:
     """Adds ``--model``: the command gets ``model: str | None``; None means the demo model, see :func:`model_path`. And
     :data:`runtime_option`."""
-    model = click.option(
-        "-m", "--model", type=FilePath(), metavar="FILE", help="The model, a GGUF file (default: the demo model)."
-    )
-    return model(runtime_option(command))
+    text = "The model, a GGUF file (default: the demo model)."
+    return click.option("-m", "--model", type=FilePath(), metavar="FILE", help=text)(runtime_option(command))
 
 
 @dataclass(frozen=True)

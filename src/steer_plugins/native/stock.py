@@ -207,7 +207,8 @@ class StockSteering:
     def prepare(self, params: Any) -> Any:
         if params.embeddings:
             raise EngineError(
-                "a context for embeddings cannot be steered beside an unmodified llama.cpp: use the patched runtime (`steer build`)"
+                "a context for embeddings cannot be steered beside an unmodified llama.cpp: "
+                "use the patched runtime (`steer build`)"
             )
         params.n_ubatch = params.n_batch  # a batch is computed in one piece
         params.kv_unified = True  # and in its order

@@ -215,9 +215,7 @@ def find_runtime(need_server: bool = False, wish: str | os.PathLike[str] | None 
     named = os.fspath(wish) if wish is not None else os.environ.get("STEER_RUNTIME")
     if named == STOCK:
         if need_server:
-            raise RuntimeMissing(
-                "an unmodified llama-server cannot be steered by requests: leave out --runtime stock (STEER_RUNTIME)"
-            )
+            raise RuntimeMissing("requests cannot steer an unmodified llama-server: leave out --runtime stock (STEER_RUNTIME)")
         return _stock()
     if named and named != PATCHED:
         runtime = runtime_at(expand_path(named).absolute())
