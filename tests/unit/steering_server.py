@@ -274,11 +274,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _complete(self, body: Any) -> None:
         server, name = self.server, body["request_id"]
-        self._check(body["steering"])
+        steering = body.get("steering", [])
+        self._check(steering)
         with server.lock:
             if name in server.running:
                 raise Refusal(409, "that request_id is in use")
-            server.running[name] = body["steering"]
+            server.running[name] = steering
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from steer_plugins.errors import RuntimeMissing
+from steer_plugins.errors import EngineError, RuntimeMissing
 from steer_plugins.paths import expand_path
 from steer_plugins.plugins import hookimpl
 
@@ -153,6 +153,28 @@ def pull(model: str, reference: str, options: tuple[str, ...], folder: Path | No
 
     file = local_store(folder).get(model).gguf
     hub_pull.main(["--model", str(file), reference, *options], prog_name="steer hub pull", standalone_mode=False)
+
+
+@ollama.command(context_settings={"ignore_unknown_options": True})
+@click.argument("model")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[STEER MCP OPTIONS]...")
+@_URL
+def mcp(model: str, options: tuple[str, ...], url: str) -> None:
+    """Let the model MODEL steer itself, as `steer mcp` does: its requests pass through a port on their way to the sidecar.
+
+    \b
+    Examples:
+      steer ollama mcp llama3.2 --allow succinctness:0.8
+    """
+    _need_extra()
+    from steer_plugins.cli.mcp import mcp as steer_mcp
+
+    from .client import engine_of
+
+    with engine_of(model, url) as flags:
+        if "--server" not in flags:
+            raise EngineError(f"no sidecar answers at {url}: start one with `steer ollama serve`")
+        steer_mcp.main([*flags, "--to", url, *options], prog_name="steer mcp", standalone_mode=False)
 
 
 def serve_options(words: tuple[str, ...]) -> list[str]:

@@ -140,6 +140,7 @@ def facts() -> dict[str, Any]:
         "problem": "" if link is not None or hooks.applies() else loader.state.problem or _sentence(),
         "model": None if link is None else link.info.identity.to_dict(),
         "device": None if link is None else link.device,
+        "server": None if link is None else link.engine.url,
         "vectors": vectors(),
         "presets": {name: [term.to_json() for term in terms] for name, terms in sorted(settings().presets.items())},
         "page": {"on": settings().on, "steering": settings().expression, "api_too": settings().api_too},

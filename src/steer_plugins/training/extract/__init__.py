@@ -17,7 +17,7 @@ from .base import (
 )
 from .classifiers import LogisticProbe, WhitenedDifference
 from .mean_difference import MeanDifference
-from .pairs import chat, hold_out, load_pairs, trait_data
+from .pairs import chat, hold_out, load_pairs, pairs_of, trait_data
 from .pca import PCACentred, PCADifference
 from .reading import ReadingPlan, plan_reading, read_contrast
 from .report import FitReport, LayerReport, report_fit, suggest_window
@@ -46,6 +46,7 @@ __all__ = [
     "hold_out",
     "layers_to_read",
     "load_pairs",
+    "pairs_of",
     "plan_reading",
     "read_contrast",
     "report_fit",

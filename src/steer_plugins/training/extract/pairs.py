@@ -32,17 +32,21 @@ def load_pairs(path: str | Path) -> ContrastData:
         DataError: one sentence with the line number: a missing, oversized or empty file, a line that is not JSON, lacks a
             side, has sides of different kinds or equal ones, or anything that is not a text or chat.
     """
-    raw = read_file(path, "the pairs file")
+    return pairs_of(read_file(path, "the pairs file"), str(path))
+
+
+def pairs_of(raw: bytes, source: str) -> ContrastData:
+    """:func:`load_pairs`, of the bytes of such a file; ``source`` names it in errors. Raises DataError."""
     pairs: list[Pair] = []
-    for line in lines_of(raw, str(path)):
+    for line in lines_of(raw, source):
         pairs.append(_pair(line))
         if len(pairs) > MAX_PAIRS:
-            raise DataError(f"{path} holds more than {MAX_PAIRS} pairs: take a part of them")
+            raise DataError(f"{source} holds more than {MAX_PAIRS} pairs: take a part of them")
         if (pairs[-1].baseline is None) != (pairs[0].baseline is None):
             line.refuse('differs from the lines before, some have a "baseline" and others none: make them alike')
     if not pairs:
-        raise DataError(f'{path} holds no pairs: write {{"positive": ..., "negative": ...}} on each line')
-    return ContrastData("pairs", tuple(pairs), hashlib.sha256(raw).hexdigest(), {"file": Path(path).name})
+        raise DataError(f'{source} holds no pairs: write {{"positive": ..., "negative": ...}} on each line')
+    return ContrastData("pairs", tuple(pairs), hashlib.sha256(raw).hexdigest(), {"file": Path(source).name})
 
 
 def trait_data(trait: Trait, *, baseline: bool = False) -> ContrastData:
