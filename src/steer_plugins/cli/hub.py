@@ -368,7 +368,7 @@ def key(rotate: Path | None) -> None:
 @click.option("--as", "name", required=True, metavar="OWNER/NAME", help="What it is called there.")
 @click.option("--to", required=True, metavar="DIR|hf://...", help="The hub: a folder, made if it is not there, or a repository.")
 @click.option("--licence", required=True, metavar="SPDX", help="Such as Apache-2.0 or CC-BY-4.0.")
-@click.option("--description", default="", metavar="TEXT", help="What it does, for people.")
+@click.option("--description", default="", metavar="TEXT", help="What it does, for people (default: what its trait says).")
 @click.option("--version", metavar="N", help="Such as 2 or 1.3 (default: the next whole number).")
 @click.option("--kind", type=click.Choice(["vector", "sae", "trait", "preset"]), default="vector", show_default=True,
               help="What THING is: a vector or gate, an autoencoder of --model, a trait's file, a steering's text.")  # fmt: skip

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..atomic import file_sha256, finish, lock, write_atomically
 from ..errors import HubError, SpecError, SteerError
@@ -41,6 +41,9 @@ from .signing import PublicKey, SecretKey, blake2b, verify
 from .sources import INDEX, file_name, is_file_name
 from .trust import follows, rotation
 
+if TYPE_CHECKING:
+    from ..training.traits import Trait
+
 VALID_DAYS = 365
 """How long an index may be trusted without being signed again, unless its keeper says otherwise."""
 
@@ -62,7 +65,8 @@ def draft(
 ) -> dict[str, Any]:
     """The card of some files by role, as far as they say; ``said`` are further fields. ``version`` None: chosen later.
 
-    Raises HubError, VectorError: a file that is none, a name that is none.
+    Of a trait of the package's own, its description is taken where none is given. Raises HubError, VectorError: a file that is
+    none, a name that is none.
     """
     if not is_hub_name(name):
         raise SpecError(
@@ -76,7 +80,11 @@ def draft(
         if vector.identity is None:
             raise HubError(f"vector {vector.name!r} names no model: put it into the library with --model, then publish it")
         facts = facts_of(vector)
-        card |= {"trait": _trait_of(vector), "calibration": _calibration_of(vector), "samples": _samples_of(vector)}
+        trait = _trait_of(vector)
+        if trait is not None:
+            card["trait"] = {"name": trait.name, "positive": trait.poles["positive"], "negative": trait.poles["negative"]}
+            description = description or trait.description
+        card |= {"calibration": _calibration_of(vector), "samples": _samples_of(vector)}
     elif role == "weights":
         facts = facts_of_sae(contents)
     return {
@@ -308,15 +316,13 @@ def _ref(path: Path) -> Ref:
     return Ref(file_sha256(path), path.stat().st_size, "safetensors" if path.suffix == ".safetensors" else "json")
 
 
-def _trait_of(vector: SteeringVector) -> dict[str, str] | None:
+def _trait_of(vector: SteeringVector) -> Trait | None:
+    """The trait of the package's own that a vector was fitted to."""
     from ..training.traits import bundled_traits, load_trait
 
     source = (vector.provenance or {}).get("source")
     name = source.get("trait") if isinstance(source, dict) else None
-    if name not in bundled_traits():
-        return None
-    poles = load_trait(name).poles
-    return {"name": name, "positive": poles["positive"], "negative": poles["negative"]}
+    return load_trait(name) if name in bundled_traits() else None
 
 
 def _calibration_of(vector: SteeringVector) -> dict[str, Any] | None:
