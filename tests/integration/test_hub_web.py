@@ -239,7 +239,7 @@ def test_nobody_answers(world: World) -> None:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_from_a_git_repository(world: World) -> None:
+def test_from_a_git_repository(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> None:
         who = ("-c", "user.name=Ann", "-c", "user.email=ann@example.org", "-c", "init.defaultBranch=main")
         subprocess.run(["git", "-C", str(world.there), *who, *arguments], check=True, capture_output=True)
@@ -247,6 +247,9 @@ def test_from_a_git_repository(world: World) -> None:
     git("init")
     git("add", "index.json", "files")
     git("commit", "-m", "one")
+    # of a user who has line ends turned round (as Git for Windows does)
+    (world.root / "gitconfig").write_text("[core]\n\tautocrlf = true\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(world.root / "gitconfig"))
     url = f"git+{world.there.as_uri()}"
     bob = reader(world, url)
     item = bob.pull("ann/mood")

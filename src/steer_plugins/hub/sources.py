@@ -103,7 +103,9 @@ class GitSource(Source):
         new = self._folder.with_name(f"{self._folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(new, ignore_errors=True)
         try:
-            self._git("clone", "--quiet", "--depth", "1", "--no-tags", "-c", "core.symlinks=false", "--", self._remote, str(new))
+            # line ends as they are: files are named by their bytes
+            settings = ("-c", "core.symlinks=false", "-c", "core.autocrlf=false")
+            self._git("clone", "--quiet", "--depth", "1", "--no-tags", *settings, "--", self._remote, str(new))
             self.revision = self._git("-C", str(new), "rev-parse", "HEAD")
             # a clone is small; exchanging the whole folder leaves no state between two commits
             shutil.rmtree(self._folder, ignore_errors=True)
