@@ -99,6 +99,8 @@ def test_rows_of_another_length_mean_the_same() -> None:
     for name in ("read", "write", "gain", "bias", "knee"):
         np.testing.assert_allclose(getattr(long, name), getattr(c, name), rtol=1e-6)
     np.testing.assert_allclose(c.response(h), long.response(h), atol=1e-5)
+    turned = Columns(np.asfortranarray(3.0 * c.read), np.asfortranarray(c.write), c.gain)
+    assert turned.read.flags.c_contiguous and turned.write.flags.c_contiguous  # as files take them
     again = Columns(c.read, c.write, c.gain, c.bias, c.knee)
     assert again.read.tobytes() == c.read.tobytes() and again.content() == c.content()
 

@@ -250,6 +250,14 @@ def _environ(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+def system_of(model: str) -> str:
+    """The SYSTEM of a model of the store. Raises SteerError where it has none."""
+    system = OllamaStore(store_root()).get(model).system.strip()
+    if not system:
+        raise DataError(f"{model} has no SYSTEM to imitate: give one with --from-prompt")
+    return system if "\n" in system else system + "\n"  # one that looks like a file's name is a prompt all the same
+
+
 @contextlib.contextmanager
 def engine_of(model: str, url: str) -> Iterator[list[str]]:
     """The flags that make `steer train` use a model of the store: the sidecar's process, else its file. Raises SteerError."""

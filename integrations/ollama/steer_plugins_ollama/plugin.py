@@ -111,8 +111,9 @@ def create(name: str, path: Path, quantize: str | None, carry: bool, url: str) -
 @click.argument("model")
 @click.argument("name")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[STEER TRAIN OPTIONS]...")
+@click.option("--from-modelfile", is_flag=True, help="Imitate the model's own SYSTEM.")
 @_URL
-def train(model: str, name: str, options: tuple[str, ...], url: str) -> None:
+def train(model: str, name: str, options: tuple[str, ...], from_modelfile: bool, url: str) -> None:
     """Fit the vector NAME on the model MODEL of Ollama, as `steer train` does, and keep it in the library.
 
     Where the sidecar runs, its loaded copy of the weights is used.
@@ -121,12 +122,18 @@ def train(model: str, name: str, options: tuple[str, ...], url: str) -> None:
     Examples:
       steer ollama train llama3.2 mood
       steer ollama train llama3.2 calm --pairs calm.jsonl
+      steer ollama train llama3.2 sailor --from-prompt "You are an old sailor who speaks of the sea in every answer."
+      steer ollama train mario mario --from-modelfile
     """
     _need_extra()
     from steer_plugins.cli.train import train as steer_train
 
     from .client import engine_of
 
+    if from_modelfile:
+        from .client import system_of
+
+        options = (*options, "--from-prompt", system_of(model))
     with engine_of(model, url) as flags:
         steer_train.main([name, *flags, *options], prog_name="steer train", standalone_mode=False)
 

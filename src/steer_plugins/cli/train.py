@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from click.core import ParameterSource
 
 from ..errors import DataError, SpecError, VectorError
 from ..plugins import hookimpl
-from .common import EngineOptions, FilePath, console, engine_options, json_option, print_json, print_table
+from .common import EngineOptions, FilePath, Stages, console, engine_options, json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 _LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
+# What imitation has no use for.
+_NOT_FOR_PROMPTS = ("pairs", "trait_name", "method", "positions", "remove_neutral", "baseline", "calibrate", "scope")
 # What a repeated fit takes from the vector.
 _OF_THE_FIT = (
     "method", "positions", "layers", "calibrate", "scope", "seed", "thinking", "remove_neutral", "baseline",
@@ -39,6 +43,13 @@ def register_commands(cli: click.Group) -> None:
 @click.argument("name", required=False)
 @click.option("--pairs", type=FilePath(), metavar="FILE", help="Contrast pairs, a JSONL file.")
 @click.option("--trait", "trait_name", metavar="FILE|NAME", help="A trait file, or a trait that comes with the package.")
+@click.option(
+    "--from-prompt",
+    metavar="TEXT|FILE",
+    help="Imitate a system prompt: a text, a .txt or .md file, or a character card (.json, .png).",
+)
+@click.option("--against", metavar="TEXT|FILE", help="With --from-prompt: the system prompt that strength -1 imitates.")
+@click.option("--rank", type=click.IntRange(0, 16), help="With --from-prompt: columns at a layer at most (default: 4).")
 @engine_options
 @click.option("-o", "--out", type=FilePath(path_type=Path), metavar="FILE", help="Write to FILE instead of the library.")
 @click.option(
@@ -80,6 +91,9 @@ def train(
     name: str | None,
     pairs: str | None,
     trait_name: str | None,
+    from_prompt: str | None,
+    against: str | None,
+    rank: int | None,
     engine: EngineOptions,
     out: Path | None,
     method: str,
@@ -101,6 +115,9 @@ def train(
     two chats; a third text or chat, "baseline", may stand between them. A trait that comes with the package (mood,
     succinctness and others) needs no option.
 
+    With --from-prompt it imitates a system prompt, token by token: strength 1 does what the prompt does, and more exaggerates it.
+    No examples are needed; the report says how much of the prompt's effect is reached on replies that the fit has not seen.
+
     With --again a vector is fitted again from the record it carries: the same model, data, method and seed give the same
     directions. The result is only written if NAME or --out is given.
 
@@ -108,6 +125,7 @@ def train(
     Examples:
       steer train mood
       steer train calm --pairs calm.jsonl --calibrate full
+      steer train sailor --from-prompt "You are an old sailor who speaks of the sea in every answer."
       steer train mood --model other.gguf --out mood.safetensors
       steer train --again mood
     """
@@ -115,13 +133,22 @@ def train(
     from ..training.train import Training, TrainOptions
 
     if again is not None:
-        given = [p for p in _OF_THE_FIT if ctx.get_parameter_source(p) is not ParameterSource.DEFAULT]
+        given = _given(ctx, (*_OF_THE_FIT, "from_prompt", "against", "rank"))
         if given:
-            raise click.UsageError(f"--again takes --{given[0].replace('_', '-')} from the vector: leave it out")
+            raise click.UsageError(f"--again takes --{_spelled(given[0])} from the vector: leave it out")
         _train_again(again, name, pairs, trait_name, engine, out, overwrite, as_json)
         return
     if name is None:
         raise click.UsageError("missing argument 'NAME'")
+    if from_prompt is not None:
+        given = _given(ctx, _NOT_FOR_PROMPTS)
+        if given:
+            raise click.UsageError(f"--from-prompt does not take --{_spelled(given[0])}: leave it out")
+        _imitate(name, from_prompt, against, rank, layers, seed, thinking, engine, out, overwrite, as_json)
+        return
+    for option, value in (("against", against), ("rank", rank)):
+        if value is not None:
+            raise click.UsageError(f"--{option} belongs to --from-prompt: name the prompt to imitate")
     source = load_source(name, pairs, trait_name)
     options = TrainOptions(
         method=method,
@@ -148,6 +175,76 @@ def train(
         print_json({**describe(vector), "file": str(path)})
     else:
         print_report(vector, path)
+
+
+def _given(ctx: click.Context, options: Sequence[str]) -> list[str]:
+    """Which of these options were set, by the names of their parameters."""
+    return [p for p in options if ctx.get_parameter_source(p) is not ParameterSource.DEFAULT]
+
+
+def _spelled(parameter: str) -> str:
+    return "trait" if parameter == "trait_name" else parameter.replace("_", "-")
+
+
+def _imitate(
+    name: str,
+    prompt: str,
+    against: str | None,
+    rank: int | None,
+    layers: str | None,
+    seed: int,
+    thinking: bool,
+    engine: EngineOptions,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    from ..store.library import Library
+    from ..training.imitate import ImitateOptions, Imitation, load_prompt
+
+    wanted, source = load_prompt(prompt)
+    other = None if against is None else load_prompt(against)[0]
+    options = ImitateOptions(layers=None if layers is None else parse_layers(layers), seed=seed, thinking=thinking)
+    options = options if rank is None else replace(options, rank=rank)
+    target = Target(name, out, overwrite, Library())
+    if out is not None:
+        target.check(None)
+    with engine.open(n_parallel=N_PARALLEL) as opened:
+        target.check(opened)
+        imitation = Imitation(opened, name, wanted, other, options)
+        with Stages() as stages:
+            vector = imitation.run(stages)
+        vector = vector.replace(provenance={**(vector.provenance or {}), "source": source})
+        path = target.write(vector, opened)
+    if as_json:
+        from .show import describe
+
+        print_json({**describe(vector), "file": str(path)})
+    else:
+        print_shares(vector, path)
+
+
+def print_shares(vector: SteeringVector, path: Path) -> None:
+    """What an imitated prompt is worth, for people."""
+    from ..steering.vector import layer_ranges
+
+    record, out = vector.calibration or {}, console()
+    out.print(
+        f"{vector.name}: layers {layer_ranges(vector.layers)}; the prompt makes its own replies {record['gap']:.3g} nats a token "
+        f"likelier. Of that gap, on {record['n']} held-out replies ({record['tokens']} tokens):",
+        markup=False,
+    )
+    print_table(
+        ("arm", "share closed", "95 % interval"),
+        [(r["arm"], f"{r['share']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}") for r in record["shares"]],
+    )
+    best = record["shares"][0]
+    if best["low"] <= 0.0:
+        out.print("Note: this is hardly more than nothing; a prompt may ask for content that no edit brings.", markup=False)
+    out.print(f"Written to {path}", markup=False)
+    if path.suffix == ".safetensors":
+        term = shlex.quote(f"{spec_of(vector, path)}:1")
+        out.print(f'Try: steer generate --steer {term} "Describe a walk in the forest"', markup=False, soft_wrap=True)
 
 
 def _train_again(

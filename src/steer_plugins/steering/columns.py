@@ -115,7 +115,7 @@ def _rows(what: str, values: Any) -> tuple[np.ndarray, np.ndarray]:
         raise VectorError(f"a row that a column has to {what} is zero, or too long")
     near = np.abs(lengths - 1.0) <= 1e-6  # float32 rows of length 1 keep their bits
     lengths = np.where(near, 1.0, lengths)
-    return (wide / lengths[:, None]).astype(np.float32), lengths
+    return np.ascontiguousarray(wide / lengths[:, None], np.float32), lengths
 
 
 def _numbers(what: str, values: Any, k: int) -> np.ndarray:
