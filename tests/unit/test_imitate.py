@@ -309,3 +309,28 @@ def test_an_interrupted_fit_writes_nothing(command: Callable[..., Any], tmp_path
     result = command("v", "--from-prompt", "warm", "--out", str(out))
     assert result.exception is not None and not out.exists() and not list(tmp_path.glob("**/*.safetensors"))
     assert command.world.closed  # type: ignore[attr-defined]
+
+
+# --- a model's own SYSTEM
+
+
+def test_from_modelfile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`steer ollama train --from-modelfile` hands the model's SYSTEM on, as a text whatever it looks like."""
+    import contextlib
+    from types import SimpleNamespace
+
+    from steer_plugins_ollama import client, plugin
+
+    systems = {"mario": "You are Mario.", "odd": "rules.txt", "plain": " "}
+    store = SimpleNamespace(get=lambda model: SimpleNamespace(system=systems[model]))
+    monkeypatch.setattr(client, "OllamaStore", lambda root: store)
+    monkeypatch.setattr(client, "engine_of", lambda model, url: contextlib.nullcontext(["--model", "m.gguf"]))
+    called: list[list[str]] = []
+    monkeypatch.setattr(cli_train.train, "main", lambda words, **more: called.append(list(words)))
+    for model, prompt in (("mario", "You are Mario."), ("odd", "rules.txt")):
+        CliRunner().invoke(plugin.train, [model, "v", "--from-modelfile", "--rank", "2"], standalone_mode=False)
+        words = called.pop()
+        assert words[:5] == ["v", "--model", "m.gguf", "--rank", "2"] and words[5] == "--from-prompt"
+        assert load_prompt(words[6])[0] == prompt
+    refused = CliRunner().invoke(plugin.train, ["plain", "v", "--from-modelfile"], standalone_mode=False)
+    assert isinstance(refused.exception, DataError) and "has no SYSTEM" in str(refused.exception) and not called

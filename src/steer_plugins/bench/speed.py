@@ -58,6 +58,8 @@ ARMS = {
     "steer-1": "one vector added on all layers",
     "steer-4": "four vectors added on all layers",
     "project-1": "one vector projected out on all layers",
+    "responsive-1": "one vector with a ReLU column on all layers",
+    "responsive-4": "one vector with four ReLU columns on all layers",
     "read-all": "all layers of every token read (the last one where tokens are outputs)",
 }
 
@@ -186,6 +188,14 @@ def bench_speed(
         session.steer.set_config(1, [native.NativeTerm(k, native.OPS[op], 1.0 if op == "add" else 1e-3) for k in range(n)])
         session.steer.set_range(0, 0, -1, 1)
 
+    def respond(session: Session, n: int, op: str) -> None:
+        layers, ones = list(range(info.n_layer)), np.ones(n)
+        rows = {il: np.stack([directions(1 + k)[il] for k in range(2 * n)]) for il in layers}
+        columns = {il: (rows[il][:n], rows[il][n:], DOSE * ones, 0 * ones, 0 * ones) for il in layers}
+        session.steer.set_vector(0, layers, [0] * len(layers), directions(0), [DOSE] * len(layers), columns)
+        session.steer.set_config(1, [native.NativeTerm(0)])
+        session.steer.set_range(0, 0, -1, 1)
+
     def stock(session: Session, n: int, op: str) -> None:
         data = np.ascontiguousarray(directions(0)[1:] * np.float32(DOSE))
         session.c.llama_set_adapter_cvec(
@@ -204,6 +214,8 @@ def bench_speed(
         "steer-1": (steer, 1, "add"),
         "steer-4": (steer, 4, "add"),
         "project-1": (steer, 1, "project"),
+        "responsive-1": (respond, 1, "add"),
+        "responsive-4": (respond, 4, "add"),
         "read-all": (read, 0, ""),
     }
     local: list[_LocalArm] = []
