@@ -258,7 +258,7 @@ def test_the_site(world: World, tmp_path: Path) -> None:
     from steer_plugins.hub.site import write_site
 
     world.publish(description="<script>alert(1)</script> & more")
-    world.publish(make(OTHER), name="ann/calm", tags=["rest"])
+    world.publish(make(OTHER).replace(calibration=None), name="ann/calm", tags=["rest"])
     assert write_site(world.there, tmp_path / "site", "https://example.org/v/?a='b'") == 3
     front = (tmp_path / "site" / "index.html").read_text("utf-8")
     page = (tmp_path / "site" / "ann__mood.html").read_text("utf-8")
@@ -268,5 +268,7 @@ def test_the_site(world: World, tmp_path: Path) -> None:
         assert not re.search(r"(?:src|href)=.?(?:https?:)?//|@import|url\(", text)
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in front and "&#x27;b&#x27;" not in front.split("steer hub add")[0]
     assert 'href="ann__calm.html"' in front and "Tiny Qwen" in front
+    assert "not calibrated" in front and "Not calibrated" not in page
+    assert "Not calibrated: nobody" in (tmp_path / "site" / "ann__calm.html").read_text("utf-8")
     assert "<svg" in page and "steer hub pull ann/mood" in page and "What a day!" in page and "perplexity / plain" in page
     assert "mood 1.5 ± 0.1 score" in front and "mood 1.5 ± 0.1 score from −1 to 1, 20 prompts" in page

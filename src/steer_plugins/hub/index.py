@@ -269,7 +269,7 @@ def search(
         where.append("kind = ?")
         given.append(kind)
     order = ["model = ? DESC", "model = '' DESC"] if model is not None else []
-    order += ["instr(name, ?) > 0 DESC" for _ in words] + ["name", "model"]
+    order += [*("instr(name, ?) > 0 DESC" for _ in words), "id"]  # entries are numbered by name
     named = [*([model] if model is not None else []), *words]
     # one look at each entry: the count comes with the first row
     query = f"SELECT id, count(*) OVER () AS total FROM entries WHERE {' AND '.join(where)} ORDER BY {', '.join(order)} LIMIT ?"

@@ -80,7 +80,7 @@ def _front(header: dict[str, Any], by_name: dict[str, list[dict[str, Any]]], url
         words = " ".join([name, e["description"], e["kind"], _model(e), *e["tags"], *(e["trait"] or {}).values()]).casefold()
         trait = (e["trait"] or {}).get("name", "")
         poles = f"{e['trait']['negative']} / {e['trait']['positive']}" if e["trait"] else e["kind"]
-        curve = f"{effect_text(e['calibration'])} · " if e["calibration"] else ""
+        curve = f"{effect_text(e['calibration'])} · " if e["calibration"] else _unmeasured(e, "not calibrated · ")
         cards.append(
             f'<li data-s="{escape(words)}" data-m="{escape(_model(e))}" data-t="{escape(trait)}">'
             f'<a href="{_file(name)}.html">{escape(name)}</a><p>{escape(e["description"] or poles)}</p>'
@@ -128,6 +128,10 @@ def _page(folder: Path, name: str, entries: list[dict[str, Any]]) -> bytes:
     return html.shell(name, [*body, _COPY])
 
 
+def _unmeasured(entry: dict[str, Any], text: str) -> str:
+    return text if entry["kind"] == "vector" and entry["calibration"] is None else ""
+
+
 def _command(text: str) -> str:
     return f'<div class="cmd"><pre>{escape(text)}</pre><button type="button">copy</button></div>'
 
@@ -153,6 +157,7 @@ def _card(card: dict[str, Any], key: str) -> list[str]:
     out = [f"<h2>Version {escape(card['version'])}</h2>", f"<p>{escape(card['description'])}</p>" if card["description"] else ""]
     if card["calibration"]:
         out.append(curve_chart(card["calibration"]))
+    out.append(_unmeasured(card, '<p class="soft">Not calibrated: nobody has measured what strength 1 does.</p>'))
     out.append('<div class="prose">' + html.table(["", ""], facts, words=[1]) + "</div>")
     for sample in card["samples"]:
         at = f"At {svg.signed(sample['strength'])}" if sample["strength"] else "Unsteered"
