@@ -122,6 +122,27 @@ def test_updates(world: World) -> None:
     assert bob.outdated() == []
 
 
+def test_an_update_looks_at_what_has_changed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steer_plugins.hub import index as indexes
+
+    for name in ("ann/mood", "ann/terse", "ann/zeal"):
+        world.publish(name=name)
+    bob = world.reader()
+    for name in ("ann/calm", "ann/mood", "ann/zest"):  # at the beginning, within, at the end
+        world.publish(make(seed=1), name=name)
+    looked: list[str] = []
+    check = indexes.check_entry
+    monkeypatch.setattr(indexes, "check_entry", lambda data, what: looked.append(data["name"]) or check(data, what))
+    bob.update()
+    assert looked == ["ann/calm", "ann/mood", "ann/zest"]
+    found = {(offer.entry["name"], offer.entry["version"]) for offer in bob.search([])[0]}
+    assert found == {("ann/calm", "1"), ("ann/mood", "2"), ("ann/terse", "1"), ("ann/zeal", "1"), ("ann/zest", "1")}
+    # just what somebody reads who sees it for the first time
+    eve = world.home("eve")
+    eve.add(str(world.there))
+    assert [offer.row for offer in eve.search([])[0]] == [offer.row for offer in bob.search([])[0]]
+
+
 def test_models_of_one_name(world: World) -> None:
     world.publish()
     world.publish(make(OTHER))

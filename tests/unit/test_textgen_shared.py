@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from steer_plugins_textgen import settings
+from steer_plugins_textgen.link import current
 
 from steer_plugins.errors import HubError
 from steer_plugins.hub import safety
 from steer_plugins.hub.contents import preset_data
 from steer_plugins.hub.publish import Folder, draft
+from steer_plugins.steering.grammar import parse
 from steer_plugins.steering.vector import SteeringVector
 from steer_plugins.store.library import Library
 from tests.unit.hub_world import CALIBRATION, OTHER, World, make
@@ -43,7 +45,7 @@ def added(world: World) -> tuple[Page, Any]:
     return page, panel
 
 
-def test_search_card_pull_slider(world: World) -> None:
+def test_search_card_pull_slider(world: World, server: FakeServer) -> None:  # noqa: F811
     page, panel = added(world)
     page.do(panel.search, "click", "")
     assert "2 found" in page.value(panel.note)
@@ -59,6 +61,8 @@ def test_search_card_pull_slider(world: World) -> None:
     assert page.value(page.tab.text) == "ann/mood:0" and page.value(page.tab.rows[0][1], "value") == 0.0
     assert settings.settings().expression == "ann/mood:0"
     assert Library().get("ann/mood", IDENTITY).name == "mood"
+    fields = current().fields(parse("ann/mood:0.5"))
+    assert fields["steering"][0]["strength"] == 0.5 and server.vectors  # it was uploaded, under the server's own name for it
     page.do(panel.pull, "click", values[0])  # again: still one slider
     assert settings.settings().expression == "ann/mood:0"
 
