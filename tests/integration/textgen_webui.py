@@ -8,6 +8,7 @@ Chromium (``STEER_CHROMIUM``, or on the PATH) and ``playwright``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ from steer_plugins.training.train import TrainOptions, train
 from steer_plugins.training.traits import load_trait
 
 ROOT = Path(__file__).parents[2]
+LAUNCH = Path(__file__).with_name("textgen_launch.py")
 PROMPT = "Describe a walk in the forest."
 SETTINGS = "mode: instruct\nseed: 7\ntemperature: 0.7\nauto_max_new_tokens: false\nmax_new_tokens: 48\n"
 
@@ -58,10 +60,22 @@ def needed() -> tuple[Path, Path, Runtime]:
     return Path(named).absolute(), model, runtime
 
 
+@functools.cache
+def has_server() -> bool:
+    """Whether the webui's Python has the wheel with the webui's own llama-server."""
+    command = [python(), "-c", "import llama_cpp_binaries"]
+    return subprocess.run(command, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def python() -> str:
+    """The Python that runs the webui."""
+    return os.environ.get("STEER_TEXTGEN_PYTHON") or sys.executable
+
+
 class Webui:
     """The webui as a process. ``start()`` and ``stop()`` may take turns; user data stay.
 
-    ``stock``: a llama-server in place of the webui's own; ``runtime``: in place of the one that was found.
+    ``stock``: a llama-server in place of the webui's own (by default its own, or the unpatched twin of ours where it has none); ``runtime``: in place of the one that was found.
     """
 
     def __init__(self, folder: Path, *, stock: Path | None = None, runtime: Path | None = None) -> None:
@@ -81,6 +95,7 @@ class Webui:
         self.key = ""  # of the API
         self.process: subprocess.Popen[bytes] | None = None
         paths = [ROOT / "src", ROOT / "integrations" / "textgen_webui"]
+        stock = stock or (None if has_server() else found.stock_server)
         if stock is not None:
             shim = folder / "shim" / "llama_cpp_binaries"
             shim.mkdir(parents=True)
@@ -105,8 +120,7 @@ class Webui:
     def start(self, *flags: str, ready: str = "steers", model: str | None = None, extension: bool = True) -> None:
         """Start, and wait until the API (and the page) answers. ``ready``: what ``/v1/internal/steering`` has to say."""
         self.api_port, self.page_port = free_port(), free_port()
-        python = os.environ.get("STEER_TEXTGEN_PYTHON") or sys.executable
-        command = [python, "server.py", "--api", "--api-port", str(self.api_port), "--listen-port", str(self.page_port)]
+        command = [python(), str(LAUNCH), "server.py", "--api", "--api-port", str(self.api_port), "--listen-port", str(self.page_port)]
         command += ["--user-data-dir", str(self.user_data), "--model-dir", str(self.user_data / "models")]
         command += ["--model", model or self.model, *(("--extensions", "steering") if extension else ())]
         command += ["--ctx-size", "4096", "--gpu-layers", "0", "--threads", "1", "--parallel", "2", *flags]
