@@ -1,4 +1,4 @@
-"""Run ``server.py`` of a text-generation-webui whose Python has gradio 4.37 of the package index in place of the webui's build of it.
+"""Run ``server.py`` of a text-generation-webui whose Python has gradio 4.37 of the package index, not the webui's build of it.
 
 What the webui's build adds is stood in for: ``Headless`` and ``DragDrop``, ``Blocks(dark_theme=…)``. And newer versions of two
 libraries, which its requirements name, are made to look as that gradio expects. With the webui's own build nothing is changed.

@@ -75,7 +75,8 @@ def python() -> str:
 class Webui:
     """The webui as a process. ``start()`` and ``stop()`` may take turns; user data stay.
 
-    ``stock``: a llama-server in place of the webui's own (by default its own, or the unpatched twin of ours where it has none); ``runtime``: in place of the one that was found.
+    ``stock``: a llama-server in place of the webui's own; by default its own, or the unpatched twin of ours where it has none.
+    ``runtime``: in place of the one that was found.
     """
 
     def __init__(self, folder: Path, *, stock: Path | None = None, runtime: Path | None = None) -> None:
@@ -120,7 +121,8 @@ class Webui:
     def start(self, *flags: str, ready: str = "steers", model: str | None = None, extension: bool = True) -> None:
         """Start, and wait until the API (and the page) answers. ``ready``: what ``/v1/internal/steering`` has to say."""
         self.api_port, self.page_port = free_port(), free_port()
-        command = [python(), str(LAUNCH), "server.py", "--api", "--api-port", str(self.api_port), "--listen-port", str(self.page_port)]
+        command = [python(), str(LAUNCH), "server.py", "--api", "--api-port", str(self.api_port)]
+        command += ["--listen-port", str(self.page_port)]
         command += ["--user-data-dir", str(self.user_data), "--model-dir", str(self.user_data / "models")]
         command += ["--model", model or self.model, *(("--extensions", "steering") if extension else ())]
         command += ["--ctx-size", "4096", "--gpu-layers", "0", "--threads", "1", "--parallel", "2", *flags]
