@@ -111,11 +111,11 @@ def test_a_slider_changes_the_reply(page: Page, webui: Webui) -> None:
     page.expect(lambda: page.value("expression") == "mood:-1 + succinctness:0")
     assert page.say(PROMPT) != plain
     page.tab("Steering")
-    page.press("on input")
+    page.press("on")
     page.expect(lambda: "switched off" in page.text("status"))
     assert page.say(PROMPT) == plain
     page.tab("Steering")
-    page.press("on input")
+    page.press("on")
     assert webui.chat() == webui.chat(steering=[])  # the page's steering stays in the page
 
 
@@ -124,8 +124,7 @@ def test_the_expression_and_presets(page: Page, webui: Webui) -> None:
     page.write("mood:0.4@10-20 + !succinctness")
     page.expect(lambda: "2 active" in page.text("status"))
     assert page.page.locator("#steering-slider-0 input[type=number]").input_value() == "0.4"
-    page.fill("preset", "Evening")
-    page.page.locator("#steering-preset input").press("Enter")
+    page.fill("preset-name", "Evening")
     page.press("save-preset")
     page.expect(lambda: "Evening" in webui.get("/v1/internal/steering/presets")["presets"])
     page.fill("expression", "mood:nonsense")
@@ -195,8 +194,7 @@ def test_fitting_traits_in_the_background(page: Page, webui: Webui) -> None:
     page.tab("Steering")
     traits = page.page.locator("#steering-traits input[type=checkbox]")
     page.expect(lambda: traits.count() == 4)
-    for i in range(1, 4):
-        traits.nth(i).uncheck()
+    traits.first.check()
     page.press("fit")
     page.expect(lambda: page.page.locator("#steering-progress .steer-bar").count() == 1)
     assert webui.chat()  # the chat goes on
@@ -210,7 +208,7 @@ def test_resetting_and_a_restart_from_the_session_tab(page: Page, webui: Webui) 
     page.tab("Steering")
     page.write("mood:-0.5 + succinctness:0.3")
     page.expect(lambda: page.page.locator("#steering-slider-1 input[type=number]").input_value() == "0.3")
-    page.page.locator(".steer-row button:visible", has_text="0").nth(1).click()
+    page.page.locator("#steering-slider-1 .steer-zero").click()
     page.expect(lambda: page.value("expression") == "mood:-0.5 + succinctness:0")
     port, loads = server_port(webui), webui.said().count('Loading "')
     page.tab("Session")

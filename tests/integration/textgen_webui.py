@@ -251,23 +251,18 @@ class Page:
         return str(self.page.locator(f"#steering-{name} textarea").input_value())
 
     def fill(self, name: str, text: str) -> None:
-        self.page.locator(f"#steering-{name}").locator("textarea, input").first.fill(text)
+        at = self.page.locator(f"#steering-{name}")
+        inside = at.locator("textarea, input")
+        (inside.first if inside.count() else at).fill(text)
 
     def press(self, name: str) -> None:
         self.page.locator(f"#steering-{name}").click()
 
     def write(self, expression: str) -> None:
-        """Type an expression, and wait until it is in force. A page that is still being told what to show may overwrite it."""
-
-        def in_force() -> bool:
-            if self.webui.get("/v1/internal/steering")["page"]["steering"] == expression:
-                return True
-            self.fill("expression", expression)
-            self.page.locator("#steering-expression textarea").press("Enter")
-            self.page.wait_for_timeout(500)
-            return False
-
-        self.expect(in_force)
+        """Type an expression, and wait until it is in force."""
+        self.fill("expression", expression)
+        self.page.locator("#steering-expression textarea").press("Enter")
+        self.expect(lambda: self.webui.get("/v1/internal/steering")["page"]["steering"] == expression)
 
     def unfold(self, name: str) -> None:
         self.page.locator(f"#steering-{name} button").first.click()
@@ -290,6 +285,7 @@ class Page:
         """A message in a new chat; returns the whole reply."""
         self.tab("Chat")
         self.page.get_by_role("button", name="New chat", exact=True).first.click()
+        self.expect(lambda: self.page.locator("#chat .message-body").count() == 0)
         self.page.wait_for_timeout(1500)
         box = self.page.locator("#chat-input textarea")
         box.fill(text)

@@ -1,7 +1,8 @@
-"""The tab's handlers and what they show, with stand-ins for gradio, the webui and the server."""
+"""What pages of the tab wish and are told, and the tab's own handlers, with stand-ins for gradio, the webui and the server."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from steer_plugins_textgen import extension, hooks, jobs, link, loader, replies, settings
+from steer_plugins_textgen import extension, hooks, jobs, link, loader, pages, replies, settings
 
 from steer_plugins.errors import SteerError
 from steer_plugins.steering.grammar import parse
@@ -33,6 +34,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
     monkeypatch.setattr(link, "_links", {})
     monkeypatch.setattr(replies, "last", None)
     monkeypatch.setattr(jobs, "trainer", jobs.Trainer())
+    monkeypatch.setattr(pages, "pages", pages.Pages())
     monkeypatch.setitem(sys.modules, "llama_cpp_binaries", None)
     monkeypatch.setattr(loader, "find_server", lambda: ("ours", ""))
     monkeypatch.setattr(loader, "devices", lambda server: ())
@@ -49,6 +51,28 @@ def server(stand_in: StandIn) -> Iterator[FakeServer]:
         yield found
 
 
+class Window:
+    """A page in a browser: what it wishes, and the last that it was told."""
+
+    def __init__(self, name: str = "0123456789abcdef") -> None:
+        self.name, self.n = name, 0
+        self.told: dict[str, Any] = {}
+        self.wish()
+
+    def wish(self, do: str | None = None, **more: Any) -> dict[str, Any]:
+        """What the server answers to a wish, or to none; it must be newer than all before."""
+        self.n += do is not None
+        wishes = [] if do is None else [{"n": self.n, "do": do, **more}]
+        told = json.loads(pages.pages.answer(json.dumps({"page": self.name, "wishes": wishes})))
+        assert told["number"] > self.told.get("number", 0) and told["arrived"] == self.n
+        self.told = told
+        return told
+
+    def said(self, do: str, **more: Any) -> str:
+        """What the server says about a wish."""
+        return " ".join(one["text"] for one in self.wish(do, **more)["said"] if one["n"] == self.n)
+
+
 def opened() -> Page:
     """The tab, and a page of it that has just been opened."""
     from steer_plugins_textgen.tab import Tab
@@ -62,159 +86,241 @@ def opened() -> Page:
 def test_bundled_traits_have_sliders_from_the_start(server: FakeServer) -> None:
     put("mood")
     put("zeal", provenance={"source": {"poles": {"negative": "idle", "positive": "eager"}}})
-    page = opened()
-    tab = page.tab
-    assert page.value(tab.text) == "mood:0" and "Ready" in page.value(tab.status) and "CPU" in page.value(tab.status)
-    row, slider, _, _ = tab.rows[0]
-    assert page.value(row, "visible") and not page.value(tab.rows[1][0], "visible")
-    assert "sombre" in page.value(slider, "info") and page.value(slider, "value") == 0.0
-    page.do(tab.add, "click", "zeal")
-    assert page.value(tab.text) == "mood:0 + zeal:0" and "eager" in page.value(tab.rows[1][1], "info")
+    window = Window()
+    assert window.told["text"] == "mood:0" and "all sliders at 0" in window.told["status"] and "CPU" in window.told["status"]
+    assert window.told["terms"][0]["poles"] == ["sombre", "cheerful"] and window.told["terms"][0]["provisional"]
+    window.wish("add", name="zeal")
+    assert window.told["text"] == "mood:0 + zeal:0" and window.told["terms"][1]["poles"] == ["idle", "eager"]
+    assert [trait["name"] for trait in window.told["traits"]] == [n for n in jobs.bundled_traits() if n != "mood"]
+
+
+def test_sliders_and_expression_keep_in_step(server: FakeServer) -> None:
+    put("mood")
+    put("succinctness")
+    window = Window()
+    window.wish("move", key="succinctness#1", value=-0.35)
+    assert window.told["text"] == "mood:0 + succinctness:-0.35" and window.told["active"] == 1
+    window.wish("write", text="mood:0.4@1 + succinctness:2")
+    assert [(term["value"], term["reach"]) for term in window.told["terms"]] == [(0.4, 1.0), (2.0, 2.0)]
+    window.wish("zero")
+    assert window.told["text"] == "mood:0@1 + succinctness:0"
+    window.wish("drop", key="mood#1")
+    assert window.told["text"] == "succinctness:0"
+    assert "character 14" in window.said("write", text="succinctness:nonsense") and window.told["text"] == "succinctness:0"
+    assert window.told["said"][-1]["character"] == 14
+    window.wish("write", text="")
+    assert window.told["terms"] == [] and "no sliders" in window.told["status"]
+
+
+def test_a_wish_that_is_repeated_is_done_once(server: FakeServer) -> None:
+    put("mood")
+    text = json.dumps(
+        {"page": "a" * 16, "wishes": [{"n": 1, "do": "add", "name": "mood"}, {"n": 2, "do": "add", "name": "mood"}]}
+    )
+    pages.pages.answer(text)
+    told = json.loads(pages.pages.answer(text))
+    assert told["text"] == "mood:0 + mood:0" and told["arrived"] == 2
+    later = json.dumps({"page": "b" * 16, "wishes": [{"n": 7, "do": "add", "name": "mood"}]})  # the server was started anew
+    assert json.loads(pages.pages.answer(later))["arrived"] == 7 and len(settings.settings().terms) == 3
+
+
+def test_a_slider_is_known_by_its_vector_and_not_by_its_place(server: FakeServer) -> None:
+    put("mood")
+    put("calm")
+    one, other = Window("a" * 16), Window("b" * 16)
+    one.wish("write", text="mood:0.1 + calm:0.2 + mood:0.3")
+    other.wish()
+    one.wish("drop", key="calm#1")
+    other.wish("move", key="mood#2", value=0.9)
+    assert other.told["text"] == "mood:0.1 + mood:0.9"
+    assert "removed in another window" in other.said("move", key="calm#1", value=1)
+    assert other.told["text"] == "mood:0.1 + mood:0.9"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nonsense",
+        "[]",
+        "[" * 10000,
+        '{"page": "../x", "wishes": []}',
+        '{"page": "0123456789abcdef", "wishes": [{"n": 1, "do": "eval"}]}',
+        '{"page": "0123456789abcdef", "wishes": [{"n": -1, "do": "zero"}]}',
+        '{"page": "0123456789abcdef", "wishes": [{"n": true, "do": "zero"}]}',
+        '{"page": 7, "wishes": []}',
+        '{"page": "0123456789abcdef", "wishes": [{"n": 1, "do": ["zero"]}]}',
+        "x" * (1 << 17),
+    ],
+)
+def test_what_no_page_sends_does_nothing(server: FakeServer, text: str) -> None:
+    before = settings.settings().expression
+    assert pages.pages.answer(text) == "" and settings.settings().expression == before
+
+
+@pytest.mark.parametrize(
+    ("wish", "named"),
+    [
+        ({"do": "move", "key": "mood#1", "value": "x"}, "reload"),
+        ({"do": "move", "key": "mood#1"}, "reload"),
+        ({"do": "move", "key": "mood#1", "value": None}, "reload"),
+        ({"do": "move", "key": 7, "value": 1}, "reload"),
+        ({"do": "move", "key": "mood#1", "value": float("inf")}, "finite"),
+        ({"do": "add", "name": ""}, "choose a vector"),
+        ({"do": "load", "name": "Morning"}, "'Morning'"),
+        ({"do": "forget", "name": "Morning"}, "'Morning'"),
+        ({"do": "save", "name": "../x"}, "preset's name"),
+        ({"do": "fit", "names": []}, "at least one"),
+        ({"do": "fit", "names": ["../x"]}, "../x"),
+        ({"do": "delete", "name": "../x"}, "../x"),
+        ({"do": "delete", "name": "absent"}, "absent"),
+        ({"do": "bind", "value": True}, "character"),
+        ({"do": "shape", "key": "mood#1", "layers": "x", "op": "add", "scope": ""}, "layers 'x'"),
+        ({"do": "shape", "key": "mood#1", "layers": "", "op": "", "scope": "often"}, "scope 'often'"),
+        ({"do": "shape", "key": "mood#1", "layers": "", "op": "bend", "scope": ""}, "bend"),
+    ],
+)
+def test_faults_are_said_and_change_nothing(server: FakeServer, wish: dict[str, Any], named: str) -> None:
+    put("mood")
+    window = Window()
+    assert named in window.said(**wish)
+    assert window.told["said"][-1]["at"] == wish["do"] and window.told["text"] == "mood:0"
+
+
+def test_layers_operation_and_scope(server: FakeServer) -> None:
+    put("mood")
+    window = Window()
+    window.wish("shape", key="mood#1", layers="1", op="clamp", scope="response")
+    assert window.told["text"] == "mood:0@1?response%clamp"
+    term = window.told["terms"][0]
+    assert (term["layers"], term["op"], term["scope"], term["has"]) == ("1", "clamp", "response", "1")
+    window.wish("shape", key="mood#1", layers="", op="", scope="")
+    assert window.told["text"] == "mood:0"
+
+
+def test_what_does_not_fit_is_said_and_not_counted(server: FakeServer) -> None:
+    put("mood")
+    window = Window()
+    window.wish("write", text="mood:1 + absent:1")
+    assert "'absent'" in window.told["note"][0] and "1 of 2 active" in window.told["status"] and window.told["active"] == 1
+    window.wish("on", value=False)
+    assert window.told["note"] == [] and "switched off" in window.told["status"]
+
+
+def test_presets_come_and_go_with_the_character(server: FakeServer, stand_in: StandIn) -> None:
+    from steer_plugins_textgen import tab as module
+
+    put("mood")
+    stand_in.shared.gradio["character_menu"] = menu = module.gr.Dropdown()
+    page, window = opened(), Window()
+    window.wish("write", text="mood:0.7")
+    assert "saved as 'Evening'" in window.said("save", name="Evening")
+    assert (window.told["presets"], window.told["loaded"], window.told["changed"]) == (["Evening"], "Evening", False)
+    page.do(menu, "change", "Ada")
+    window.wish("bind", value=True)
+    assert (window.told["character"], window.told["bound"]) == ("Ada", "Evening")
+    page.do(menu, "change", "Bob")
+    window.wish("write", text="mood:-1")
+    assert window.told["changed"]
+    page.do(menu, "change", "Ada")
+    assert window.wish()["text"] == "mood:0.7" and not window.told["changed"]
+    page.do(menu, "change", "Bob")
+    assert window.wish()["text"] == "mood:-1" and window.told["loaded"] == ""
+    assert "replaced" in window.said("save", name="Evening")
+    window.wish("forget", name="Evening")
+    assert window.told["presets"] == [] and settings.settings().characters == {}
+
+
+def test_a_vector_is_deleted_with_its_sliders(server: FakeServer) -> None:
+    put("mood")
+    put("calm")
+    window = Window()
+    window.wish("write", text="calm:1 + mood:1")
+    assert "deleted" in window.said("delete", name="calm")
+    assert window.told["text"] == "mood" and window.told["names"] == ["mood"]
+
+
+def test_a_reply_keeps_its_steering(server: FakeServer, stand_in: StandIn) -> None:
+    put("mood")
+    settings.settings().set_terms(parse("mood:0.5 + absent:1"))
+    kept: dict[str, Any] = {}
+    note, told = stand_in.chat.update_message_metadata, stand_in.html_generator.get_message_tooltip
+    note(kept, "user", 0, timestamp="now")
+    note(kept, "assistant", 0, timestamp="now", model_name="m")
+    assert "steering" not in kept["user_0"] and kept["assistant_0"]["steering"] == "mood:0.5"
+    assert told({"metadata": kept}, "assistant", 0) == "Model: m | Steering: mood:0.5"
+    settings.settings().set_flag("on", False)
+    note(kept, "assistant", 0, timestamp="later", model_name="m")  # generated anew
+    assert told({"metadata": kept}, "assistant", 0) == told({"metadata": {}}, "assistant", 0) == "Model: m"
+
+
+def test_every_page_is_told_of_new_vectors(server: FakeServer) -> None:
+    put("mood")
+    put("calm")
+    page, other = opened(), opened()
+    assert page.value(page.tab.along) == "calm"
+    page.shown[id(page.tab.along)]["value"] = "mood"  # by the user
+    put("zeal")
+    for one in (page, other):
+        for output, answer in zip(one.tab.all, one.tab.view(), strict=True):
+            one.shown[id(output)].update(answer if isinstance(answer, dict) else {"value": answer})
+        assert one.value(one.tab.along, "choices") == ["calm", "mood", "zeal"]
+    assert page.value(page.tab.along) == "mood"
 
 
 def test_watching_nothing_changes_nothing(server: FakeServer) -> None:
     put("mood")
     page = opened()
     before = {key: dict(values) for key, values in page.shown.items()}
-    for button in (page.tab.fit, page.tab.train):
-        page.do(button, "then")
+    page.do(page.tab.train, "then")
     assert page.shown == before
 
 
-def test_sliders_and_expression_keep_in_step(server: FakeServer) -> None:
-    put("mood")
-    put("succinctness")
-    page = opened()
-    tab = page.tab
-    page.do(tab.rows[1][1], "input", -0.35)
-    assert page.value(tab.text) == "mood:0 + succinctness:-0.35" and "1 active" in page.value(tab.status)
-    page.do(tab.text, "submit", "mood:0.4@1 + succinctness:2")
-    assert [page.value(tab.rows[i][1], "value") for i in (0, 1)] == [0.4, 2.0]
-    assert page.value(tab.rows[1][1], "maximum") == 2.0  # wide enough for what was typed
-    page.do(tab.rows[0][2], "click")
-    assert page.value(tab.text) == "mood:0@1 + succinctness:2"
-    page.do(tab.zero_all, "click")
-    assert page.value(tab.text) == "mood:0@1 + succinctness:0"
-    page.do(tab.rows[0][3], "click")
-    assert page.value(tab.text) == "succinctness:0" and not page.value(tab.rows[1][0], "visible")
-    page.do(tab.text, "submit", "succinctness:nonsense")
-    assert "character 14" in page.value(tab.note) and page.value(tab.text) == "succinctness:0"
-    page.do(tab.text, "blur", "")
-    assert page.value(tab.text) == "" and "No sliders" in page.value(tab.empty)
+def test_a_fit_gives_a_provisional_slider_first(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
 
-
-def test_more_terms_than_sliders_are_told(server: FakeServer) -> None:
-    put("mood")
-    page = opened()
-    page.do(page.tab.text, "submit", " + ".join(["mood:0.1"] * 14))
-    assert "2 more terms act" in page.value(page.tab.empty)
-
-
-def test_advanced(server: FakeServer) -> None:
-    put("mood")
-    page = opened()
-    tab = page.tab
-    assert page.value(tab.term, "choices") == ["1. mood"]
-    page.do(tab.apply, "click", 0, "1", "clamp", "response")
-    assert page.value(tab.text) == "mood:0@1?response%clamp"
-    page.do(tab.term, "input", 0)
-    assert [page.value(c) for c in (tab.window, tab.op, tab.scope)] == ["1", "clamp", "response"]
-    for values, named in (
-        ((None, "", "", ""), "choose a term"),
-        ((0, "x", "add", ""), "expected layers"),
-        ((0, "", "add", "often"), "scope"),
-    ):
-        page.do(tab.apply, "click", *values)
-        assert named in page.value(tab.note) and page.value(tab.text) == "mood:0@1?response%clamp"
-
-
-def test_what_does_not_fit_is_said(server: FakeServer) -> None:
-    put("mood")
-    page = opened()
-    page.do(page.tab.text, "submit", "mood:1 + absent:1")
-    assert "&#x27;absent&#x27;" in page.value(page.tab.note) and "<code>" in page.value(page.tab.note)
-    page.do(page.tab.on, "input", False)
-    assert page.value(page.tab.note) == "" and "switched off" in page.value(page.tab.status)
-
-
-def test_presets(server: FakeServer, stand_in: StandIn) -> None:
-    from steer_plugins_textgen import tab as module
-
-    put("mood")
-    stand_in.shared.gradio["character_menu"] = menu = module.gr.Dropdown()
-    page = opened()
-    tab = page.tab
-    page.do(tab.text, "submit", "mood:0.7")
-    page.do(tab.save, "click", "Evening")
-    assert page.value(tab.preset, "choices") == ["Evening"]
-    page.do(tab.character, "input", True, "Evening", "Ada")
-    page.do(tab.text, "submit", "mood:-1")
-    page.do(menu, "change", "Ada")
-    assert page.value(tab.text) == "mood:-1"  # she was there already
-    page.do(menu, "change", "Bob")
-    page.do(menu, "change", "Ada")
-    assert page.value(tab.text) == "mood:0.7"
-    page.do(tab.load, "click", "Morning")
-    assert "Morning" in page.value(tab.note)
-    page.do(tab.save, "click", "../x")
-    assert "preset&#x27;s name" in page.value(tab.note)
-    page.do(tab.delete, "click", "Evening")
-    assert page.value(tab.preset, "choices") == [] and settings.settings().characters == {}
-
-
-def test_what_was_chosen_stays_chosen(server: FakeServer) -> None:
-    put("mood")
-    put("calm")
-    page = opened()
-    tab = page.tab
-    assert page.value(tab.along) == "calm" and page.value(tab.traits) == page.value(tab.traits, "choices")
-    page.shown[id(tab.along)]["value"] = "mood"  # by the user
-    page.do(tab.on, "input", False)
-    assert page.value(tab.along) == "mood"
-    put("zeal")
-    page.do(tab.refresh, "click")
-    assert page.value(tab.along, "choices") == ["calm", "mood", "zeal"]
-
-
-def test_fitting_shows_progress_and_ends_in_sliders(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch, stand_in: StandIn
-) -> None:
     class Training:
         def __init__(self, engine: Any, name: str, source: Any, options: Any) -> None:
-            self.name = name
+            self.name, self.level = name, options.calibrate
 
         def plan(self) -> Any:
             return SimpleNamespace(tokens=10, seconds=1.0)
 
-        def run(self, report: Any) -> SteeringVector:
+        def fit(self, report: Any) -> str:
             report("reading", 5)
-            return SteeringVector(self.name, {(1, "resid_post"): [1.0, 0, 0, 0]}, {(1, "resid_post"): 2.0})
+            return "fit"
+
+        def finish(self, fit: str, report: Any = None) -> SteeringVector:
+            if self.level != "none":
+                term = window.wish()["terms"][0]
+                seen.append((term["name"], term["provisional"]))
+                report("calibrating", 5)
+                assert "step 3 of 3, calibrating" in window.wish()["jobs"] and window.told["busy"]
+            record = None if self.level == "none" else {"effect": 1.0, "objective": {"name": "mood"}}
+            vector = SteeringVector(self.name, {(1, "resid_post"): [1.0, 0, 0, 0]}, {(1, "resid_post"): 2.0})
+            return vector.replace(calibration=record)
 
     monkeypatch.setattr(jobs, "Training", Training)
-    page = opened()
-    tab = page.tab
-    assert "mood" in page.value(tab.traits, "choices") and not page.value(tab.cancel, "visible")
-    page.do(tab.fit, "click", [])
-    assert "at least one" in page.value(tab.note)
-    page.do(tab.train, "click", "polite", "Descriptions", "none", 8, "warm", "", False)
-    assert "negative box is empty" in page.value(tab.note)
-    handler, _, _ = tab.fit.events["click"]
-    handler(["mood"])
+    page, window = opened(), Window()
+    page.do(page.tab.train, "click", "polite", "Descriptions", "none", 8, "warm", "", False)
+    assert "negative box is empty" in page.value(page.tab.train_note)
+    window.wish("fit", names=["mood"])
     worker = jobs.trainer._worker
     if worker is not None:
         worker.join(20)
-    page.do(tab.refresh, "click")
-    assert "Fitted" in page.value(tab.progress) and page.value(tab.text) == "mood:0"
-    assert "mood" not in page.value(tab.traits, "choices") and not page.value(tab.cancel, "visible")
+    window.wish()
+    assert seen == [("mood", True)] and window.told["text"] == "mood:0" and not window.told["terms"][0]["provisional"]
+    assert "Fitted" in window.told["jobs"] and not window.told["busy"]
 
 
 def test_no_model_and_no_server_are_said(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "find_server", lambda: (None, "There is none. Make one with: steer build --on <x>"))
     extension.setup()
-    page = opened()
+    page, window = opened(), Window()
     tab = page.tab
-    assert "no model is loaded" in page.value(tab.status) and "<code>steer build --on &lt;x&gt;</code>" in page.value(tab.status)
-    assert page.value(tab.traits, "visible") is False and not page.value(tab.fit, "visible")
+    status = window.told["status"]
+    assert "no model is loaded" in status and "<code>steer build --on &lt;x&gt;</code>" in status
+    assert window.told["traits"] == [] and not window.told["ready"]
     for component, values in (
         (tab.run, ("hello", 32)),
         (tab.read, ("mood",)),
@@ -222,7 +328,7 @@ def test_no_model_and_no_server_are_said(stand_in: StandIn, monkeypatch: pytest.
     ):
         page.do(component, "click", *values)
     assert "nothing is steered" in page.value(tab.compare_note)
-    assert "no model" in page.value(tab.picture) and "no model" in page.value(tab.note)
+    assert "no model" in page.value(tab.picture) and "no model" in page.value(tab.train_note)
 
 
 def test_no_sliders_where_strangers_share_the_page(stand_in: StandIn) -> None:
@@ -240,9 +346,9 @@ def test_the_tab_names_what_hooks_lack(stand_in: StandIn, monkeypatch: pytest.Mo
     config = SimpleNamespace(num_hidden_layers=IDENTITY.n_layer, hidden_size=IDENTITY.n_embd)
     stand_in.shared.model = SimpleNamespace(model=blocks, config=config)
     stand_in.shared.args.loader = "Transformers"
-    page = opened()
-    assert "through hooks" in page.value(page.tab.status) and page.value(page.tab.text) == "mood:0"
-    page.do(page.tab.text, "submit", "mood:1?thinking")
-    assert "cannot tell" in page.value(page.tab.note)
+    window = Window()
+    assert "through hooks" in window.told["status"] and window.told["text"] == "mood:0"
+    window.wish("write", text="mood:1?thinking")
+    assert "cannot tell" in window.told["note"][0]
     with pytest.raises(SteerError):
         hooks.check(parse("absent"))

@@ -67,7 +67,7 @@ class Page:
         results = list(found) if hasattr(found, "__next__") else [found]
         assert results  # gradio sets every output to null when a generator yields nothing
         for result in results:
-            answers = result if len(outputs) != 1 else [result]
+            answers = result if len(outputs) > 1 else [result][: len(outputs)]
             assert len(answers) == len(outputs)
             for output, answer in zip(outputs, answers, strict=True):
                 if isinstance(answer, dict):

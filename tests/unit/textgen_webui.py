@@ -38,6 +38,9 @@ class StandIn:
         self.text_generation = self._module("modules.text_generation")
         self.text_generation.generate_reply_HF = self._generate_hf  # type: ignore[attr-defined]
         self._module("modules.api")
+        self.chat, self.html_generator = self._module("modules.chat"), self._module("modules.html_generator")
+        self.chat.update_message_metadata = lambda kept, role, i, **more: kept.setdefault(f"{role}_{i}", {}).update(more)
+        self.html_generator.get_message_tooltip = lambda history, role, i: "Model: m"
         self.started: list[str] = []  # server paths, in the order of starting
         self.breaks: set[str] = set()  # server paths that do not start
         self.port = 0

@@ -14,13 +14,14 @@ params: dict[str, Any] = {"display_name": "Steering", "is_tab": True}
 
 def setup() -> None:
     """Called after the first model load, again at each "Apply flags/extensions and restart", and with ``--nowebui``."""
-    from . import api, hooks, loader, webui
+    from . import api, hooks, loader, messages, webui
 
     with webui.starting():
         loader.patch()
         hooks.patch()
         loader.adopt()
         api.patch()
+        messages.patch()
 
 
 def ui() -> None:
@@ -38,5 +39,7 @@ def custom_css() -> str:
 
 
 def custom_js() -> str:
-    """Nothing to run in the page."""
-    return ""
+    """What draws the sliders."""
+    from pathlib import Path
+
+    return Path(__file__).with_name("page.js").read_text("utf-8")

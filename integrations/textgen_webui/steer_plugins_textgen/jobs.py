@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steer_plugins.errors import DataError, SpecError, SteerError
-from steer_plugins.steering.vector import SteeringVector, check_name
+from steer_plugins.steering.vector import SteeringVector, check_name, layer_ranges
 from steer_plugins.training.extract import ContrastData, Pair, Side, chat
 from steer_plugins.training.train import Training, TrainOptions
 from steer_plugins.training.traits import Trait, bundled_traits, load_trait
@@ -49,6 +49,8 @@ class TrainJob:
     seconds: float = 0.0
     error: str = ""
     vector: SteeringVector | None = None
+    provisional: bool = False
+    """Whether its slider is there already, with a strength that is still a guess."""
     cancel: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -60,7 +62,10 @@ class TrainJob:
 
 
 class Trainer:
-    """A queue of jobs and the thread that works on it. ``on_done`` is called, from that thread, with each finished vector."""
+    """A queue of jobs and the thread that works on it.
+
+    ``on_done`` is called, from that thread, once for each job, when its vector can first be used.
+    """
 
     def __init__(self) -> None:
         self._jobs: list[TrainJob] = []
@@ -78,6 +83,11 @@ class Trainer:
     def active(self) -> bool:
         """Whether anything waits or runs."""
         return any(job.state in ("waiting", "running") for job in self.jobs)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether what runs has been told to stop, and has not come to that yet."""
+        return any(job.state == "running" and job.cancel.is_set() for job in self.jobs)
 
     def add(self, link: Link, name: str, source: Source, *, calibrate: str = "quick", overwrite: bool = False) -> TrainJob:
         """Put a vector in the queue.
@@ -104,6 +114,8 @@ class Trainer:
         """Stop what runs, after the tokens it is at, and forget what waits."""
         for job in self.jobs:
             job.cancel.set()
+            if job.state == "waiting":
+                job.state = "cancelled"
 
     def _work(self) -> None:
         while True:
@@ -120,7 +132,8 @@ class Trainer:
             with webui.busy():
                 job.vector = self._train(job)
             job.state = "done"
-            self.on_done(job)
+            if not job.provisional:
+                self.on_done(job)
         except Cancelled:
             job.state = "cancelled"
         except SteerError as error:
@@ -139,9 +152,18 @@ class Trainer:
         training = Training(job.link.engine, job.name, job.source, TrainOptions(calibrate=job.calibrate))
         plan = training.plan()
         job.total, job.seconds = max(1, plan.tokens), plan.seconds
-        vector = training.run(report)
+        fit = training.fit(report)
+        library, identity = job.link.library, job.link.info.identity
+        if job.calibrate != "none" and not (job.overwrite and library.path(job.name, identity).exists()):
+            # a slider now, its strength 1 a guess; calibrating goes on behind it
+            rough = Training(job.link.engine, job.name, job.source, TrainOptions(calibrate="none")).finish(fit)
+            report("writing", 0)
+            library.put(rough, identity, overwrite=job.overwrite)
+            job.provisional = True
+            self.on_done(job)
+        vector = training.finish(fit, report)
         report("writing", 0)
-        job.link.library.put(vector, job.link.info.identity, overwrite=job.overwrite)
+        library.put(vector, identity, overwrite=job.overwrite or job.provisional)
         return vector
 
 
@@ -166,6 +188,11 @@ def poles_of(vector: SteeringVector) -> tuple[str, str] | None:
     if not isinstance(poles, dict) or not {"negative", "positive"} <= set(poles):
         return None
     return str(poles["negative"])[:60], str(poles["positive"])[:60]
+
+
+def layers_of(vector: SteeringVector) -> str:
+    """The layers that a vector has, as ranges."""
+    return layer_ranges(vector.layers)
 
 
 def lines_of(text: str, what: str) -> list[str]:

@@ -44,6 +44,9 @@ class Settings:
         self.characters: dict[str, str] = {}
         self.character = ""
         """Whom the chat was with last: reopening the page does not count as a change of character."""
+        self.loaded = ""
+        """The preset that was loaded or saved last; it may have been changed since."""
+        self._own: list[TermSpec] | None = None  # what was set before a character's preset took its place
         self.problem = ""
         self.touched = False
         """Whether the terms have ever been set, here or in an earlier session."""
@@ -91,7 +94,14 @@ class Settings:
 
     def save_preset(self, name: str) -> str:
         """Keep the terms under a name; returns the name as it is kept. Raises SpecError for a name that is none."""
-        return self.add_preset(name, self.terms)
+        self.loaded = self.add_preset(name, self.terms)
+        return self.loaded
+
+    def load_preset(self, name: str) -> None:
+        """Set the terms of a preset. Raises SpecError when there is none of that name."""
+        with self._lock:
+            self.set_terms(self.preset(name))
+            self.loaded = name
 
     def add_preset(self, name: str, terms: list[TermSpec]) -> str:
         """Keep these terms under a name; returns the name as it is kept. Raises SpecError for a name that is none."""
@@ -115,6 +125,7 @@ class Settings:
         """Forget a preset, and the characters that use it."""
         with self._lock:
             self.presets.pop(name, None)
+            self.loaded = "" if self.loaded == name else self.loaded
             self.characters = {who: preset for who, preset in self.characters.items() if preset != name}
         self._changed()
 
@@ -132,14 +143,20 @@ class Settings:
         self._changed()
 
     def meet(self, character: str) -> bool:
-        """Switch to the preset bound to this character. Load its preset, if it has one and the chat was with another before."""
+        """The chat is with this character now: its preset comes, and goes with it. Returns whether the terms have changed."""
         with self._lock:
             if not character or character == self.character:
                 return False
             self.character = character
             name = self.characters.get(character)
             if name is not None:
-                self.set_terms(self.preset(name))
+                if self._own is None:
+                    self._own = list(self.terms)
+                self.load_preset(name)
+            elif self._own is not None:
+                self.set_terms(self._own)
+                self._own, self.loaded = None, ""
+                return True
         self._changed()
         return name is not None
 
@@ -169,6 +186,8 @@ class Settings:
                 "presets": {name: [t.to_json() for t in terms] for name, terms in sorted(self.presets.items())},
                 "characters": dict(sorted(self.characters.items())),
                 "character": self.character,
+                "loaded": self.loaded,
+                **({} if self._own is None else {"own": [t.to_json() for t in self._own]}),
             }
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,6 +211,8 @@ class Settings:
             self.api_too, self.cpu_too = data.get("api_too") is True, data.get("cpu_too") is True
             self.presets, self.characters = presets, characters
             self.character = str(data.get("character") or "")
+            self.loaded = str(data.get("loaded")) if data.get("loaded") in presets else ""
+            self._own = from_json(data["own"]) if "own" in data else None
         except (OSError, ValueError, AttributeError, TypeError, RecursionError, SteerError) as error:
             aside = self._path.with_suffix(".damaged.json")
             with contextlib.suppress(OSError):

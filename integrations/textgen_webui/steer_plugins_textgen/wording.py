@@ -4,50 +4,13 @@ from __future__ import annotations
 
 import time
 from html import escape
-from typing import Any
 
-import gradio as gr
-
-from steer_plugins.errors import SteerError
 from steer_plugins.steering.grammar import TermSpec
 from steer_plugins.store.library import Library
 
-from . import charts, hooks, jobs, loader, webui
-from .link import Link, current, current_or_none, why_not
+from . import charts, hooks, jobs, loader, webui, wishes
+from .link import Link, current, why_not
 from .settings import settings
-
-MAX_ROWS = 12
-"""Sliders that are there, shown or not; gradio 4 cannot add any while it runs. More terms act all the same."""
-
-
-def rows_note(n: int) -> str:
-    """What there is to say about the sliders that are not there."""
-    if n == 0:
-        return '<p class="steer-quiet">No sliders yet: add a vector, or fit a trait.</p>'
-    if n > MAX_ROWS:
-        return f'<p class="steer-quiet">{n - MAX_ROWS} more terms act, and have no slider: see the expression.</p>'
-    return ""
-
-
-def slider_of(term: TermSpec) -> Any:
-    """A slider as wide as its strength needs: what was typed beyond 1 is shown as it is."""
-    poles = poles_named(term.vector)
-    info = f"−1 {poles[0]} · 0 off · 1 {poles[1]}" if poles else "0 off"
-    if term.op == "project":
-        info = "0 off · 1 removed"
-    reach = max(1.0, abs(term.strength))
-    return gr.update(label=term.vector, info=info, value=term.strength, minimum=-reach, maximum=reach)
-
-
-def poles_named(name: str) -> tuple[str, str] | None:
-    """The ends of the vector that the loaded model has under a name."""
-    link = current_or_none()
-    try:
-        if link is not None:
-            return jobs.poles_of(link.library.get(name, link.info.identity))
-        return jobs.poles_of(hooks.resolve([TermSpec(name)]).terms[0].vector) if hooks.applies() else None
-    except SteerError:
-        return None
 
 
 def window_text(term: TermSpec) -> str:
@@ -85,41 +48,42 @@ def coded(sentence: str) -> str:
     return escape(sentence)
 
 
-def note() -> str:
-    """What keeps terms from acting on this model; "" when all is well."""
-    link = current_or_none()
-    wrong = settings().problem and [settings().problem] or []
+def acting(link: Link | None, wanted: list[TermSpec]) -> tuple[list[TermSpec], list[str]]:
+    """The terms that act on the loaded model, and a sentence for each of the others."""
     if link is not None:
-        wrong = [*wrong, *link.usable(settings().active)[1]]
-    elif hooks.applies():
-        for term in settings().active:
-            try:
-                hooks.check([term])
-            except SteerError as error:
-                wrong.append(str(error))
-    return "".join(bad(sentence) for sentence in wrong)
+        return link.usable(wanted)
+    return wishes.fitting(wanted, hooks.check) if hooks.applies() else ([], [])
 
 
 def status(link: Link | None) -> str:
     """One line: whether the loaded model can be steered, and where it runs."""
     if link is not None:
         model = escape(webui.shared().model_name or link.info.name)
-        wanted = settings().active
-        active = len(link.usable(wanted)[0])
-        count = f"{active} active" if active == len(wanted) else f"{active} of {len(wanted)} active"
-        what = count if wanted else ("nothing set" if settings().on else "switched off")
         where = f"{model} on {escape(link.device)}"
-        return f'<div class="steer-status good"><i></i><b>Ready</b><span>{where}</span><span>{what}</span></div>'
+        return f'<div class="steer-status good"><i></i><b>Ready</b><span>{where}</span><span>{_counted(link)}</span></div>'
     if hooks.applies():
         return (
             '<div class="steer-status good"><i></i><b>Ready</b><span>Transformers loader, through hooks; '
-            "training, comparing and activations need llama.cpp</span></div>"
+            f"training, comparing and activations need llama.cpp</span><span>{_counted(None)}</span></div>"
         )
     sentence = why_not() if webui.llama_server() is None else loader.state.problem
     if not webui.loader_name() and loader.state.problem:
         sentence = f"{sentence}; {loader.state.problem}"
     why = coded(sentence or "this server cannot steer")
     return f'<div class="steer-status warn"><i></i><b>Not available</b><span>{why}</span></div>'
+
+
+def _counted(link: Link | None) -> str:
+    """How many sliders act."""
+    wanted = settings().active
+    n = len(acting(link, wanted)[0])
+    if not settings().on:
+        return "switched off"
+    if not settings().terms:
+        return "no sliders"
+    if not wanted:
+        return "all sliders at 0"
+    return f"{n} active" if n == len(wanted) else f"{n} of {len(wanted)} active"
 
 
 def details(link: Link | None) -> str:
@@ -142,13 +106,6 @@ def details(link: Link | None) -> str:
     return "".join(f"<p>{line}</p>" for line in lines)
 
 
-def traits_note(link: Link | None, missing: list[str]) -> str:
-    """What there is to say when nothing is left to fit, or nothing can be."""
-    if link is None:
-        return '<p class="steer-quiet">Needs a model on the steering server.</p>'
-    return "" if missing else '<p class="steer-quiet">All bundled traits have a vector for this model.</p>'
-
-
 def progress() -> str:
     """A bar for each job of this session that has something to say."""
     parts = []
@@ -159,17 +116,36 @@ def progress() -> str:
         elif job.state == "done" and job.vector is not None:
             parts.append(f'<div class="steer-job done"><b>Fitted</b> {escape(charts.summary(job.vector))}</div>')
         elif job.state == "cancelled":
-            parts.append(f'<div class="steer-job"><b>{name}</b> cancelled</div>')
+            left = "; its slider stays, provisional" if job.provisional else ""
+            parts.append(f'<div class="steer-job"><b>{name}</b> cancelled{left}</div>')
         else:
             percent = f"{100 * job.share:.0f}"
-            seconds = f", {time.monotonic() - job.started:.0f} s" if job.started else ""
-            if job.seconds:
-                seconds += f" of about {job.seconds:.0f}"
             parts.append(
-                f'<div class="steer-job"><b>{name}</b> {escape(job.stage)}{seconds}'
+                f'<div class="steer-job"><b>{name}</b> {escape(_step(job))}'
                 f'<div class="steer-bar"><i style="width:{percent}%"></i></div></div>'
             )
     return "".join(parts)
+
+
+STEPS = {"measuring the speed": 1, "reading": 2, "calibrating": 3, "writing": 3}
+
+
+def _step(job: jobs.TrainJob) -> str:
+    """Which step of how many a job is at, and how long it has taken."""
+    if job.state == "waiting":
+        return "waits for its turn"
+    if job.cancel.is_set():
+        return "stops after the tokens it is at"
+    steps = 2 if job.calibrate == "none" else 3
+    said = f"step {min(STEPS.get(job.stage, steps), steps)} of {steps}, {job.stage}"
+    spent = time.monotonic() - job.started
+    if job.seconds and spent > job.seconds:
+        said += f": {spent:.0f} s, longer than the {job.seconds:.0f} s that were expected"
+    elif job.seconds:
+        said += f": {spent:.0f} s of about {job.seconds:.0f}"
+    if job.provisional:
+        said += ". Its slider is there, provisional: strength 1 is a guess until this is done"
+    return said
 
 
 def report(name: str) -> str:
