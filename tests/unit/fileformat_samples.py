@@ -114,6 +114,7 @@ SAE = {"W_enc": ROWS.T.copy(), "W_dec": ROWS, "b_dec": np.zeros(N, np.float32), 
 SAE_CONFIG = {"architecture": "jumprelu", "d_in": N, "d_sae": 3, "metadata": {"hook_name": "blocks.4.hook_resid_post"}}
 NEURONPEDIA = {"modelId": "m", "layerNumber": 5, "hookType": "hook_resid_pre", "vector": ROWS[1].tolist(), "vectorLabel": "Cats!"}
 DS4 = {"format": "ds4-directional-steering-v1", "shape": [3, N], "component": "ffn_out", "thinking": False}
+DS41 = struct.pack("<8s6IQ32s", b"DS41DIR\0", 1, 3, N, 1, 1, 0, 0b111, bytes(range(32)))
 SVEC = {"model_type": "llama", "directions": {"0": ROWS[0].tolist(), "7": ROWS[1].tolist()}, "explained_variances": {"0": 0.5}}
 
 #: format -> (file name, its bytes, files beside it, what the user has to say)
@@ -121,6 +122,7 @@ SAMPLES: dict[str, tuple[str, bytes, dict[str, bytes], Facts]] = {
     "gguf-control-vector": ("v.gguf", gguf(directions(ROWS), CONTROL), {}, Facts()),
     "glp": ("v.gguf", gguf(directions(UNIT), GLP), {}, Facts()),
     "ds4": ("v.f32", UNIT.tobytes(), {"v.json": json.dumps(DS4).encode()}, Facts()),
+    "ds41dir": ("v.ds41dir", DS41 + UNIT.tobytes(), {}, Facts(site="ffn_out")),
     "svec": ("v.svec", json.dumps(SVEC).encode(), {}, Facts()),
     "npz": ("v.npz", npz(**{"direction.0": ROWS[0], "direction.7": ROWS[1]}), {}, Facts()),
     "torch": ("v.pt", pt(tensor((3, N)), {"0": ROWS.tobytes()}), {}, Facts(at="blocks")),

@@ -84,7 +84,7 @@ def session(server: FakeServer, library: Library) -> Iterator[Session]:
 
 @pytest.fixture
 def tools(server: FakeServer, session: Session) -> Iterator[Tools]:
-    with beside(make_app(session, server.url, tools=make_server(session))) as url:
+    with beside(make_app(session, tools=make_server(session))) as url:
         yield Tools(lambda: f"{url}/mcp", url)
 
 
@@ -210,7 +210,7 @@ def test_pages_of_elsewhere_stay_out(tools: Tools, headers: dict[str, str], sent
 
 
 def test_hosts_get_names(server: FakeServer, library: Library, session: Session) -> None:
-    session = Session(session.engine, library=library, by_name=True)
+    session = Session(session.engine, library=library, to="http://127.0.0.1:5000")
     body = {"model": "m"}
     assert list(session.bodies("/v1/chat/completions", body)) == [body]
     session.set("mood:0.5?answer")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import ModelError
+from ..errors import ModelError, RuntimeMissing
 from ..paths import expand_path
 
 if TYPE_CHECKING:
@@ -215,6 +215,15 @@ def model_path(model: str | None) -> Path:
     if not path.exists():
         raise ModelError(f"there is no model file {path}")
     return path
+
+
+def need_proxy() -> None:
+    """Raise RuntimeMissing unless a server can stand in front of another here."""
+    import importlib.util
+
+    missing = [name for name in ("starlette", "uvicorn", "httpx") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeMissing(f"{', '.join(missing)} must be installed for this: pip install 'steer-plugins[proxy]'")
 
 
 def console(stderr: bool = False) -> Console:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import SpecError, VectorError
+from ..errors import ModelError, SpecError, VectorError
 from ..plugins import hookimpl
 from .common import FilePath, json_option, print_json, runtime_option
 
@@ -85,7 +85,8 @@ def convert(
 
     What OUT's format cannot hold (the op, the site, layer 0, the scope, the calibration) is listed, and nothing is
     written unless --lossy is given. Formats: steer-vector (.safetensors), gguf-control-vector and glp (.gguf), ds4 (.f32),
-    svec (.svec), npz (.npz), neuronpedia (.json); only read: torch (.pt, .pth), saelens, gemma-scope. See docs/formats.md.
+    ds41dir (.ds41dir), svec (.svec), npz (.npz), neuronpedia (.json); only read: torch (.pt, .pth), saelens, gemma-scope. See
+    docs/formats.md.
 
     \b
     Examples:
@@ -119,6 +120,8 @@ def convert(
     if identity is not None:
         vector.check_fits(identity, force=force)
         vector = vector.replace(identity=identity)
+    if model is not None and writes.name == "ds41dir":
+        vector = vector.replace(provenance={**(vector.provenance or {}), "model_sha256": _sha256(Path(model))})
     lost, left = losses(vector, writes.limits), remarks(vector, writes.limits)
     if whole.calibration is not None and vector.calibration is None:
         left.append("the calibration: it was measured with everything that --layers and --site leave out")
@@ -140,6 +143,20 @@ def convert(
         print_json(done)
     else:
         _report(vector, done)
+
+
+def _sha256(path: Path) -> str:
+    """Of a model file, which takes as long as reading it does. Raises ModelError."""
+    import hashlib
+
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while part := file.read(1 << 24):
+                digest.update(part)
+    except OSError as error:
+        raise ModelError(f"the model file {path} cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()
 
 
 def _target_format(target: Path, name: str | None) -> Format:

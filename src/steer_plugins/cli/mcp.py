@@ -86,7 +86,7 @@ def mcp(
         raise click.UsageError("name the server: --server URL of a `steer serve`, or --to URL of the webui's API")
     engine = ServerEngine(server or _server_behind(str(to)), api_key=key)
     with closing(engine), _log_to(log) as write:
-        session = Session(engine, bounds, by_name=to is not None, may_fit=allow_fit, calibrate=calibrate, log=write)
+        session = Session(engine, bounds, to=to, may_fit=allow_fit, calibrate=calibrate, log=write)
         _serve(session, to or engine.url, port, http)
 
 
@@ -98,10 +98,10 @@ def _serve(session: Session, url: str, port: int, http: bool) -> None:
 
     tools = make_server(session)
     if http:
-        app = make_app(session, url, tools=tools)
+        app = make_app(session, tools=tools)
         run(app, port, lambda here: click.echo(f"Tools at {here}/mcp, requests to {url} through {here}"))
     else:
-        with beside(make_app(session, url), port) as here:
+        with beside(make_app(session), port) as here:
             click.echo(f"Tools on standard input and output, requests to {url} through {here}", err=True)
             anyio.run(tools.run_stdio_async)
 

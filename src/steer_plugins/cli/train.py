@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 _LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 # What imitation has no use for.
-_NOT_FOR_PROMPTS = ("pairs", "trait_name", "method", "positions", "remove_neutral", "baseline", "calibrate", "scope")
+_NOT_FOR_PROMPTS = ("pairs", "trait_name", "method", "positions", "remove_neutral", "baseline", "calibrate", "scope", "target")
 # What a repeated fit takes from the vector.
 _OF_THE_FIT = (
-    "method", "positions", "layers", "calibrate", "scope", "seed", "thinking", "remove_neutral", "baseline",
+    "method", "positions", "layers", "calibrate", "scope", "seed", "thinking", "remove_neutral", "baseline", "target",
 )  # fmt: skip
 
 
@@ -82,6 +82,12 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--scope", type=click.Choice(["all", "prompt", "response"]), help="Which tokens to steer (default: as calibrated).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides which pairs are held out.")
 @click.option("--thinking/--no-thinking", default=False, help="The chat template's switch for thinking.")
+@click.option(
+    "--for",
+    "target",
+    type=click.Choice(["ds4"]),
+    help="Fit for DwarfStar 4, which removes, reflects or amplifies a component of ffn_out.",
+)
 @click.option("--again", metavar="VECTOR", help="Repeat the fit of VECTOR (a name or a file) and compare.")
 @click.option("--overwrite", is_flag=True, help="Replace a vector of that name.")
 @json_option
@@ -105,6 +111,7 @@ def train(
     scope: str | None,
     seed: int,
     thinking: bool,
+    target: str | None,
     again: str | None,
     overwrite: bool,
     as_json: bool,
@@ -126,6 +133,7 @@ def train(
       steer train mood
       steer train calm --pairs calm.jsonl --calibrate full
       steer train sailor --from-prompt "You are an old sailor who speaks of the sea in every answer."
+      steer train mood --model deepseek-v4-flash.gguf --for ds4
       steer train mood --model other.gguf --out mood.safetensors
       steer train --again mood
     """
@@ -161,14 +169,17 @@ def train(
         remove_neutral=remove_neutral,
         baseline=baseline,
     )
-    target = Target(name, out, overwrite, Library())
+    if target == "ds4":
+        # as ds4's own builder does: what good and bad examples share is taken out
+        options = replace(options, op="project", site="ffn_out", remove_neutral=True)
+    place = Target(name, out, overwrite, Library())
     if out is not None:
-        target.check(None)
+        place.check(None)
     with engine.open(n_parallel=N_PARALLEL) as opened:
-        target.check(opened)
+        place.check(opened)
         training = Training(opened, name, source, options)
         vector = run_training(training)
-        path = target.write(vector, opened)
+        path = place.write(vector, opened)
     if as_json:
         from .show import describe
 
@@ -183,7 +194,7 @@ def _given(ctx: click.Context, options: Sequence[str]) -> list[str]:
 
 
 def _spelled(parameter: str) -> str:
-    return "trait" if parameter == "trait_name" else parameter.replace("_", "-")
+    return {"trait_name": "trait", "target": "for"}.get(parameter, parameter.replace("_", "-"))
 
 
 def _imitate(
@@ -422,7 +433,14 @@ def print_report(vector: SteeringVector, path: Path) -> None:
             f"{best.get('ordered', 0.5):.0%} at layer {best['layer']}; steer show {shlex.quote(spec)} has them all).",
             markup=False,
         )
-    if record is None:
+    measured = (vector.provenance or {}).get("projection")
+    if vector.op == "project":
+        found = "not measured" if measured is None else _projection_line(measured)
+        out.print(f"{vector.name}: layers {layer_ranges(vector.layers)} at {vector.sites[0]}; {found}.", markup=False)
+        if measured is not None:
+            rows = [(f"{r['strength']:g}", *(f"{r[k]:.2f}" for k in _PROJECTION_COLUMNS)) for r in measured["rows"]]
+            print_table(("strength", *_PROJECTION_COLUMNS), rows)
+    elif record is None:
         out.print(
             f"{vector.name}: layers {layer_ranges(vector.layers)}, scope {vector.default_scope}; not calibrated, so "
             "strength 1.0 is a guess (0.3 of the residual norm).",
@@ -446,6 +464,20 @@ def print_report(vector: SteeringVector, path: Path) -> None:
     if vector.op == "add" and path.suffix == ".safetensors":
         term = shlex.quote(format_terms([TermSpec(spec)]) + ":1")
         out.print(f'Try: steer generate --steer {term} "Describe a walk in the forest"', markup=False, soft_wrap=True)
+
+
+_PROJECTION_COLUMNS = ("score", "perplexity", "repeats")
+
+
+def _projection_line(measured: dict[str, Any]) -> str:
+    """What projecting was found to do."""
+    error = 2 * measured["effect_se"]
+    if measured["best"] is None:
+        return "no strength left the text fluent"
+    moves = "" if abs(measured["effect"]) > error else ", which is hardly more than noise"
+    return (
+        f"strength {measured['best']:g} moves the {measured['objective']} by {measured['effect']:+.3g} ± {error / 2:.2g}{moves}"
+    )
 
 
 def spec_of(vector: SteeringVector, path: Path) -> str:

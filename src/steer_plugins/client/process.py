@@ -49,6 +49,10 @@ class ServerProcess:
         RuntimeMissing: there is no llama-server.
     """
 
+    program = "llama-server"
+    health = "/health"
+    """A route that answers when the model is loaded."""
+
     def __init__(
         self,
         binary: str | os.PathLike[str] | None = None,
@@ -147,16 +151,18 @@ class ServerProcess:
             while True:
                 self._check_alive()
                 try:
-                    connection.get("/health")
+                    connection.get(self.health)
                     break
                 except ServerRefusal as refusal:
-                    raise EngineError(f"what answers at {self.url} is not the llama-server that was started: {refusal}") from None
+                    raise EngineError(
+                        f"what answers at {self.url} is not the {self.program} that was started: {refusal}"
+                    ) from None
                 except EngineError:
                     pass  # not listening yet, or still loading
                 passed = time.monotonic() - started
                 if passed > timeout:
                     raise EngineError(
-                        f"llama-server has not loaded its model in {timeout:g} s: allow a longer timeout "
+                        f"{self.program} has not loaded its model in {timeout:g} s: allow a longer timeout "
                         f"(it said last: {self._last_words()})"
                     )
                 if on_wait is not None:
@@ -267,7 +273,7 @@ class ServerProcess:
         if any(_PORT_TAKEN.search(line) for line in self._lines):
             return f"port {self.port} of {self.host} is in use: stop what runs there, or choose another with --port"
         how = f"was killed by signal {code - 128}" if 128 < code < 160 else f"ended with exit code {code}"
-        return f"llama-server {how}; it said last: {self._last_words()}"
+        return f"{self.program} {how}; it said last: {self._last_words()}"
 
     def _last_words(self) -> str:
         lines = [" ".join(line.split()) for line in self._lines if line.strip()]

@@ -16,7 +16,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ..client import is_loopback
-from ..client.connection import normal_url
 from ..errors import EngineError, SteerError
 
 MAX_BODY = 64 << 20
@@ -40,6 +39,13 @@ class Change(Protocol):
         """
         ...
 
+    def address(self, body: dict[str, Any] | None) -> str:
+        """The server that gets one of :meth:`bodies`, or a request without JSON (None): ``http://host:port``.
+
+        Raises EngineError: there is none.
+        """
+        ...
+
     def ended(self, body: dict[str, Any]) -> None:
         """The answer to one of :meth:`bodies` has ended, in whatever way."""
         ...
@@ -49,20 +55,15 @@ class Passthrough:
     """The ASGI application. It listens on this machine only, so it takes names and pages of this machine only.
 
     Args:
-        url: the server behind, ``http://host:port``; a path in it is kept.
-        change: what happens to bodies.
-
-    Raises:
-        EngineError: the address cannot be understood.
+        change: what happens to bodies, and where they go.
     """
 
-    def __init__(self, url: str, change: Change) -> None:
-        self.url = normal_url(url)
+    def __init__(self, change: Change) -> None:
         self._change = change
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT)
-        self._client = httpx.AsyncClient(
-            timeout=timeout, trust_env=not is_loopback(self.url), limits=httpx.Limits(max_connections=None)
-        )
+        timeout, limits = httpx.Timeout(None, connect=CONNECT_TIMEOUT), httpx.Limits(max_connections=None)
+        # a proxy of the environment cannot reach this machine's own ports
+        self._near, self._far = (httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=trust) for trust in (False, True))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,7 +81,8 @@ class Passthrough:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
+        await self._near.aclose()
+        await self._far.aclose()
 
     async def _unless_left(self, request: Request, data: bytes, receive: Receive) -> Response | None:
         """The answer, or None for a client that hangs up before it comes: then the server behind is told so as well."""
@@ -119,10 +121,13 @@ class Passthrough:
     async def _pass_on(self, request: Request, content: bytes, body: dict[str, Any] | None) -> Response:
         headers = [(key, value) for key, value in request.headers.raw if key.decode("latin-1").lower() not in _OWN]
         path = request.scope.get("raw_path") or request.url.path.encode()
-        url = self.url + path.decode("latin-1") + (f"?{request.url.query}" if request.url.query else "")
+        server = ""
         try:
-            sent = self._client.build_request(request.method, url, headers=headers, content=content or None)
-            found = await self._client.send(sent, stream=True)
+            server = self._change.address(body)
+            url = server + path.decode("latin-1") + (f"?{request.url.query}" if request.url.query else "")
+            client = self._near if is_loopback(server) else self._far
+            sent = client.build_request(request.method, url, headers=headers, content=content or None)
+            found = await client.send(sent, stream=True)
             kept = [(key, value) for key, value in found.headers.raw if key.decode("latin-1").lower() not in _HOP]
             if found.status_code == 400:  # it may be sent again
                 answer = Response(b"".join([part async for part in found.aiter_raw()]), 400)
@@ -131,7 +136,7 @@ class Passthrough:
                 return _raw(answer, kept)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             self._ended(body)
-            raise EngineError(f"no server answers at {self.url} ({type(error).__name__}): see whether it runs") from None
+            raise EngineError(f"no server answers at {server} ({type(error).__name__}): see whether it runs") from None
         except BaseException:
             self._ended(body)
             raise

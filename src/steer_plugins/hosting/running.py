@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from ..client import port_taken
 from ..errors import EngineError
+from .passthrough import Change, Passthrough
 
 HOST = "127.0.0.1"
+
+
+def passing(change: Change, app: Starlette | None = None) -> Starlette:
+    """An application that passes on all requests for which ``app`` has no route of its own."""
+    behind, app = Passthrough(change), app or Starlette()
+    app.router.routes.append(Mount("/", app=behind))
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[Any]:
+        async with inner(app) as state:
+            yield state
+        await behind.close()
+
+    app.router.lifespan_context = lifespan
+    return app
 
 
 class _Server(uvicorn.Server):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..client.connection import normal_url
 from ..client.engine import ServerEngine
 from ..errors import DataError, SpecError, SteerError
 from ..report.inspection import inspect_prompt
@@ -48,7 +49,7 @@ class Session:
         engine: the llama-server that has the model; it reads and fits.
         bounds: what may be set.
         library: where vectors are looked up and fitted ones are put.
-        by_name: requests go to a host (the sidecar, the webui) that looks names up itself, and not to ``engine``'s server.
+        to: a host that requests go to (the sidecar, the webui) and that looks names up itself; None is ``engine``'s server.
         may_fit: whether vectors may be fitted.
         calibrate: ``none``, ``quick`` or ``full``, as for ``steer train``.
         log: gets each call of a tool: time, tool, what was asked, and what became of it.
@@ -60,7 +61,7 @@ class Session:
         bounds: Bounds | None = None,
         library: Library | None = None,
         *,
-        by_name: bool = False,
+        to: str | None = None,
         may_fit: bool = False,
         calibrate: str = "none",
         log: Log | None = None,
@@ -69,7 +70,7 @@ class Session:
         self.library = library or Library()
         engine.library = self.library
         self.may_fit, self._calibrate = may_fit, calibrate
-        self._by_name = by_name
+        self._to = None if to is None else normal_url(to)
         self._log = log or (lambda entry: None)
         self._terms: list[TermSpec] | None = None
         self._running: set[str] = set()
@@ -193,9 +194,9 @@ class Session:
         """What to send in place of a request's body: with this session's steering, unless it has one of its own."""
         with self._lock:
             terms = self._terms
-        if path not in (HOST_PATHS if self._by_name else LLAMA_PATHS):
+        if path not in (HOST_PATHS if self._to is not None else LLAMA_PATHS):
             yield body
-        elif self._by_name:
+        elif self._to is not None:
             yield body if terms is None else _with_names(path, body, terms)
         elif body.get("steering") is not None:
             yield body
@@ -209,6 +210,10 @@ class Session:
             else:
                 for fields in self.engine.attempts(self.engine.steering(terms, names_only=True)):
                     yield {**named, **fields}
+
+    def address(self, body: dict[str, Any] | None) -> str:
+        """Where requests go."""
+        return self._to or self.engine.url
 
     def ended(self, body: dict[str, Any]) -> None:
         """The answer to a body of :meth:`bodies` has ended."""

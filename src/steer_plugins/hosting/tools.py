@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from anyio import to_thread
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from starlette.applications import Starlette
-from starlette.routing import Mount
 
 from .. import __version__
 from ..errors import SteerError
-from .passthrough import Passthrough
+from .running import passing
 from .session import Session
 
 T = TypeVar("T")
@@ -78,18 +76,6 @@ def make_server(session: Session) -> MCPServer[Any]:
     return server
 
 
-def make_app(session: Session, url: str, *, tools: MCPServer[Any] | None = None) -> Starlette:
-    """What passes requests on to ``url`` with the session's steering, and offers ``tools`` at ``/mcp``. Raises EngineError."""
-    behind = Passthrough(url, session)
-    app = Starlette() if tools is None else tools.streamable_http_app()
-    app.router.routes.append(Mount("/", app=behind))
-    inner = app.router.lifespan_context
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[Any]:
-        async with inner(app) as state:
-            yield state
-        await behind.close()
-
-    app.router.lifespan_context = lifespan
-    return app
+def make_app(session: Session, *, tools: MCPServer[Any] | None = None) -> Starlette:
+    """What passes requests on with the session's steering, and offers ``tools`` at ``/mcp``."""
+    return passing(session, None if tools is None else tools.streamable_http_app())

@@ -15,7 +15,7 @@ from ..errors import DataError, SpecError, VectorError
 from ..metrics import reply_tokens
 from ..plugins import manager
 from ..steering.vector import SCOPES, SteeringVector, check_name, layer_ranges
-from .calibrate import UNCALIBRATED, Calibrated, ContrastObjective, Fitted, Objective, Sweep, TextObjective
+from .calibrate import UNCALIBRATED, Calibrated, ContrastObjective, Fitted, Objective, Sweep, TextObjective, measure_projection
 from .calibrate.plan import FIRST_DOSE, LEVELS, Level, level_of, window_of, windows_of
 from .extract import (
     Contrast,
@@ -65,6 +65,9 @@ class TrainOptions:
         remove_neutral: take the neutral direction out, see :func:`~steer_plugins.training.extract.fit_directions`.
         baseline: fit three classes: with a trait, its prompts without a system prompt are the baseline. None does so where
             pairs have one; False leaves it out.
+        op: ``add``, or ``project`` for engines that can only remove, reflect or amplify a component: the vector acts at all
+            fitted layers and tokens, and calibration measures what each strength does.
+        site: where to read and steer: ``resid_post``, ``attn_out`` or ``ffn_out``.
     """
 
     method: str = "mean_difference"
@@ -76,6 +79,8 @@ class TrainOptions:
     thinking: bool | None = False
     remove_neutral: bool = False
     baseline: bool | None = None
+    op: str = "add"
+    site: str = "resid_post"
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,16 @@ class Training:
         self.options = options
         if options.calibrate not in LEVELS:
             raise SpecError(f"unknown calibration '{options.calibrate}': use {', '.join(LEVELS)}")
-        if options.scope is not None and options.scope not in SCOPES:
+        if options.op not in ("add", "project"):
+            raise SpecError(f"vectors are not fitted for the op '{options.op}': use add or project")
+        if options.site not in engine.info.sites:
+            known = ", ".join(engine.info.sites)
+            raise SpecError(f"this model ({engine.info.architecture}) cannot be steered at {options.site}: it has {known}")
+        if options.op == "project" and options.scope not in (None, "0-"):
+            raise SpecError(
+                f"a vector that projects is fitted for every token, so its scope is not {options.scope}: leave it out"
+            )
+        if options.scope is not None and options.scope not in (*SCOPES, "0-"):
             raise SpecError(f"unknown scope '{options.scope}': use {', '.join(SCOPES)}")
         self.level: Level | None = level_of(options.calibrate)
         self.method: Method = manager().find("methods", options.method)
@@ -143,6 +157,7 @@ class Training:
         self.fit_options = FitOptions(
             layers=layers_to_read(n_layer) if wanted is None else tuple(wanted),
             positions=options.positions or self.data.default_positions(),
+            site=options.site,
             seed=options.seed,
             thinking=True if options.positions == "thinking" else options.thinking,
             remove_neutral=options.remove_neutral,
@@ -203,6 +218,8 @@ class Training:
         """Calibrate what was fitted, as the options say."""
         report = report or (lambda stage, tokens: None)
         fitted = Fitted(self.name, fit.result.directions, fit.contrast.norms, self.fit_options.site)
+        if self.options.op == "project":
+            return self._projecting(fit, fitted, report)
         if self.level is None:
             vector, record = self._uncalibrated(fitted), None
         else:
@@ -229,6 +246,7 @@ class Training:
             "baseline": fit.contrast.baseline is not None,
             "layers": None if self.options.layers is None else list(self.fit_options.layers),
             "scope": self.options.scope,
+            "op": self.options.op,
             "calibrate": self.options.calibrate,
             "model": self.engine.info.identity.label,
             "median_norms": {str(il): round(fit.contrast.norms[il], 4) for il in layers},
@@ -237,6 +255,25 @@ class Training:
             **({"notes": fit.result.notes} if fit.result.notes else {}),
             "report": fit.report.to_dict(),
         }
+
+    def _projecting(self, fit: Fit, fitted: Fitted, report: Report) -> SteeringVector:
+        """All fitted layers, and what each strength was found to do."""
+        keys = {(il, fitted.site): direction for il, direction in fitted.directions.items()}
+        vector = SteeringVector(self.name, keys, op="project", default_scope="0-", identity=self.engine.info.identity)
+        provenance = self._provenance(fit, vector.layers)
+        provenance.pop("dose", None)
+        if self.level is not None:
+            report("calibrating", 0)
+            measured = measure_projection(
+                self.engine,
+                vector,
+                self.objective(),
+                self.level,
+                thinking=self.fit_options.thinking,
+                advance=lambda tokens: report("calibrating", tokens),
+            )
+            provenance |= {"projection": measured.to_dict(), "recommended_strength": measured.best}
+        return vector.replace(provenance=provenance)
 
     def _uncalibrated(self, fitted: Fitted) -> SteeringVector:
         """Strength 1.0 is a usual dose in residual norms: safer than a raw length, which means nothing across layers."""
@@ -303,6 +340,8 @@ def options_of(vector: SteeringVector) -> TrainOptions:
             thinking=None if made["thinking"] is None else _a(bool, made["thinking"]),
             remove_neutral=_a(bool, made.get("remove_neutral", False)),
             baseline=_a(bool, made.get("baseline", False)),
+            op=_a(str, made.get("op", "add")),
+            site=_a(str, made.get("site", "resid_post")),
         )
         _a(str, _a(dict, made["source"])["sha256"])
     except (KeyError, TypeError):

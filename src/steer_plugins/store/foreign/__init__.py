@@ -11,12 +11,13 @@ from ..formats import Format
 
 def builtin_formats() -> list[Format]:
     """The formats of this package, in the order in which a file is tried against them."""
-    from . import controlvector, ds4, glp, neuronpedia, npz, sae, svec, torchfile
+    from . import controlvector, ds4, ds41, glp, neuronpedia, npz, sae, svec, torchfile
 
     return [
         controlvector.FORMAT,
         glp.FORMAT,
         ds4.FORMAT,
+        ds41.FORMAT,
         svec.FORMAT,
         sae.SAELENS,
         sae.GEMMA_SCOPE,  # before npz, which it looks like

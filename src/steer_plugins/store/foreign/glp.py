@@ -54,7 +54,7 @@ def read(path: Path, facts: Facts = NO_FACTS) -> SteeringVector:
             scope=stated("scope", None, facts.scope, "0-"),
             notes={
                 "recommended_strength": alpha,
-                **{what: _short(fields.get(what)) for what in ("method", "contrast", "content_sha256", "created")},
+                **{what: _short(fields.get(what)) for what in ("method", "contrast", "derived_at", "content_sha256", "created")},
                 **{f"base_model_{part}": file.text(f"general.base_model.0.{part}") for part in _BASE_MODEL},
                 "model_hint": file.text("controlvector.model_hint"),
             },

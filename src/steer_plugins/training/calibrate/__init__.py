@@ -6,6 +6,7 @@ from .existing import DoseObjective, Proportions, calibrate_vector
 from .fluency import Fluency, Guard, mean_perplexity, measure_fluency, perplexity
 from .objective import ContrastObjective, Objective, TextObjective
 from .plan import FULL, LEVELS, QUICK, UNCALIBRATED, Level, level_of, window_of, windows_of
+from .projection import Projection, measure_projection
 from .sweep import Calibrated, Fitted, Sweep, rises
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Guard",
     "Level",
     "Objective",
+    "Projection",
     "Proportions",
     "Sweep",
     "TextObjective",
@@ -28,6 +30,7 @@ __all__ = [
     "level_of",
     "mean_perplexity",
     "measure_fluency",
+    "measure_projection",
     "perplexity",
     "rises",
     "window_of",
