@@ -136,6 +136,7 @@ struct stock_context : llama_context {
 
     const stock_model & stock;
     void * real = nullptr;
+    bool one_sequence = false;
 
     std::vector<job> jobs;
     std::map<place, size_t> job_of;
@@ -272,6 +273,12 @@ struct stock_context : llama_context {
         if (!st || st->mode == 0) {
             set_cvec({});
             return;
+        }
+        for (int32_t i = 0; one_sequence && i < n_tokens; ++i) {
+            if (n_seq_id[i] != 1 || seq_id[i][0] != seq_id[0][0]) {
+                throw steer_error(LLAMA_STEER_ERR_ARG, "this model's cache parts a batch by its sequences: beside an unmodified llama.cpp they are steered "
+                                                       "and read one after another, in batches of their own");
+            }
         }
         active = true;
         stats.n_batches++;
@@ -480,12 +487,13 @@ void llama_steer_stock_mark(llama_model * model, void * real) {
     });
 }
 
-llama_context * llama_steer_stock_new(llama_model * model, int32_t n_batch, int32_t n_seq_max) {
+llama_context * llama_steer_stock_new(llama_model * model, int32_t n_batch, int32_t n_seq_max, bool one_sequence) {
     llama_context * res = nullptr;
     guarded(nullptr, [&]() {
         auto ctx = std::make_unique<stock_context>(*static_cast<stock_model *>(model));
         ctx->batch_size = (uint32_t) std::max(1, n_batch);
         ctx->sequences = (uint32_t) std::max(1, n_seq_max);
+        ctx->one_sequence = one_sequence;
         ctx->cvec = llama_steer_make_cvec();
         ctx->job_at.assign(ctx->stock.hparams.layers, -1);
         res = ctx.release();

@@ -48,8 +48,9 @@ extern "C" {
     // it is used later only if the outputs of all layers but 0 were seen to be made with it.
     LLAMA_API void llama_steer_stock_mark(struct llama_model * model, void * real);
 
-    // n_batch: most tokens of a batch. `real` is told later, as its callback has to be there before it.
-    LLAMA_API struct llama_context * llama_steer_stock_new(struct llama_model * model, int32_t n_batch, int32_t n_seq_max);
+    // n_batch: most tokens of a batch. one_sequence: the library parts batches by sequence, so that each must be of one.
+    // `real` is told later, as its callback has to be there before it.
+    LLAMA_API struct llama_context * llama_steer_stock_new(struct llama_model * model, int32_t n_batch, int32_t n_seq_max, bool one_sequence);
     LLAMA_API void llama_steer_stock_bind(struct llama_context * ctx, void * real);
     LLAMA_API void llama_steer_stock_free(struct llama_context * ctx);
     LLAMA_API bool llama_steer_stock_eval(void * tensor, bool ask, void * ctx);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from steer_plugins.bench.costs import Costs
 from steer_plugins.bench.report import read_report
 from steer_plugins.cli.main import main
 
+ARMS = speed.arms_of(stock=os.environ.get("STEER_RUNTIME") == "stock")
 FILES = ["manifest.json", "report.html", "results.jsonl", "summary.md"]
 
 
@@ -28,13 +30,13 @@ def test_speed(tiny: Callable[..., Path], arch: str, capsys: pytest.CaptureFixtu
     model = str(tiny(arch))
     assert main(["bench", "speed", "--model", model, "--rounds", "2", "--out", "r", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in found["rows"]] == list(speed.ARMS)
+    assert [row["name"] for row in found["rows"]] == list(ARMS)
     assert all(row["prefill_tps"] > 0 and row["decode_ratio"] > 0 and row["decode_cpu_ratio"] for row in found["rows"])
     assert found["rounds"] == 2 and not found["notes"]
     made = read_report(Path("r"))
     assert sorted(f.name for f in Path("r").iterdir()) == FILES and made.kind == "speed"
     assert made.manifest["model"]["identity"]["architecture"] == arch and made.manifest["command"][0] == "steer"
-    assert len(made.rows) == len(speed.ARMS) * 4 * 2
+    assert len(made.rows) == len(ARMS) * 4 * 2
 
 
 def test_speed_on_a_busy_machine(tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -58,11 +60,11 @@ def test_speed_on_a_busy_machine(tiny: Callable[..., Path], capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)
     assert there[0] == 0 and sorted(there) == [0, 0, 0, 2, 2] and not any(n._processes for n in neighbours)
     for rows in (found["rows"], found["busy_rows"]):
-        assert [row["name"] for row in rows] == [*speed.ARMS, "long-waits"]
+        assert [row["name"] for row in rows] == [*ARMS, "long-waits"]
         assert all(row["prefill_tps"] > 0 and row["decode_ratio"] > 0 and row["decode_cpu_ratio"] for row in rows)
     assert found["busy"] == 2 and found["rows"] != found["busy_rows"]
     made = read_report(Path("r"))
-    assert made.manifest["plan"]["busy"] == 2 and len(made.rows) == (len(speed.ARMS) + 1) * 8 * 2
+    assert made.manifest["plan"]["busy"] == 2 and len(made.rows) == (len(ARMS) + 1) * 8 * 2
     assert {"decode", "decode, busy", "decode, busy, processor"} < made.summary["measures"].keys()
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from steer_plugins.runtime.compiling import library_name
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,7 +42,10 @@ def test_it_carries_the_patch_the_data_and_both_integrations(wheel: Path) -> Non
         "steer_plugins_textgen/__init__.py",
     ):
         assert name in names, name
-    assert not [n for n in names if n.endswith((".gguf", ".so", ".pyc"))]
+    assert not [n for n in names if n.endswith((".gguf", ".pyc"))]
+    libraries = [n for n in names if n.endswith((".so", ".dylib", ".dll"))]
+    assert libraries == [f"steer_plugins/native/{library_name(ROOT / 'cpp_patch')}"], libraries
+    assert wheel.name.split("-")[2:4] == ["py3", "none"] and not wheel.name.endswith("any.whl")
 
 
 def test_in_a_fresh_environment_it_finds_the_runtime_and_generates(wheel: Path, tmp_path: Path) -> None:

@@ -60,8 +60,23 @@ ARMS = {
     "project-1": "one vector projected out on all layers",
     "responsive-1": "one vector with a ReLU column on all layers",
     "responsive-4": "one vector with four ReLU columns on all layers",
+    "stock-add": "one vector added on all layers but 0 of an unmodified library: by its control vector, which we drive",
+    "stock-callback-1": "one vector projected out on one layer of an unmodified library, by the callback",
+    "stock-callback-9": "one vector projected out on nine layers of an unmodified library, by the callback",
     "read-all": "all layers of every token read (the last one where tokens are outputs)",
 }
+
+
+BARE = ("plain", "plain-again", "stock-cvec")
+"""Arms in which an unmodified library is left alone."""
+OUTSIDE = ("stock-add", "stock-callback-1", "stock-callback-9")
+"""Arms of an unmodified library only; the patched one has ``INSIDE``."""
+INSIDE = ("steer-1", "steer-4")
+
+
+def arms_of(*, stock: bool) -> list[str]:
+    """The arms of a run on an unmodified library, or on a patched one."""
+    return [name for name in ARMS if name not in (INSIDE if stock else OUTSIDE)]
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,7 @@ class Arm(Protocol):
 
 class _LocalArm:
     def __init__(self, name: str, session: Session) -> None:
+        self.bare = name in BARE
         self.name = name
         self.about = ARMS[name]
         self.session = session
@@ -126,7 +142,7 @@ class _LocalArm:
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = e.token, e.position, 1
             batch.seq_id[i][0], batch.logits[i] = e.sequence, e.output
         start, cpu = time.perf_counter(), time.process_time()
-        code = c.llama_decode(self.session.pointer, batch)
+        code = c.llama_decode(self.session.pointer, batch) if self.bare else self.session.steer.decode(c, batch)
         c.llama_synchronize(self.session.pointer)
         seconds = time.perf_counter() - start, time.process_time() - cpu
         if code != 0:
@@ -145,7 +161,7 @@ def _limits(n_threads: int) -> SessionLimits:
 
 def plain_arm(model: LoadedModel, n_threads: int) -> Arm:
     """The arm ``plain``, for a process of its own."""
-    return _LocalArm("plain", Session(model, _limits(n_threads)))
+    return _LocalArm("plain", Session(model, _limits(n_threads), bare=True))
 
 
 def bench_speed(
@@ -182,9 +198,16 @@ def bench_speed(
         return (v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32)
 
     def steer(session: Session, n: int, op: str) -> None:
+        place(session, n, op, list(range(info.n_layer)))
+
+    def outside(session: Session, n: int, op: str) -> None:
+        middle = info.n_layer // 2
+        spots = range(1, info.n_layer) if op == "add" else range(max(0, middle - n // 2), min(info.n_layer, middle + n // 2 + 1))
+        place(session, 1, op, list(spots))
+
+    def place(session: Session, n: int, op: str, layers: list[int]) -> None:
         for k in range(n):
-            layers = list(range(info.n_layer))
-            session.steer.set_vector(k, layers, [0] * len(layers), directions(k), [DOSE] * len(layers))
+            session.steer.set_vector(k, layers, [0] * len(layers), directions(k)[layers], [DOSE] * len(layers))
         session.steer.set_config(1, [native.NativeTerm(k, native.OPS[op], 1.0 if op == "add" else 1e-3) for k in range(n)])
         session.steer.set_range(0, 0, -1, 1)
 
@@ -216,12 +239,16 @@ def bench_speed(
         "project-1": (steer, 1, "project"),
         "responsive-1": (respond, 1, "add"),
         "responsive-4": (respond, 4, "add"),
+        "stock-add": (outside, 1, "add"),
+        "stock-callback-1": (outside, 1, "project"),
+        "stock-callback-9": (outside, 9, "project"),
         "read-all": (read, 0, ""),
     }
     local: list[_LocalArm] = []
     try:
-        for name, (setup, n, op) in setups.items():
-            arm = _LocalArm(name, Session(model, limits))
+        for name in arms_of(stock=model.steering.unified):
+            setup, n, op = setups[name]
+            arm = _LocalArm(name, Session(model, limits, bare=name in BARE))
             local.append(arm)
             if setup is not None:
                 setup(arm.session, n, op)

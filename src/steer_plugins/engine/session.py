@@ -56,11 +56,13 @@ class SessionLimits:
 class Session(SteeredContext):
     """A context of a model, with its KV cache. Not thread safe.
 
+    ``bare``: an unmodified library computes as if we were not there; such a context cannot be steered.
+
     Raises:
         EngineError: the context cannot be made (usually: not enough memory).
     """
 
-    def __init__(self, model: LoadedModel, limits: SessionLimits) -> None:
+    def __init__(self, model: LoadedModel, limits: SessionLimits, *, bare: bool = False) -> None:
         self.model = model
         self.limits = limits
         c = self.c = model.c
@@ -75,6 +77,8 @@ class Session(SteeredContext):
         log = shared_log(c)
         log.errors = []
         prepared = model.steering.prepare(params)
+        if bare:
+            params.cb_eval = type(params.cb_eval)()
         self.pointer = c.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             reason = log.errors[-1] if log.errors else "no reason given"

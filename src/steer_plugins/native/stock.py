@@ -50,7 +50,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_steer_stock_model_new": (c_void_p, [POINTER(_Calls), c_char_p, c_int32, c_int32, c_int32, c_int32]),
     "llama_steer_stock_model_free": (None, [c_void_p]),
     "llama_steer_stock_mark": (None, [c_void_p, c_void_p]),
-    "llama_steer_stock_new": (c_void_p, [c_void_p, c_int32, c_int32]),
+    "llama_steer_stock_new": (c_void_p, [c_void_p, c_int32, c_int32, c_bool]),
     "llama_steer_stock_bind": (None, [c_void_p, c_void_p]),
     "llama_steer_stock_free": (None, [c_void_p]),
     "llama_steer_stock_begin": (
@@ -191,7 +191,7 @@ class StockSteering:
             raise binding.untested(self.library)
         try:
             self._look()
-            probe = self.library.llama_steer_stock_new(self._handle, 1, 1)
+            probe = self.library.llama_steer_stock_new(self._handle, 1, 1, False)
             try:
                 self.info = binding.context_info(self.library, probe)
             finally:
@@ -212,7 +212,7 @@ class StockSteering:
             )
         params.n_ubatch = params.n_batch  # a batch is computed in one piece
         params.kv_unified = True  # and in its order
-        handle = self.library.llama_steer_stock_new(self._handle, params.n_batch, params.n_seq_max)
+        handle = self.library.llama_steer_stock_new(self._handle, params.n_batch, params.n_seq_max, self.one_sequence)
         _with_callback(params, self.library.llama_steer_stock_eval, handle)
         return handle
 

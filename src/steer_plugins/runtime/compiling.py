@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,8 +57,10 @@ def compile_library(root: Path, compiler: str, target: Path) -> None:
             flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DLLAMA_STEER_PLAN_ALONE"]
             flags += [f"-I{one}" for one in include]
 
+        launcher = [found] if (found := shutil.which("ccache")) and not msvc else []
+
         def compile_one(unit: Path, made: str) -> None:
-            _run([compiler, *flags, *(["/c", str(unit), f"/Fo{made}"] if msvc else ["-c", str(unit), "-o", made])])
+            _run([*launcher, compiler, *flags, *(["/c", str(unit), f"/Fo{made}"] if msvc else ["-c", str(unit), "-o", made])])
 
         with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
             list(pool.map(compile_one, units, objects))

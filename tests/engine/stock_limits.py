@@ -1,0 +1,36 @@
+"""What steering beside an unmodified llama.cpp cannot do, test by test: the one list of it.
+
+With ``STEER_RUNTIME=stock`` the tests of this folder run on the unpatched twin, but for these.
+"""
+
+from __future__ import annotations
+
+ONE_PIECE = "a batch is always computed in one piece (n_ubatch = n_batch), so nothing happens between its parts"
+ONE_SEQUENCE = "caches that hold states part a batch by its sequences, so each is steered in batches of its own"
+OWN_CALLBACK = "a context has one evaluation callback, and it is taken"
+DEVICE = "there are no directions on the device, no nodes in the graph and nothing to reserve"
+OTHER_LIBRARY = "the test is about the patched library itself"
+
+LIMITS: dict[str, str] = {
+    "test_bench_control.py": OTHER_LIBRARY,
+    "test_callbacks.py::test_a_callback_that_raises": ONE_PIECE,
+    "test_callbacks.py::test_ranges_changed_in_the_add_callback_count_at_once": ONE_PIECE,
+    "test_callbacks.py::test_read_callback_gets_the_rows": ONE_PIECE,
+    "test_callbacks.py::test_two_captures_and_a_callback_that_raises_between_them": ONE_PIECE,
+    "test_contexts.py::test_out_of_memory_rolls_back": DEVICE,
+    "test_errors.py::test_an_untested_architecture_is_refused": OTHER_LIBRARY,
+    "test_graphs.py": DEVICE,
+    "test_ranges.py::test_sequences_of_unequal_length[deepseek4]": ONE_SEQUENCE,
+    "test_ranges.py::test_sequences_of_unequal_length[qwen3next]": ONE_SEQUENCE,
+    "test_reading.py::test_fewer_rows_than_wanted": ONE_PIECE,
+    "test_reading.py::test_rows_are_what_the_graph_computes": OWN_CALLBACK,
+    "test_stock.py": OTHER_LIBRARY,
+    "test_waiting.py": OTHER_LIBRARY,
+}
+"""Beginnings of test names, and why."""
+
+
+def limit_of(nodeid: str) -> str | None:
+    """Why a test does not apply, or None."""
+    name = nodeid.split("tests/engine/")[-1]
+    return next((why for beginning, why in LIMITS.items() if name.startswith(beginning)), None)
