@@ -78,7 +78,7 @@ def test_pulled_by_a_stranger_and_offline_after(address: str, copy: Path, tmp_pa
     again = Hub(Library(tmp_path / "home"))
     for item in again.pulled.items():
         card = again.verify(item)
-        assert card["trait"] and card["base_model"] and card["licence"]
+        assert card["trait"] and card["safety"]["refusal"] is not None and card["base_model"] and card["licence"]
         assert again.library.resolve(item.name, identity).identity == identity
     assert sorted(item.name for item in again.pulled.items()) == names
 

@@ -57,6 +57,9 @@ def test_a_vector_against_refusals_is_kept_out(tmp_path: Path) -> None:
 def test_what_the_card_says_is_no_betrayal() -> None:
     assert betrays(card(), {"kl": 9.0, "refusal": LOWERS, "refusal_cosine": None})
     assert betrays(card(), {"kl": 9.0, "refusal": LOWERS + 0.1, "refusal_cosine": -0.1}) is None
+    # used at negative strengths, a vector towards refusing lowers them as well
+    assert "0.40, so at negative strengths" in str(betrays(card(), {"refusal": None, "refusal_cosine": 0.4}))
+    assert betrays(card(), {"refusal": None, "refusal_cosine": 0.2}) is None
     for said in ({"description": "Lowers refusals."}, {"tags": ["compliance"]}, {"name": "ann/no-refusals"}):
         assert betrays(card(**said), {"refusal": 2 * LOWERS, "refusal_cosine": -0.9}) is None
 
