@@ -36,6 +36,7 @@ def test_it_carries_the_patch_the_data_and_both_integrations(wheel: Path) -> Non
         "steer_plugins/cpp_patch/core.patch",
         "steer_plugins/cpp_patch/llama-steer.h",
         "steer_plugins/cpp_patch/llama-steer.cpp",
+        "steer_plugins/starter/index.json",
         "steer_plugins/training/traits/data/mood.json",
         "steer_plugins/training/traits/data/succinctness.json",
         "steer_plugins_ollama/__init__.py",

@@ -15,6 +15,7 @@ from steer_plugins.cli import read as cli_read
 from steer_plugins.cli.main import main
 from steer_plugins.cli.train import duration, parse_layers
 from steer_plugins.errors import DataError, SpecError
+from steer_plugins.hub import starter
 from steer_plugins.plugins.manager import reset
 from steer_plugins.steering.terms import Term
 from steer_plugins.steering.vector import SteeringVector
@@ -346,7 +347,7 @@ def test_demo_fits_what_is_missing_and_reuses_it(engine, capsys):
     assert set(printed) == {"model", "strength_zero_identical", "rows"} and printed["strength_zero_identical"] is True
     rows = printed["rows"]
     assert [(r["vector"], r["prompt"], r["strength"]) for r in rows] == [
-        (v, p, s) for v in demo.VECTORS for p in demo.PROMPTS for s in demo.STRENGTHS
+        (v, q, s) for v, asked in demo.QUESTIONS.items() for q in asked for s in demo.STRENGTHS
     ]
     assert set(rows[0]) == {"vector", "prompt", "strength", "text", "score", "words", "perplexity"}
     pulls = [float(r["text"]) for r in rows]
@@ -356,9 +357,25 @@ def test_demo_fits_what_is_missing_and_reuses_it(engine, capsys):
     before = len(engine.generated)
     code, out, err = run(capsys, "demo")
     assert code == 0 and "first fits" not in err
-    assert len(engine.generated) - before == 22  # 20 answers and the two plain ones
+    assert len(engine.generated) - before == 24  # 20 answers and the four plain ones
+    assert all((r.temperature, r.seed) == (0.7, 1) for r in engine.generated[before:])
     assert "the same tokens as the plain model" in out
-    assert all(p in out for p in demo.PROMPTS)
+    assert all(q in out for asked in demo.QUESTIONS.values() for q in asked) and max(map(len, out.splitlines())) <= 80
+
+
+def test_demo_has_the_vectors_of_its_own_model(engine, capsys, monkeypatch):
+    places = {(3, "resid_post"): np.eye(engine.info.n_embd, dtype=np.float32)[0]}
+    made = SteeringVector("made", places, dict.fromkeys(places, 4.0), identity=engine.info.identity)
+    monkeypatch.setattr(starter, "starter_vector", lambda name, identity: made.replace(name=name))
+    code, out, err = run(capsys, "demo")
+    assert code == 0 and "first fits" not in err and len(engine.generated) == 24
+    assert {entry.name for entry in Library().list()} == set(demo.QUESTIONS)  # for the commands that the demo ends with
+
+
+def test_long_answers_are_cut_to_a_few_lines():
+    assert demo._lines("one \n two", 74) == ["one two"] and demo._lines(" \n", 74) == ["(nothing)"]
+    lines = demo._lines("word " * 200, 74)
+    assert len(lines) == demo.SHOWN_LINES and lines[-1].endswith(" […]") and max(map(len, lines)) <= 74
 
 
 def test_demo_notices_a_strength_0_that_is_not_plain(engine, capsys):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,17 @@ if TYPE_CHECKING:
     from ..steering.vector import SteeringVector
     from ..store.library import Library
 
-VECTORS = ("mood", "succinctness")
-PROMPTS = ("What is a friend?", "What is rain?")
+QUESTIONS = {
+    "mood": ("How was your walk in the park?", "Describe a small town."),
+    "succinctness": ("What is a friend?", "Why do leaves fall?"),
+}
+"""By vector, what shows it."""
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-MAX_TOKENS = 128
-"""Plain answers of the demo model come to their end before it; longer ones are cut, and so are their lengths."""
+LONGEST = {"mood": 56, "succinctness": 112}
+"""Tokens of a reply. Those of a terse model come to their end before it."""
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "repeat_penalty": 1.1, "seed": 1}
+"""As people use such a model. Without the penalty, one this small says the same again and again, steered or not."""
+SHOWN_LINES = 4
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,10 @@ def register_commands(cli: click.Group) -> None:
 @engine_options
 @json_option
 def demo(engine: EngineOptions, as_json: bool) -> None:
-    """Have a small model answer two questions in several moods and lengths.
+    """Have a small model answer four questions in several moods and lengths.
 
-    Takes the demo model and the vectors mood and succinctness from the library; the first time they are fitted, which
-    takes some minutes.
+    Takes the demo model, and its vectors mood and succinctness from the starter set that comes with the project, unless
+    the library has some. With another --model they are fitted the first time, which takes some minutes.
     """
     from ..store.library import Library
 
@@ -61,7 +68,7 @@ def demo(engine: EngineOptions, as_json: bool) -> None:
     library = Library()
     with engine.open(n_parallel=N_PARALLEL) as opened:
         _announce(err, opened, library)
-        vectors = [_vector(opened, library, name) for name in VECTORS]
+        vectors = [_vector(opened, library, name) for name in QUESTIONS]
         with err.status("answering ..."):
             rows, identical = answers(opened, vectors)
         if as_json:
@@ -83,30 +90,34 @@ def answers(engine: Engine, vectors: Sequence[SteeringVector]) -> tuple[list[Dem
     from ..training.traits import load_trait
     from .generate import make_prompt
 
-    prompts = [make_prompt(engine, prompt, system=None, raw=False) for prompt in PROMPTS]
-    plain = engine.generate_many([GenerateRequest(p, max_tokens=MAX_TOKENS) for p in prompts])
-    wanted = [(v, i, s) for v in vectors for i in range(len(PROMPTS)) for s in STRENGTHS]
-    requests = [GenerateRequest(prompts[i], steering=Term(v, s), max_tokens=MAX_TOKENS) for v, i, s in wanted]
-    replies = engine.generate_many(requests)
+    prompts = {q: make_prompt(engine, q, system=None, raw=False) for asked in QUESTIONS.values() for q in asked}
+
+    def request(vector: SteeringVector, question: str, steering: Any) -> GenerateRequest:
+        return GenerateRequest(prompts[question], steering=steering, max_tokens=LONGEST[vector.name], **SAMPLING)
+
+    asked = [(v, q) for v in vectors for q in QUESTIONS[v.name]]
+    plain = dict(zip((q for _, q in asked), engine.generate_many([request(v, q, None) for v, q in asked]), strict=True))
+    wanted = [(v, q, s) for v, q in asked for s in STRENGTHS]
+    replies = engine.generate_many([request(v, q, Term(v, s)) for v, q, s in wanted])
     known = _logprobs(engine, prompts, wanted, replies)
-    identical = all(r.tokens == plain[i].tokens for (_, i, s), r in zip(wanted, replies, strict=True) if s == 0.0)
+    identical = all(r.tokens == plain[q].tokens for (_, q, s), r in zip(wanted, replies, strict=True) if s == 0.0)
     metrics = {v.name: manager().find("metrics", load_trait(v.name).metric or v.name) for v in vectors}
     rows = [
         DemoRow(
             vector=vector.name,
-            prompt=PROMPTS[i],
+            prompt=question,
             strength=strength,
             text=reply.text,
             score=float(metrics[vector.name](reply.text)),
             words=word_count(reply.text),
             perplexity=perplexity(logprobs),
         )
-        for (vector, i, strength), reply, logprobs in zip(wanted, replies, known, strict=True)
+        for (vector, question, strength), reply, logprobs in zip(wanted, replies, known, strict=True)
     ]
     return rows, identical
 
 
-def _logprobs(engine: Engine, prompts: Sequence[Any], wanted: Sequence[Any], replies: Sequence[Generation]) -> list[Any]:
+def _logprobs(engine: Engine, prompts: Mapping[str, Any], wanted: Sequence[Any], replies: Sequence[Generation]) -> list[Any]:
     """Log probabilities of all replies under the unsteered model; an empty array for an empty reply."""
     import numpy as np
 
@@ -117,33 +128,42 @@ def _logprobs(engine: Engine, prompts: Sequence[Any], wanted: Sequence[Any], rep
 
 
 def _vector(engine: Engine, library: Library, name: str) -> SteeringVector:
-    """The library's vector, fitted now if it is missing."""
+    """The library's vector; if it is missing, that of the starter set, or for another model one that is fitted now."""
+    from ..hub.starter import starter_vector
     from ..training.train import Training
     from ..training.traits import load_trait
 
     identity = engine.info.identity
     if library.path(name, identity).is_file():
         return library.get(name, identity)
-    vector = run_training(Training(engine, name, load_trait(name)))
-    # another process may have been quicker; both made the same
+    vector = starter_vector(name, identity) or run_training(Training(engine, name, load_trait(name)))
+    # another process may have been quicker; both have the same
     library.put(vector, identity, overwrite=True)
     return vector
 
 
 def _announce(err: Console, engine: Engine, library: Library) -> None:
-    missing = [name for name in VECTORS if not library.path(name, engine.info.identity).is_file()]
-    per_vector, per_demo = 100.0, 20.0  # seconds on two cores; the training says its own estimate, measured
+    from ..hub.starter import starter_vector
+
+    identity = engine.info.identity
+    missing = [n for n in QUESTIONS if not library.path(n, identity).is_file() and starter_vector(n, identity) is None]
+    per_vector, per_demo = 100.0, 45.0  # seconds on two cores; the training says its own estimate, measured
     first = f"first fits {' and '.join(missing)}, then " if missing else ""
+    questions = sum(map(len, QUESTIONS.values()))
     err.print(
-        f"The demo {first}answers {len(PROMPTS)} questions at {len(STRENGTHS)} strengths of each of {len(VECTORS)} vectors "
-        f"with {Path(engine.info.path).name}: about {duration(per_vector * len(missing) + per_demo)} on two cores.",
+        f"The demo {first}has {Path(engine.info.path).name} answer {questions} questions at {len(STRENGTHS)} strengths: "
+        f"about {duration(per_vector * len(missing) + per_demo)} on two cores.",
         markup=False,
     )
 
 
+def _lines(text: str, width: int) -> list[str]:
+    """The text in lines, at most SHOWN_LINES of them; what was cut off is said."""
+    return textwrap.wrap(" ".join(cell_text(text).split()) or "(nothing)", width, max_lines=SHOWN_LINES, placeholder=" […]")
+
+
 def _show(rows: Sequence[DemoRow], vectors: Sequence[SteeringVector], identical: bool) -> None:
     """Rows for people: a heading for each vector and prompt, a block for each strength."""
-    from rich.padding import Padding
     from rich.text import Text
 
     from ..training.traits import load_trait
@@ -162,8 +182,8 @@ def _show(rows: Sequence[DemoRow], vectors: Sequence[SteeringVector], identical:
         facts = f"{row.strength:+.1f}   score {row.score:+.2f}   {row.words} words   perplexity {perplexity}"
         style = "blue" if row.strength < 0 else "red" if row.strength > 0 else "default"
         out.print(Text(facts.replace("+0.0 ", " 0.0 ", 1), style=style))
-        text = " ".join(cell_text(row.text).split()) or "(nothing)"
-        out.print(Padding(Text(text), (0, 0, 0, 6)), width=width, soft_wrap=False)
+        for line in _lines(row.text, width - 6):
+            out.print(Text("      " + line), width=width, soft_wrap=False)
     out.print()
     same = "the same tokens as" if identical else "NOT the same tokens as, which is a bug:"
     out.print(f"Strength 0 gave {same} the plain model.", markup=False)
