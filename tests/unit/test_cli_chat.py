@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from steer_plugins.cli import chat
 from steer_plugins.cli.common import EngineOptions
+from steer_plugins.errors import SteerError
 from steer_plugins.steering.grammar import parse
 from steer_plugins.steering.terms import Steering, Term
 from steer_plugins.steering.vector import SteeringVector
@@ -122,3 +123,22 @@ def test_keys_change_a_running_reply(talk: Any, monkeypatch: pytest.MonkeyPatch)
     assert [t.strength for t in changes[0].terms] == [0.6]
     assert not changes[1] and changes[2] == "cancel"
     assert "mood:0.6 (off)" in output
+
+
+def test_the_meter_tells_the_drift_of_each_reply(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer_plugins.engine.base.GenerationStream.projections", {"calm": 0.25, "other": 9.0})
+    output, engine = talk("Hello", "And?", "/reset", "Again", options=("--meter", "calm", "--steer", "mood:0.5"))
+    assert [[v.name for v in request.probe] for request in engine.generated] == [["calm", "mood"]] * 3
+    assert output.count("[reply 1: calm +0.25]") == 2 and "[reply 2: calm +0.25 (+0.00 since the first reply)]" in output
+    meter = chat.Meter([vector("calm")])
+    assert meter.turn() == ""
+    for values in ((1.0, 2.0), (0.5, 0.5)):
+        for value in values:
+            meter.take({"calm": value, "mood": 7.0})
+        line = meter.turn()
+    assert line == "reply 2: calm +0.50 (-1.00 since the first reply)"
+
+
+def test_a_meter_that_is_not_there(talk: Any) -> None:
+    with pytest.raises(SteerError, match="nope"):
+        talk("Hello", options=("--meter", "nope"))

@@ -13,7 +13,7 @@ import pytest
 from steer_plugins.errors import DataError
 from steer_plugins.metrics import builtin_metrics
 from steer_plugins.training import traits
-from steer_plugins.training.traits import MAX_FILE_BYTES, TRAIT_FORMAT, Trait, bundled_traits, load_trait
+from steer_plugins.training.traits import MAX_FILE_BYTES, TRAIT_FORMAT, Trait, bundled_recipes, bundled_traits, load_trait
 
 
 def example() -> dict[str, Any]:
@@ -271,3 +271,11 @@ def content_words(prompt: str) -> set[str]:
     small = "a an the of to in on at and or is are do does i you me my your what why how it for with who that about as"
     form = "write tell describe explain give story poem short first lines diary entry was should can"
     return set(re.findall(r"[a-z']+", prompt.casefold())) - set(small.split()) - set(form.split())
+
+
+def test_the_assistant_recipe() -> None:
+    """It is fitted by name, and is no trait: nothing benchmarks or offers it."""
+    assert bundled_recipes() == ["assistant"] and "assistant" not in bundled_traits()
+    recipe = load_trait("assistant")
+    assert len(set(recipe.system["negative"])) == len(set(recipe.system["positive"])) == 16
+    assert len(recipe.train_prompts) == 24 and recipe.metric is None

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..engine.base import Engine
     from ..steering.grammar import TermSpec
     from ..steering.terms import Steering
+    from ..steering.vector import SteeringVector
 
 STEP = 0.1
 HELP = """\
@@ -48,6 +49,7 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for temperatures above 0.")
 @click.option("--system", metavar="TEXT", help="A system prompt.")
 @click.option("--force", is_flag=True, help="Accept a vector of another fine-tune of this model.")
+@click.option("--meter", multiple=True, metavar="VECTOR", help="Tell after each reply how far it drifted along VECTOR.")
 def chat(
     steer: tuple[str, ...],
     combining: Combining,
@@ -57,20 +59,55 @@ def chat(
     seed: int,
     system: str | None,
     force: bool,
+    meter: tuple[str, ...],
 ) -> None:
     """Talk to the model; /steer and the arrow keys move its steering, also in the middle of a reply.
 
     Below each reply: its tokens per second, the steering at its end, and the projection of its last token on each vector
-    (one more is what strength 1 adds).
+    (one more is what strength 1 adds). With --meter also the mean projection of all tokens of the reply, and how far that is from
+    the first reply's: a model that leaves its role shows it on the vector assistant (steer train assistant).
     """
-    from ..steering.grammar import parse_options
+    from ..steering.grammar import TermSpec, parse_options
 
     terms = parse_options(steer)
     with engine.open() as opened:
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         talk = Conversation(opened, force=force, combining=combining, system=system, **options)
         talk.sliders = talk.sliders_of(terms)
+        talk.meter = Meter([term.vector for term in opened.steering([TermSpec(name) for name in meter], force=force)])
         talk.run()
+
+
+class Meter:
+    """How far a conversation drifts along some vectors: the mean projection of each reply, in strengths.
+
+    ``turns``: for each reply, ``{name: mean over its tokens}``.
+    """
+
+    def __init__(self, vectors: Sequence[SteeringVector] = ()) -> None:
+        self.vectors = list(vectors)
+        self.turns: list[dict[str, float]] = []
+        self._sums: dict[str, list[float]] = {}
+
+    def take(self, projections: Mapping[str, float]) -> None:
+        """Those of a token that was just produced."""
+        for vector in self.vectors:
+            if vector.name in projections:
+                self._sums.setdefault(vector.name, []).append(projections[vector.name])
+
+    def turn(self) -> str:
+        """End a reply: what it measured, in words; empty where nothing was."""
+        found = {name: sum(values) / len(values) for name, values in self._sums.items()}
+        self._sums = {}
+        if not found:
+            return ""
+        self.turns.append(found)
+        parts = []
+        for name, value in found.items():
+            first = next(turn[name] for turn in self.turns if name in turn)
+            since = f" ({value - first:+.2f} since the first reply)" if len(self.turns) > 1 else ""
+            parts.append(f"{name} {value:+.2f}{since}")
+        return f"reply {len(self.turns)}: " + ", ".join(parts)
 
 
 class Sliders:
@@ -144,6 +181,7 @@ class Conversation:
         self._options = options
         self._system = system
         self.sliders = Sliders([], engine.steering([]))
+        self.meter = Meter()
         self.messages: list[dict[str, str]] = []
         self._plain = ""  # what was said, for a model without a chat template
 
@@ -204,6 +242,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget what was said."""
         self.messages, self._plain = [], ""
+        self.meter.turns.clear()
         click.echo("A new conversation.")
 
     def prompt(self, line: str) -> Any:
@@ -217,9 +256,8 @@ class Conversation:
         """Stream a reply, with the keys at work."""
         from ..engine.base import GenerateRequest
 
-        request = GenerateRequest(
-            prompt=self.prompt(line), steering=self.sliders.steering, probe=self.sliders.probes, **self._options
-        )
+        probes = list({v.name: v for v in (*self.meter.vectors, *self.sliders.probes)}.values())
+        request = GenerateRequest(prompt=self.prompt(line), steering=self.sliders.steering, probe=probes, **self._options)
         stream = self.engine.stream(request)
         started, status = 0.0, ""
         with Keys() as keys, StatusLine() as bottom:
@@ -234,6 +272,7 @@ class Conversation:
                             stream.cancel()
                         elif self.sliders.press(key):
                             stream.steer(self.sliders.steering)
+                    self.meter.take(stream.projections)
                     status = self._status(len(stream.result.tokens), started, stream.projections)
                     bottom.show(status)
             except KeyboardInterrupt:
@@ -244,6 +283,8 @@ class Conversation:
         else:
             self._plain += f"{line}{reply.text}\n"
         click.echo(f"\n[{status}]" if status else "")
+        if drift := self.meter.turn():
+            click.echo(f"[{drift}]")
 
     def _status(self, n_tokens: int, started: float, projections: Any) -> str:
         seconds = time.monotonic() - started

@@ -120,7 +120,7 @@ def train(
 
     It learns from a trait or from a file of pairs with, on each line, {"positive": ..., "negative": ...} with two texts or
     two chats; a third text or chat, "baseline", may stand between them. A trait that comes with the package (mood,
-    succinctness and others) needs no option.
+    succinctness and others), and the recipe assistant, need no option.
 
     With --from-prompt it imitates a system prompt, token by token: strength 1 does what the prompt does, and more exaggerates it.
     No examples are needed; the report says how much of the prompt's effect is reached on replies that the fit has not seen.
@@ -303,12 +303,12 @@ def _train_again(
 
 def source_of(vector: SteeringVector, pairs: str | None, trait_name: str | None) -> Trait | ContrastData:
     """What a vector was fitted to: as named, a trait of the package, or the pairs file of that name in this folder."""
-    from ..training.traits import bundled_traits
+    from ..training.traits import bundled_recipes, bundled_traits
 
     source = (vector.provenance or {})["source"]
     if pairs is not None or trait_name is not None:
         return load_source(vector.name, pairs, trait_name)
-    if source.get("trait") in bundled_traits():
+    if source.get("trait") in (*bundled_traits(), *bundled_recipes()):
         return load_source(source["trait"], None, source["trait"])
     file = source.get("file")
     if isinstance(file, str) and Path(file).name == file and Path(file).is_file():
@@ -357,7 +357,7 @@ class Target:
 def load_source(name: str, pairs: str | None, trait_name: str | None) -> Trait | ContrastData:
     """What to learn from. Raises DataError if it is not said once, or cannot be used."""
     from ..training.extract import load_pairs
-    from ..training.traits import bundled_traits, load_trait
+    from ..training.traits import bundled_recipes, bundled_traits, load_trait
 
     if pairs is not None and trait_name is not None:
         raise click.UsageError("give --pairs or --trait, not both")
@@ -369,7 +369,8 @@ def load_source(name: str, pairs: str | None, trait_name: str | None) -> Trait |
 
         pulled = Library().pulled.file(trait_name, "trait") if is_hub_name(trait_name) else None
         return load_trait(pulled or trait_name)
-    if name not in bundled_traits():
+    names = (*bundled_traits(), *bundled_recipes())
+    if name not in names:
         known = ", ".join(bundled_traits())
         raise DataError(f"no trait {name!r} comes with the package ({known} do): give --pairs FILE or --trait FILE")
     return load_trait(name)

@@ -72,20 +72,30 @@ class Trait:
 
 def bundled_traits() -> list[str]:
     """The names of the traits that come with the package, sorted."""
-    folder = resources.files(__package__) / "data"
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    return _names("data")
+
+
+def bundled_recipes() -> list[str]:
+    """The names of what else can be fitted by name: no behaviour to dial, so neither benchmarked nor offered as a slider."""
+    return _names("recipes")
+
+
+def _names(folder: str) -> list[str]:
+    entries = (resources.files(__package__) / folder).iterdir()
+    return sorted(entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".json"))
 
 
 def load_trait(path_or_name: str | Path) -> Trait:
-    """The bundled trait of that name, or else the trait in the JSON file at that path.
+    """The bundled trait or recipe of that name, or else the trait in the JSON file at that path.
 
     A bundled name wins over a file of the same name in the current folder (write ``./mood`` to mean the file).
     Raises DataError, in one sentence, for a missing, oversized (above 5 MB), non-UTF-8 or non-JSON file and for any
     field that is missing, unknown, of the wrong type, empty or duplicated.
     """
-    if path_or_name in bundled_traits():
-        name = str(path_or_name)
-        return Trait.from_dict(_parse((resources.files(__package__) / "data" / f"{name}.json").read_bytes(), name), name)
+    for folder in ("data", "recipes"):
+        if path_or_name in _names(folder):
+            name = str(path_or_name)
+            return Trait.from_dict(_parse((resources.files(__package__) / folder / f"{name}.json").read_bytes(), name), name)
     path, source = expand_path(path_or_name), str(path_or_name)
     try:
         if not path.is_file():
