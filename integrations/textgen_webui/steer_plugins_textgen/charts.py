@@ -47,8 +47,8 @@ def curve_chart(vector: SteeringVector) -> str:
     series = [Series(f"score: {name}", scores)]
     if fluency:
         series.append(Series(f"perplexity / plain (guard {limit:g})", fluency, "b", right=True))
-    title = "Dose curve"
-    return _figure(title, series, lines(series, label=title, x_label="strength", right=(0.0, None)))
+    title = "Dose curve, the calibrated strengths shaded"
+    return _figure(title, series, lines(series, label=title, x_label="strength", right=(0.0, None), band=(-1.0, 1.0)))
 
 
 def summary(vector: SteeringVector) -> str:

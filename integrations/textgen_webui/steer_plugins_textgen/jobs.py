@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from steer_plugins.errors import DataError, SpecError, SteerError
 from steer_plugins.steering.vector import SteeringVector, check_name, layer_ranges
 from steer_plugins.training.extract import ContrastData, Pair, Side, chat
+from steer_plugins.training.imitate import Imitation
 from steer_plugins.training.train import Training, TrainOptions
 from steer_plugins.training.traits import Trait, bundled_traits, load_trait
 
@@ -25,7 +27,15 @@ MAX_JOBS = 64
 """Vectors that may wait at the same time."""
 N_HELDOUT = 10
 
-Source = Trait | ContrastData
+
+@dataclass(frozen=True)
+class SystemPrompt:
+    """A system prompt, to be made a slider of: strength 1 does what it does."""
+
+    text: str
+
+
+Source = Trait | ContrastData | SystemPrompt
 
 
 class Cancelled(Exception):
@@ -148,12 +158,16 @@ class Trainer:
                 raise Cancelled
             job.stage, job.tokens = stage, job.tokens + tokens
 
+        library, identity = job.link.library, job.link.info.identity
+        if isinstance(job.source, SystemPrompt):
+            vector = Imitation(job.link.engine, job.name, job.source.text).run(lambda stage, done, total: report(stage, 0))
+            library.put(vector, identity, overwrite=job.overwrite)
+            return vector
         report("measuring the speed", 0)
         training = Training(job.link.engine, job.name, job.source, TrainOptions(calibrate=job.calibrate))
         plan = training.plan()
         job.total, job.seconds = max(1, plan.tokens), plan.seconds
         fit = training.fit(report)
-        library, identity = job.link.library, job.link.info.identity
         if job.calibrate != "none" and not (job.overwrite and library.path(job.name, identity).exists()):
             # a slider now, its strength 1 a guess; calibrating goes on behind it
             rough = Training(job.link.engine, job.name, job.source, TrainOptions(calibrate="none")).finish(fit)
@@ -256,6 +270,22 @@ def _prompts(n: int) -> tuple[list[str], list[str]]:
     shuffled.shuffle(train)
     shuffled.shuffle(held)
     return train[: max(4, min(int(n), len(train)))], held[:N_HELDOUT]
+
+
+def prompt_of_chat(character: str) -> tuple[str, str]:
+    """(name, system prompt) of what the chat is with: a character's description, or in instruct mode the system message.
+
+    Both are "" where there is none.
+    """
+    shared = webui.shared()
+    state = {**getattr(shared, "settings", {}), **getattr(shared, "persistent_interface_state", {})}
+    instruct = state.get("mode") == "instruct"
+    text = str(state.get("custom_system_message" if instruct else "context") or "").strip()
+    if not text:
+        return "", ""
+    text = text.replace("{{char}}", character).replace("{{user}}", "the user")
+    name = "system-prompt" if instruct else re.sub(r"[^a-z0-9]+", "-", character.lower()).strip("-")
+    return name[:60] or "character", text
 
 
 def max_prompts() -> int:

@@ -63,6 +63,8 @@ CSS = (
 #steering-strip { position: absolute; left: 0; right: 0; bottom: calc(100% + 4px); display: flex; flex-wrap: wrap; gap: 4px 16px;
   align-items: center; padding: 4px 14px !important; border-radius: 10px; font-size: .82rem; color: var(--body-text-color);
   background: var(--body-background-fill, var(--background-fill-primary)); }
+.steer-fell { flex: 1 1 100%; color: #d1671f; }
+.dark .steer-check input { color-scheme: dark; }
 .steer-strip-rows { display: flex; flex-wrap: wrap; gap: 2px 16px; flex: 1 1 auto; }
 .steer-strip-rows label { display: inline-flex; gap: 6px; align-items: center; }
 .steer-strip-rows input[type=range] { width: 90px; accent-color: var(--accent, #4a72ff); }

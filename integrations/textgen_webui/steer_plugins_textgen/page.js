@@ -128,10 +128,11 @@
     p.traits = make("div", { id: "steering-traits" });
     p.fit = button("Fit", "fit what is ticked on the loaded model", () => wish({ do: "fit", names: [...chosen] }), { id: "steering-fit", className: "steer-main" });
     p.cancel = button("Cancel", "stop fitting", () => { set(p.cancel, "textContent", "Stopping…"); set(p.cancel, "disabled", true); wish({ do: "cancel" }); }, { id: "steering-cancel" });
+    p.imitate = button("", "strength 1 does what its description does, without it in the prompt", () => wish({ do: "imitate" }), { id: "steering-imitate" });
     p.fitNote = make("div", { role: "alert", id: "steering-fit-note" });
     p.progress = make("div", { id: "steering-progress", "aria-live": "polite" });
     p.card = make("div", { className: "steer-part", id: "steering-card" }, p.traitsHead, p.traitsText, p.traits,
-      make("div", { className: "steer-line" }, p.fit, p.cancel), p.fitNote, p.progress);
+      make("div", { className: "steer-line" }, p.fit, p.imitate, p.cancel), p.fitNote, p.progress);
     p.sliders = make("div", { className: "steer-part" },
       make("div", { className: "steer-line" }, make("h4", { textContent: "Sliders" }), p.zero,
         make("label", { className: "steer-check", title: "the switch for everything" }, p.on, "Steering on")),
@@ -313,7 +314,7 @@
     }
     set(p.traitsHead, "textContent", first ? "Fit your first slider" : "More sliders to fit on this model");
     set(p.traitsText, "textContent", first
-      ? "A slider belongs to one model, so it is fitted on the one that is loaded. A provisional one is there as soon as the model has read its texts, the first of three steps; calibrating it goes on behind, for minutes. The chat goes on meanwhile, more slowly."
+      ? "A slider belongs to one model, so it is fitted on the one that is loaded. A provisional one is there as soon as the model has read its texts, the second of three steps; calibrating it goes on behind, for minutes. The chat goes on meanwhile, more slowly."
       : "These come with the package and have no vector for this model yet.");
     set(p.fit, "textContent", chosen.size > 1 ? `Fit ${chosen.size} sliders` : chosen.size ? `Fit ${[...chosen][0]}` : "Fit");
     set(p.fit, "disabled", !chosen.size);
@@ -321,8 +322,10 @@
     shown(p.cancel, s.busy);
     if (s.busy && !s.stopping && !pending("cancel")) { set(p.cancel, "textContent", "Cancel"); set(p.cancel, "disabled", false); }
     if (p.progress.dataset.shown !== s.jobs) { p.progress.innerHTML = s.jobs; p.progress.dataset.shown = s.jobs; }
-    note(p.fitNote, "fit", "cancel");
-    shown(p.card, s.traits.length > 0 || !!s.jobs);
+    shown(p.imitate, !!s.imitable && !s.names.includes(s.imitable) && !s.busy);
+    set(p.imitate, "textContent", `Make a slider of ${s.imitable === "system-prompt" ? "the system message" : s.character || s.imitable}`);
+    note(p.fitNote, "fit", "imitate", "cancel");
+    shown(p.card, s.traits.length > 0 || !!s.jobs || !p.imitate.hidden);
     strip();
   }
 
@@ -338,7 +341,7 @@
       band.list = make("div", { className: "steer-strip-rows" });
       band.preset = make("select", { "aria-label": "Preset", onchange: () => band.preset.value && wish({ do: "load", name: band.preset.value }) });
       band.again = button("Again", "regenerate the last reply with this steering", () => document.getElementById("Regenerate")?.click());
-      band.node = make("div", { id: "steering-strip" }, make("label", { className: "steer-check", title: "steering on or off" }, band.on, "Steering"), band.list, band.preset, band.again);
+      band.node = make("div", { id: "steering-strip" }, make("label", { className: "steer-check", title: "steering on or off" }, band.on, "Steering"), band.list, band.preset, band.again, (band.fell = make("div", { className: "steer-fell", role: "status" })));
       at.prepend(band.node); // above it, wherever the webui puts it
     }
     shown(band.node, s.ready && s.terms.length > 0);
@@ -365,6 +368,7 @@
     });
     choices(band.preset, s.presets, "preset…");
     if (document.activeElement !== band.preset) set(band.preset, "value", s.loaded);
+    shown(band.fell, !!s.fell); set(band.fell, "textContent", s.fell);
     shown(band.preset, s.presets.length > 0);
   }
 

@@ -20,7 +20,7 @@ from steer_plugins.errors import SpecError, SteerError
 from steer_plugins.steering.grammar import TermSpec, from_json, parse
 from steer_plugins.steering.vector import SteeringVector, check_name
 
-from . import hooks, jobs, webui, wording
+from . import hooks, jobs, replies, webui, wording
 from .link import Link, current, current_or_none
 from .settings import settings
 
@@ -203,6 +203,14 @@ def _fit(wish: dict[str, Any]) -> None:
         jobs.trainer.add(link, name, jobs.load_trait(name), overwrite=guess)
 
 
+def _imitate(wish: dict[str, Any]) -> None:
+    """Make a slider of whom the chat is with."""
+    name, text = jobs.prompt_of_chat(settings().character)
+    if not text:
+        raise SpecError("the chat has neither a character's description nor a system message: write one first")
+    jobs.trainer.add(current(), name, jobs.SystemPrompt(text))
+
+
 def _delete(wish: dict[str, Any]) -> str:
     """Delete a vector of the library; its sliders go with it."""
     link, name = current(), check_name(str(wish["name"]))
@@ -224,6 +232,7 @@ DEEDS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "forget": _forget,
     "bind": _bind,
     "fit": _fit,
+    "imitate": _imitate,
     "cancel": lambda wish: jobs.trainer.cancel(),
     "delete": _delete,
 }
@@ -279,6 +288,8 @@ def state() -> dict[str, Any]:
         "character": who,
         "bound": now.characters.get(who, ""),
         "traits": [] if link is None else [_trait(name) for name in jobs.missing_traits(link)],
+        "imitable": "" if link is None else jobs.prompt_of_chat(now.character)[0],
+        "fell": replies.fell_apart(),
         "jobs": wording.progress(),
         "busy": jobs.trainer.active,
         "stopping": jobs.trainer.stopping,

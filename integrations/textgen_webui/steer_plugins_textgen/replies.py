@@ -40,6 +40,22 @@ def remember(prompt: Any, generation: dict[str, Any], text: str, terms: list[Ter
         last = LastReply(prompt, bool(generation.get("add_bos_token", True)), text, terms)
 
 
+FALLEN = 0.4
+"""Share of different triples among the last words of a reply below which it only repeats itself."""
+LAST_WORDS = 90
+
+
+def fell_apart() -> str:
+    """One sentence when the last steered reply ended in repetition, else ""."""
+    if last is None or not last.terms:
+        return ""
+    words = last.text.split()[-LAST_WORDS:]
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    if len(words) < LAST_WORDS or len(set(triples)) >= FALLEN * len(triples):
+        return ""
+    return "the last reply ended in repetition: move its sliders nearer to 0 and take Again"
+
+
 def activations(link: Link, vector_name: str) -> str:
     """HTML: the last reply's tokens coloured by their projection on a vector, and a heatmap of layers by tokens.
 
@@ -67,7 +83,9 @@ def activations(link: Link, vector_name: str) -> str:
             levels=levels,
             poles=jobs.poles_of(vector),
         )
-    return to_html(found, heatmap=len(found.tokens) <= MAX_HEATMAP)
+    whole = len(found.tokens) <= MAX_HEATMAP
+    why = "" if whole else f"<p>The layers are left out: {len(found.tokens)} tokens are more than {MAX_HEATMAP}.</p>"
+    return why + to_html(found, heatmap=whole)
 
 
 def compare(link: Link, prompt: str, terms: list[TermSpec], max_tokens: int) -> Iterator[tuple[str, str]]:

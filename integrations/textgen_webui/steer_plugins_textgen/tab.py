@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from steer_plugins.errors import SpecError, SteerError
+from steer_plugins.steering.grammar import format_terms
 from steer_plugins.steering.vector import check_name
 
 from . import jobs, loader, replies, shared, webui, wording
@@ -225,8 +226,9 @@ class Tab:
             terms = settings().active
             if not terms:
                 raise SpecError("nothing is steered: move a slider, or switch steering on")
+            label = f"Steered: {format_terms(terms)}"
             for plain, steered in replies.compare(current(), prompt or "", terms, max(1, min(int(length), MAX_COMPARE))):
-                yield plain, steered, ""
+                yield plain, gr.update(value=steered, label=label), ""
         except SteerError as error:
             yield gr.update(), gr.update(), wording.bad(str(error))
 

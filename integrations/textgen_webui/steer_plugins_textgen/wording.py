@@ -136,6 +136,8 @@ def _step(job: jobs.TrainJob) -> str:
         return "waits for its turn"
     if job.cancel.is_set():
         return "stops after the tokens it is at"
+    if isinstance(job.source, jobs.SystemPrompt):
+        return f"{job.stage}, {time.monotonic() - job.started:.0f} s"
     steps = 2 if job.calibrate == "none" else 3
     said = f"step {min(STEPS.get(job.stage, steps), steps)} of {steps}, {job.stage}"
     spent = time.monotonic() - job.started
