@@ -153,7 +153,14 @@ class Raw:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, index), (self.n_vocab,)).copy()
 
     def decode(self, toks: Sequence[Tok]) -> np.ndarray:
-        """Logits, float32 [n_outputs, n_vocab], in batch order."""
+        """Logits, float32 [n_outputs, n_vocab], in batch order. One sequence after another where batches can hold but one."""
+        seqs = list(dict.fromkeys(t.seq for t in toks))
+        if self.steering is not None and self.steering.one_sequence and len(seqs) > 1:
+            rows_of: dict[tuple[int, int], np.ndarray] = {}
+            for seq in seqs:
+                part = [t for t in toks if t.seq == seq]
+                rows_of.update(zip([(t.seq, t.pos) for t in part if t.output], self.decode(part), strict=True))
+            return np.stack([rows_of[t.seq, t.pos] for t in toks if t.output])
         code = self.try_decode(toks)
         assert code == 0, (code, self.steer and self.steer.error())
         if self.steer:

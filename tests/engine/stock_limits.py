@@ -6,7 +6,6 @@ With ``STEER_RUNTIME=stock`` the tests of this folder run on the unpatched twin,
 from __future__ import annotations
 
 ONE_PIECE = "a batch is always computed in one piece (n_ubatch = n_batch), so nothing happens between its parts"
-ONE_SEQUENCE = "caches that hold states part a batch by its sequences, so each is steered in batches of its own"
 OWN_CALLBACK = "a context has one evaluation callback, and it is taken"
 DEVICE = "there are no directions on the device, no nodes in the graph and nothing to reserve"
 OTHER_LIBRARY = "the test is about the patched library itself"
@@ -20,8 +19,7 @@ LIMITS: dict[str, str] = {
     "test_contexts.py::test_out_of_memory_rolls_back": DEVICE,
     "test_errors.py::test_an_untested_architecture_is_refused": OTHER_LIBRARY,
     "test_graphs.py": DEVICE,
-    "test_ranges.py::test_sequences_of_unequal_length[deepseek4]": ONE_SEQUENCE,
-    "test_ranges.py::test_sequences_of_unequal_length[qwen3next]": ONE_SEQUENCE,
+    "test_local_engine.py::test_a_slider_moved_at_every_token": DEVICE,
     "test_reading.py::test_fewer_rows_than_wanted": ONE_PIECE,
     "test_reading.py::test_rows_are_what_the_graph_computes": OWN_CALLBACK,
     "test_stock.py": OTHER_LIBRARY,

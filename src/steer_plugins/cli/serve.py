@@ -17,10 +17,12 @@ import click
 
 from ..errors import EngineError, SpecError, VectorError
 from ..plugins import hookimpl
-from .common import Combining, combining_options, console, json_option, model_path
+from .common import Combining, FilePath, combining_options, console, json_option, model_path
 
 if TYPE_CHECKING:
     from ..client import ServerProcess
+    from ..steering.grammar import TermSpec
+    from ..steering.terms import Steering
     from ..steering.vector import ModelIdentity, SteeringVector
     from ..store.library import Library
 
@@ -49,6 +51,12 @@ def register_commands(cli: click.Group) -> None:
 @click.option("--library/--no-library", default=True, show_default=True, help="Load this model's vectors from the library.")
 @click.option("--vector", "vectors", multiple=True, metavar="NAME=FILE", help="Load a vector under a name; may be repeated.")
 @click.option("--force", is_flag=True, help="Accept vectors of another fine-tune of this model.")
+@click.option(
+    "--unmodified",
+    type=FilePath(path_type=Path),
+    metavar="FILE",
+    help="Run FILE, a llama-server that knows nothing of steering: --steering then acts on every token of all requests.",
+)
 @click.option("--show-log", is_flag=True, help="Print llama-server's log on standard error.")
 @json_option
 def serve(
@@ -60,6 +68,7 @@ def serve(
     library: bool,
     vectors: tuple[str, ...],
     force: bool,
+    unmodified: Path | None,
     show_log: bool,
     as_json: bool,
 ) -> None:
@@ -86,7 +95,9 @@ def serve(
     model, rest = split_flags(flags)
     if "--steering-dir" in (flag.replace("_", "-") for flag in rest):
         raise SpecError("--steering-dir is where this command puts the vectors itself: give each as --vector NAME=FILE")
-    binary = ensure_runtime(need_server=True).server
+    if unmodified is not None and not unmodified.is_file():
+        raise SpecError(f"there is no llama-server {unmodified}: name the program itself with --unmodified")
+    binary = unmodified if unmodified is not None else ensure_runtime(need_server=True).server
     err = console(stderr=True)
 
     def log(line: str) -> None:
@@ -100,19 +111,22 @@ def serve(
         names: list[str] = []
         if model is not None:
             staged = Staged(Path(folder), Library(), model, force=force)
-            if library:
+            if library and unmodified is None:
                 for sentence in staged.add_library():
                     err.print(f"steer: warning: {sentence}", markup=False)
             for spec in vectors:
                 staged.add(spec)
-            rest = [*staged.flags(steering, combining), *rest]
-            names = staged.names
+            if unmodified is not None:
+                rest = [*staged.fixed(steering, combining), *rest]
+            else:
+                rest = [*staged.flags(steering, combining), *rest]
+                names = staged.names
         elif steering is not None or vectors:
             raise SpecError("--steering and --vector need a model file: name one, in place of the flag that fetches a model")
         try:
             server.start(model, rest)
             _wait_ready(server, model, quiet=as_json)
-            _announce(server, model, names, as_json)
+            _announce(server, model, names, as_json, fixed=unmodified is not None)
             code = None
             while code is None:
                 code = server.wait(0.5)
@@ -198,9 +212,14 @@ class Staged:
         write_vector(vector, self._folder / f"{name}.safetensors")
         self._vectors[name] = vector
 
-    def flags(self, steering: str | None, combining: Combining = Combining()) -> list[str]:  # noqa: B008
-        """The flags that make llama-server load the folder, and steer by a text of the grammar unless a request says how."""
-        from ..client.vectors import content_name, gate_name
+    def fixed(self, steering: str | None, combining: Combining = Combining()) -> list[str]:  # noqa: B008
+        """The flags that make an unmodified llama-server steer by a text of the grammar, for all requests."""
+        from ..client.fixed import fixed_flags
+
+        return fixed_flags(self._wanted(steering, combining)[2])
+
+    def _wanted(self, steering: str | None, combining: Combining) -> tuple[list[TermSpec], dict[str, SteeringVector], Steering]:
+        """A text's terms, the vectors that they name, and what both come to."""
         from ..steering.grammar import names_of, parse, steering_of
 
         terms = parse(steering) if steering is not None else []
@@ -208,7 +227,17 @@ class Staged:
         for name in names_of(terms):
             known = self._vectors.get(name)
             found[name] = known if known is not None else self._library.resolve(name, self._identity, force=self._force)
-        wanted = combining.apply(steering_of(terms, found.__getitem__))  # complains of a window without directions, too
+        return (
+            terms,
+            found,
+            combining.apply(steering_of(terms, found.__getitem__)),
+        )  # complains of a window without directions, too
+
+    def flags(self, steering: str | None, combining: Combining = Combining()) -> list[str]:  # noqa: B008
+        """The flags that make llama-server load the folder, and steer by a text of the grammar unless a request says how."""
+        from ..client.vectors import content_name, gate_name
+
+        terms, found, wanted = self._wanted(steering, combining)
         texts = []
         for term, fit in zip(terms, wanted, strict=True):
             data: dict[str, Any] = {**term.to_json(), "strength": fit.strength}
@@ -240,7 +269,7 @@ def _wait_ready(server: ServerProcess, model: Path | None, *, quiet: bool) -> No
     server.wait_ready(timeout=24 * 3600)
 
 
-def _announce(server: ServerProcess, model: Path | None, names: list[str], as_json: bool) -> None:
+def _announce(server: ServerProcess, model: Path | None, names: list[str], as_json: bool, *, fixed: bool) -> None:
     """Where it is and how to use it, on standard output, at once: scripts wait for it."""
     if as_json:
         facts: dict[str, Any] = {"url": server.url, "model": str(model) if model else None, "device": server.device}
@@ -248,7 +277,12 @@ def _announce(server: ServerProcess, model: Path | None, names: list[str], as_js
     else:
         what = f"{model.name} on {server.device}" if model is not None else server.device
         click.echo(f"Serving {what} at {server.url}")
-        click.echo(f"Vectors: {', '.join(names)}" if names else "No vectors for this model yet: fit one with: steer train mood")
+        if fixed:
+            click.echo("Its steering is fixed: requests cannot change it, and nothing can be trained on this server")
+        elif names:
+            click.echo(f"Vectors: {', '.join(names)}")
+        else:
+            click.echo("No vectors for this model yet: fit one with: steer train mood")
         body: dict[str, Any] = {"messages": [{"role": "user", "content": "Describe a walk in the forest"}]}
         if names:
             body["steering"] = [{"vector": names[0], "strength": 0.8}]
