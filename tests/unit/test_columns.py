@@ -20,6 +20,8 @@ from steer_plugins.steering.vector import SteeringVector
 from steer_plugins.store.foreign.common import losses
 from steer_plugins.store.formats import STEER_VECTOR, format_of
 from steer_plugins.store.vectorfile import FORMATS, read_vector, write_vector
+from steer_plugins.training.calibrate.existing import Proportions
+from steer_plugins.training.controls import random_vector
 
 N = 12
 PLACE = (2, "resid_post")
@@ -228,6 +230,21 @@ def test_other_formats_say_what_they_lose() -> None:
     assert writers and not any("columns" in lost for lost in losses(vector(), STEER_VECTOR.limits))
     for fmt in writers:
         assert any("its columns" in lost for lost in losses(vector(), fmt.limits)), fmt.name
+
+
+def test_controls_write_elsewhere() -> None:
+    """A random twin reads as the vector does, as strongly, and writes at random."""
+    v = vector()
+    twin = random_vector(v, 3)
+    c, other = v.columns[PLACE], twin.columns[PLACE]
+    assert other.read.tobytes() == c.read.tobytes() and other.gain.tolist() == c.gain.tolist()
+    assert np.abs((other.write * c.write).sum(axis=1)).max() < 0.9 and twin.scales == v.scales
+    given = Proportions(v, {2: 4.0, 4: 4.0})
+    whole = given.vector((2, 4), 0.5, "response")
+    np.testing.assert_allclose(whole.columns[PLACE].gain, 0.5 * c.gain)  # the dose was 1 in all
+    noise = given.random(0).vector((2, 4), 0.5, "response")
+    np.testing.assert_allclose(noise.columns[PLACE].gain, 0.5 * c.gain)
+    assert np.abs((noise.columns[PLACE].write * c.write).sum(axis=1)).max() < 0.9
 
 
 def test_grammar() -> None:

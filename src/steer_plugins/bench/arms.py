@@ -11,6 +11,7 @@ from ..engine.base import Engine, Prompt
 from ..errors import DataError, VectorError
 from ..steering.terms import Steering, Term
 from ..steering.vector import SteeringVector
+from ..training.controls import random_vector
 from ..training.traits import Trait
 
 ARMS = ("plain", "prompt", "strong prompt", "steer", "both", "random", "shuffled")
@@ -101,14 +102,6 @@ def message(engine: Engine, text: str, system: str | None, history: list[dict[st
     return "\n\n".join(parts) + "\n\n"
 
 
-def random_vector(vector: SteeringVector, seed: int) -> SteeringVector:
-    """Random unit directions at the same layers, sites and scales."""
-    rng = np.random.default_rng(seed)
-    directions = {key: rng.standard_normal(vector.n_embd).astype(np.float32) for key in vector.directions}
-    units = {key: value / np.float32(np.linalg.norm(value)) for key, value in directions.items()}
-    return vector.replace(name="random", directions=units, scales=dict(vector.scales), calibration=None, provenance=None)
-
-
 def shuffled_vector(
     engine: Engine, trait: Trait, vector: SteeringVector, seed: int, n_pairs: int | None
 ) -> SteeringVector | None:
@@ -149,7 +142,7 @@ def shuffled_vector(
     if not directions:
         return None
     scales = {key: vector.scales[key] for key in directions}
-    return vector.replace(name="shuffled", directions=directions, scales=scales, calibration=None, provenance=None)
+    return vector.replace(name="shuffled", directions=directions, scales=scales, columns={}, calibration=None, provenance=None)
 
 
 def case_of(

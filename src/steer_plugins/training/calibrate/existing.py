@@ -11,6 +11,7 @@ from ...engine.base import Engine, Generation, Prompt
 from ...errors import VectorError
 from ...steering.terms import Term
 from ...steering.vector import SteeringVector
+from ..controls import random_columns
 from .objective import Objective
 from .plan import Level
 from .sweep import Advance, Calibrated, Fitted, Sweep
@@ -29,7 +30,8 @@ class Proportions(Fitted):
         given: SteeringVector = self._vector  # type: ignore[attr-defined]
         total = sum(scale / self.norms[il] for (il, _), scale in given.scales.items())
         scales = {key: scale * dose / total for key, scale in given.scales.items()}
-        return given.replace(scales=scales, default_scope=scope, calibration=None)
+        columns = {key: value.scaled(dose / total) for key, value in given.columns.items()}
+        return given.replace(scales=scales, columns=columns, default_scope=scope, calibration=None)
 
     def random(self, seed: int) -> Fitted:
         """Random directions with the same doses."""
@@ -37,7 +39,8 @@ class Proportions(Fitted):
         rng = np.random.default_rng(seed)
         noise = {key: rng.standard_normal(given.n_embd) for key in given.directions}
         units = {key: (row / np.linalg.norm(row)).astype(np.float32) for key, row in noise.items()}
-        return Proportions(given.replace(directions=units), dict(self.norms))
+        columns = {key: random_columns(rng, value) for key, value in given.columns.items()}
+        return Proportions(given.replace(directions=units, columns=columns), dict(self.norms))
 
 
 class DoseObjective(Objective):
@@ -92,6 +95,10 @@ def calibrate_vector(
     if vector.op != "add":
         raise VectorError(
             f"{vector.name!r} does not add but uses {vector.op}, whose strength is not a dose: calibrate vectors that add"
+        )
+    if vector.columns and not any(vector.scales.values()):
+        raise VectorError(
+            f"{vector.name!r} adds only what it reads of the state, which has no dose to calibrate"
         )
     if vector.sites != ["resid_post"] or vector.is_zero:
         raise VectorError(f"{vector.name!r} acts at {', '.join(vector.sites)}: vectors at resid_post can be calibrated")

@@ -13,9 +13,10 @@ import numpy.typing as npt
 from ... import __version__
 from ...engine.base import Engine, GenerateRequest
 from ...errors import DataError, SpecError
-from ...steering.columns import MAX_COLUMNS, Columns
+from ...steering.columns import MAX_COLUMNS
 from ...steering.terms import Term
 from ...steering.vector import Key, SteeringVector, check_name, layer_ranges
+from ..controls import random_vector
 from ..traits import bundled_traits, load_trait
 from .columns import Floats, LayerFit, fit_layer
 
@@ -168,7 +169,7 @@ class Imitation:
             vector = self._vector(fits)
             report("dose", 0, 1)
             arms[arm] = vector.scaled(max(FACTORS, key=lambda factor: tune.share(vector.scaled(factor))[0]))  # noqa: B023
-        arms["random"] = self._random(arms["responsive"])
+        arms["random"] = random_vector(arms["responsive"], self.options.seed)
         shares = []
         for done, arm in enumerate(ARMS):
             report("judging", done, len(ARMS))
@@ -255,19 +256,6 @@ class Imitation:
         directions: dict[Key, Floats] = {(il, SITE): fit.constant for il, fit in fits.items()}
         columns = {(il, SITE): fit.columns for il, fit in fits.items() if fit.columns is not None}
         return SteeringVector(self.name, directions, columns=columns, default_scope="response")
-
-    def _random(self, vector: SteeringVector) -> SteeringVector:
-        rng = np.random.default_rng(self.options.seed)
-
-        def noise(like: np.ndarray) -> np.ndarray:
-            rows = rng.standard_normal(like.shape)
-            unit: np.ndarray = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-            return unit.astype(np.float32)
-
-        columns = {key: Columns(c.read, noise(c.write), c.gain, c.bias, c.knee) for key, c in vector.columns.items()}
-        return vector.replace(
-            directions={key: noise(v) for key, v in vector.directions.items()}, scales=dict(vector.scales), columns=columns
-        )
 
     def _provenance(self, fitting: Sequence[_Reply], explained: dict[str, float]) -> dict[str, Any]:
         options = self.options
