@@ -97,9 +97,7 @@ def calibrate_vector(
             f"{vector.name!r} does not add but uses {vector.op}, whose strength is not a dose: calibrate vectors that add"
         )
     if vector.columns and not any(vector.scales.values()):
-        raise VectorError(
-            f"{vector.name!r} adds only what it reads of the state, which has no dose to calibrate"
-        )
+        raise VectorError(f"{vector.name!r} adds only what it reads of the state, which has no dose to calibrate")
     if vector.sites != ["resid_post"] or vector.is_zero:
         raise VectorError(f"{vector.name!r} acts at {', '.join(vector.sites)}: vectors at resid_post can be calibrated")
     norms = median_norms(engine, vector, objective.prompts[: level.n_confirm])
