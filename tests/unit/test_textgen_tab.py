@@ -352,3 +352,49 @@ def test_the_tab_names_what_hooks_lack(stand_in: StandIn, monkeypatch: pytest.Mo
     assert "cannot tell" in window.told["note"][0]
     with pytest.raises(SteerError):
         hooks.check(parse("absent"))
+
+
+def test_a_reply_that_ends_in_repetition_is_said(server: FakeServer) -> None:
+    put("mood")
+    window = Window()
+    good = " ".join(f"word{i % 61} other{i % 53} third{i}" for i in range(60))
+    for text, terms, fell in (
+        (good + " and so it is" * 60, "mood:1", True),
+        (good + " and so it is" * 60, "", False),  # not by steering
+        (good, "mood:1", False),
+        ("yes " * 20, "mood:1", False),  # too short to tell
+    ):
+        replies.remember("prompt", {}, text, parse(terms))
+        assert ("repetition" in window.wish()["fell"]) == fell, text
+
+
+def test_a_slider_of_whom_the_chat_is_with(server: FakeServer, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[str, str]] = []
+
+    class Imitation:
+        def __init__(self, engine: Any, name: str, prompt: str) -> None:
+            given.append((name, prompt))
+            self.name = name
+
+        def run(self, report: Any) -> SteeringVector:
+            report("replies", 1, 2)
+            return SteeringVector(self.name, {(1, "resid_post"): [1.0, 0, 0, 0]}, {(1, "resid_post"): 2.0})
+
+    monkeypatch.setattr(jobs, "Imitation", Imitation)
+    state: dict[str, Any] = {"mode": "chat", "context": ""}
+    stand_in.shared.persistent_interface_state = state
+    opened()
+    window = Window()
+    assert window.told["imitable"] == "" and "neither" in window.said("imitate")
+    state["context"] = "{{char}} is a pirate who likes {{user}}."
+    settings.settings().meet("Long John, the 2nd")
+    assert window.wish()["imitable"] == "long-john-the-2nd"
+    window.wish("imitate")
+    state.update(mode="instruct", custom_system_message="Be terse.")
+    window.wish("imitate")
+    worker = jobs.trainer._worker
+    if worker is not None:
+        worker.join(20)
+    pirate = ("long-john-the-2nd", "Long John, the 2nd is a pirate who likes the user.")
+    assert given == [pirate, ("system-prompt", "Be terse.")]
+    assert window.wish()["text"] == "long-john-the-2nd:0 + system-prompt:0"

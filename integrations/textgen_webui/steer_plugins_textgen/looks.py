@@ -21,6 +21,7 @@ CSS = (
 #steering-panel select, #steering-panel textarea, #steering-panel input[type=text], #steering-panel input[type=number],
 #steering-strip select { background: var(--input-background-fill, var(--background-fill-secondary)); color: inherit;
   border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 5px 8px; font-size: .9rem; line-height: 1.4; }
+#steering-panel select, #steering-strip select { -webkit-appearance: auto !important; appearance: auto !important; }
 #steering-tab select option, #steering-strip select option { background: var(--background-fill-primary, #fff); }
 #steering-panel textarea { resize: none; overflow: hidden; font-family: var(--font-mono, monospace); }
 #steering-panel button, #steering-strip button { border: 1px solid var(--border-color-primary); border-radius: 6px;

@@ -341,10 +341,17 @@
       band.list = make("div", { className: "steer-strip-rows" });
       band.preset = make("select", { "aria-label": "Preset", onchange: () => band.preset.value && wish({ do: "load", name: band.preset.value }) });
       band.again = button("Again", "regenerate the last reply with this steering", () => document.getElementById("Regenerate")?.click());
-      band.node = make("div", { id: "steering-strip" }, make("label", { className: "steer-check", title: "steering on or off" }, band.on, "Steering"), band.list, band.preset, band.again, (band.fell = make("div", { className: "steer-fell", role: "status" })));
+      band.first = button("", "fitted on the loaded model; the chat goes on meanwhile, more slowly", () => wish({ do: "fit", names: [band.trait] }), { id: "steering-first" });
+      band.step = make("span", { className: "steer-quiet" });
+      band.node = make("div", { id: "steering-strip" }, (band.switch = make("label", { className: "steer-check", title: "steering on or off" }, band.on, "Steering")), band.list, band.preset, band.again, band.first, band.step, (band.fell = make("div", { className: "steer-fell", role: "status" })));
       at.prepend(band.node); // above it, wherever the webui puts it
     }
-    shown(band.node, s.ready && s.terms.length > 0);
+    const trait = !s.names.length && (s.traits.find((one) => one.name === "mood") || s.traits[0]);
+    shown(band.node, s.ready && (s.terms.length > 0 || s.busy || !!trait));
+    for (const node of [band.switch, band.again]) shown(node, s.terms.length > 0);
+    shown(band.first, !!trait && !s.busy && !s.terms.length);
+    if (trait) { band.trait = trait.name; set(band.first, "textContent", `Fit a first slider: ${trait.negative} ↔ ${trait.positive}`); }
+    shown(band.step, !!s.step); set(band.step, "textContent", s.step);
     if (!wishes.some((one) => one.do === "on")) set(band.on, "checked", s.on);
     const keys = s.terms.slice(0, 4).map((term) => term.key);
     for (const [key, r] of band.rows) if (!keys.includes(key)) { r.node.remove(); band.rows.delete(key); }

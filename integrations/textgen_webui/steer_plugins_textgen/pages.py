@@ -291,6 +291,7 @@ def state() -> dict[str, Any]:
         "imitable": "" if link is None else jobs.prompt_of_chat(now.character)[0],
         "fell": replies.fell_apart(),
         "jobs": wording.progress(),
+        "step": wording.step(),
         "busy": jobs.trainer.active,
         "stopping": jobs.trainer.stopping,
     }

@@ -130,6 +130,12 @@ def progress() -> str:
 STEPS = {"measuring the speed": 1, "reading": 2, "calibrating": 3, "writing": 3}
 
 
+def step() -> str:
+    """Where the job is that runs, as plain text; "" when none does."""
+    running = [job for job in jobs.trainer.jobs if job.state == "running"]
+    return f"{running[0].name}: {_step(running[0])}" if running else ""
+
+
 def _step(job: jobs.TrainJob) -> str:
     """Which step of how many a job is at, and how long it has taken."""
     if job.state == "waiting":
@@ -146,7 +152,7 @@ def _step(job: jobs.TrainJob) -> str:
     elif job.seconds:
         said += f": {spent:.0f} s of about {job.seconds:.0f}"
     if job.provisional:
-        said += ". Its slider is there, provisional: strength 1 is a guess until this is done"
+        said += "; its slider is there, provisional: strength 1 is a guess until this is done"
     return said
 
 
