@@ -224,7 +224,9 @@ def check_preset_name(name: Any) -> str:
     """The name without spaces around it. Raises SpecError unless it can be shown in a list and typed in a request."""
     text = name.strip() if isinstance(name, str) else ""
     if not _PRESET.fullmatch(text):
-        raise SpecError("a preset's name begins with a letter or digit and has at most 64 characters: choose another")
+        raise SpecError(
+            "a preset's name begins with a letter or digit and has at most 64 letters, digits, spaces and .'()+-_: choose another"
+        )
     return text
 
 

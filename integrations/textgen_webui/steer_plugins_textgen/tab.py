@@ -95,7 +95,7 @@ class Tab:
                     ["Descriptions", "Prompt pairs"], value="Descriptions", label="Contrast by", scale=2, min_width=220
                 )
                 self.level = gr.Dropdown(
-                    ["none", "quick", "full"],
+                    [("none: 1 is a guess", "none"), ("quick: minutes", "quick"), ("full: several times that", "full")],
                     value="quick",
                     label="Calibrate",
                     elem_classes="slim-dropdown",
@@ -183,7 +183,7 @@ class Tab:
             page.load(functools.partial(self.view, fresh=True), None, self.all, **quick).then(self.watch, None, self.all, **watch)
         tab = getattr(gr.context.Context, "block", None)
         if tab is not None and hasattr(tab, "select"):  # a model may have come or gone meanwhile
-            tab.select(self.view, None, self.all, js="() => { window.steering && window.steering.refresh() }", **quick)
+            tab.select(self.view, None, self.all, js="() => { window.steering && window.steering.refresh(); return [] }", **quick)
 
     # ---- handlers ----
 
@@ -234,9 +234,10 @@ class Tab:
 
     def show_activations(self, name: str | None) -> str:
         try:
+            link = current()
             if not name:
                 raise SpecError("choose a vector")
-            return replies.activations(current(), name)
+            return replies.activations(link, name)
         except SteerError as error:
             return wording.bad(str(error))
 

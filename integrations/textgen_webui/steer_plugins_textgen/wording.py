@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from html import escape
 
@@ -41,11 +42,11 @@ def bad(sentence: str) -> str:
 
 
 def coded(sentence: str) -> str:
-    """The sentence as HTML; a command to type stands out."""
+    """The sentence as HTML; a command to type, and what is between backticks, stands out."""
     head, mark, command = sentence.partition("with: ")
     if mark:
         return f"{escape(head)}with: <code>{escape(command)}</code>"
-    return escape(sentence)
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(sentence))
 
 
 def acting(link: Link | None, wanted: list[TermSpec]) -> tuple[list[TermSpec], list[str]]:
