@@ -21,6 +21,7 @@ from .common import FilePath
     help="A llama.cpp tree or an unpacked llama-cpp-python source archive, instead of fetching one; not modified.",
 )
 @click.option("--cmake-arg", "cmake_args", multiple=True, metavar="-DX=Y", help="Passed to cmake; may be repeated.")
+@click.option("--rpc", is_flag=True, help="With llama.cpp's RPC back end and `steer worker`, for layers on other machines.")
 @click.option("--own-ggml", is_flag=True, help="Build ggml too, even where llama-cpp-python brings one.")
 @click.option(
     "--on",
@@ -60,6 +61,7 @@ def build(
     version: str | None,
     source: Path | None,
     cmake_args: tuple[str, ...],
+    rpc: bool,
     own_ggml: bool,
     on: Path | None,
     into: Path | None,
@@ -90,7 +92,7 @@ def build(
     options = BuildOptions(
         version=version,
         source=source,
-        cmake_args=cmake_args,
+        cmake_args=(*cmake_args, "-DGGML_RPC=ON") if rpc else cmake_args,
         own_ggml=own_ggml,
         server=server,
         jobs=jobs,

@@ -86,6 +86,7 @@ class EngineOptions:
     n_gpu_layers: int | None = None
     threads: int | None = None
     server: str | None = None
+    rpc: str | None = None
 
     @property
     def path(self) -> Path:
@@ -100,7 +101,12 @@ class EngineOptions:
             return ServerEngine(self.server, api_key=os.environ.get("STEER_API_KEY") or None)
         from ..engine.local import LocalEngine
 
-        said: dict[str, Any] = {"n_ctx": self.n_ctx, "n_gpu_layers": self.n_gpu_layers, "n_threads": self.threads}
+        said: dict[str, Any] = {
+            "n_ctx": self.n_ctx,
+            "n_gpu_layers": self.n_gpu_layers,
+            "n_threads": self.threads,
+            "rpc": self.rpc,
+        }
         return LocalEngine(self.path, **{key: value for key, value in said.items() if value is not None}, **more)
 
 
@@ -111,6 +117,7 @@ def engine_options(command: F) -> F:
     @click.option("-c", "--n-ctx", type=click.IntRange(min=1), metavar="N", help="Context length in tokens.")
     @click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), metavar="N", help="Layers on the GPU; -1: all.")
     @click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU.")
+    @click.option("--rpc", metavar="HOST:PORT,...", help="Workers (`steer worker`) that hold layers of the model.")
     @click.option(
         "--server",
         metavar="URL",
@@ -124,13 +131,21 @@ def engine_options(command: F) -> F:
         n_ctx: int | None,
         n_gpu_layers: int | None,
         threads: int | None,
+        rpc: str | None,
         server: str | None,
         **rest: Any,
     ) -> Any:
         runtime = click.get_current_context().meta.get(_RUNTIME)
-        local = {"--runtime": runtime, "--model": model, "--n-ctx": n_ctx, "--n-gpu-layers": n_gpu_layers, "--threads": threads}
+        local = {
+            "--runtime": runtime,
+            "--model": model,
+            "--n-ctx": n_ctx,
+            "--n-gpu-layers": n_gpu_layers,
+            "--threads": threads,
+            "--rpc": rpc,
+        }
         server = _chosen_server(server, [name for name, value in local.items() if value is not None])
-        return command(*args, engine=EngineOptions(model, n_ctx, n_gpu_layers, threads, server), **rest)
+        return command(*args, engine=EngineOptions(model, n_ctx, n_gpu_layers, threads, server, rpc), **rest)
 
     return wrapped  # type: ignore[return-value]
 

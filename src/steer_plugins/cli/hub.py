@@ -12,7 +12,7 @@ import click
 from ..errors import HubError, SpecError
 from ..paths import expand_path
 from ..plugins import hookimpl
-from ..store.pulled import KINDS
+from ..store.kinds import KINDS
 from .common import FilePath, cell_text, console, json_option, print_json, print_table
 
 if TYPE_CHECKING:

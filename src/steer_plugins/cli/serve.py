@@ -50,6 +50,7 @@ def register_commands(cli: click.Group) -> None:
 @combining_options
 @click.option("--library/--no-library", default=True, show_default=True, help="Load this model's vectors from the library.")
 @click.option("--vector", "vectors", multiple=True, metavar="NAME=FILE", help="Load a vector under a name; may be repeated.")
+@click.option("--rpc", metavar="HOST:PORT,...", help="Workers (`steer worker`) that hold layers of the model.")
 @click.option("--force", is_flag=True, help="Accept vectors of another fine-tune of this model.")
 @click.option(
     "--unmodified",
@@ -67,6 +68,7 @@ def serve(
     combining: Combining,
     library: bool,
     vectors: tuple[str, ...],
+    rpc: str | None,
     force: bool,
     unmodified: Path | None,
     show_log: bool,
@@ -85,6 +87,7 @@ def serve(
     """
     from ..client import ServerProcess
     from ..runtime import ensure_runtime
+    from ..runtime.rpc import check_workers, parse_workers, program
     from ..store.library import Library
 
     if "-h" in flags:
@@ -97,7 +100,14 @@ def serve(
         raise SpecError("--steering-dir is where this command puts the vectors itself: give each as --vector NAME=FILE")
     if unmodified is not None and not unmodified.is_file():
         raise SpecError(f"there is no llama-server {unmodified}: name the program itself with --unmodified")
-    binary = unmodified if unmodified is not None else ensure_runtime(need_server=True).server
+    runtime = None if unmodified is not None else ensure_runtime(need_server=True)
+    if rpc is not None:
+        if runtime is not None:
+            program(runtime)  # the back end and the program are built together
+        workers = parse_workers(rpc)
+        check_workers(workers)
+        rest = [*rest, "--rpc", ",".join(workers)]
+    binary = unmodified if runtime is None else runtime.server
     err = console(stderr=True)
 
     def log(line: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import EngineError, RuntimeMissing, SteerError
+from ..runtime.rpc import LOST
 from ..runtime.waiting import with_short_waits
 from .connection import Connection, ServerRefusal
 from .controlvectors import check_control_vectors, flag_name
@@ -272,6 +273,10 @@ class ServerProcess:
         """One sentence for a server that ended by itself: how, and what it said last."""
         if any(_PORT_TAKEN.search(line) for line in self._lines):
             return f"port {self.port} of {self.host} is in use: stop what runs there, or choose another with --port"
+        lost = next((line for line in self._lines if LOST.search(line)), None)
+        if lost is not None:
+            what = f"{self.program} ended, as it lost a worker of --rpc ({' '.join(lost.split())[:200]})"
+            return f"{what}: see whether `steer worker` still runs on each machine, and start again"
         how = f"was killed by signal {code - 128}" if 128 < code < 160 else f"ended with exit code {code}"
         return f"{self.program} {how}; it said last: {self._last_words()}"
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .. import native
 from ..errors import DataError, EngineError, SpecError
 from ..runtime import activate, ensure_runtime
+from ..runtime.rpc import join, joined, parse_workers
 from ..steering.gate import Gate
 from ..steering.terms import Steering
 from ..steering.vector import SteeringVector
@@ -45,12 +46,14 @@ class LocalEngine(TokenEngine):
     Args:
         model: path of a GGUF file, or of any shard of a split one; the default model when None.
         n_ctx: context length of one request in tokens; at most the model's, 4096 by default.
-        n_gpu_layers: layers to offload, -1 for all.
+        n_gpu_layers: layers to offload, -1 for all; none by default, all with ``rpc``.
         n_threads: CPU threads; the machine's cores by default.
         n_batch: tokens computed at once.
         n_parallel: requests computed side by side by the calls that take several.
         runtime: ``patched``, ``stock`` (the unmodified llama.cpp of the bindings) or a folder with libraries; by default
             ``STEER_RUNTIME``, else the patched one where there is one. A process can load one only.
+        rpc: workers (``host:port,host:port``, each a ``steer worker``) that hold layers of the model. They stay with this
+            process, which ends when one of them does: ggml does not go on without it.
         verbose: print llama.cpp's log.
 
     Raises:
@@ -69,17 +72,23 @@ class LocalEngine(TokenEngine):
         model: str | os.PathLike[str] | None = None,
         *,
         n_ctx: int | None = None,
-        n_gpu_layers: int = 0,
+        n_gpu_layers: int | None = None,
         n_threads: int | None = None,
         n_batch: int = 512,
         n_parallel: int = 8,
         runtime: str | os.PathLike[str] | None = None,
+        rpc: str | None = None,
         verbose: bool = False,
     ) -> None:
         for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads), ("n_batch", n_batch), ("n_parallel", n_parallel)):
             if value is not None and value < 1:
                 raise EngineError(f"{name} is {value}: it must be at least 1")
+        workers = parse_workers(rpc) if rpc is not None else []
         llama_cpp = activate(ensure_runtime(wish=runtime))
+        if n_gpu_layers is None:
+            n_gpu_layers = -1 if workers else 0
+        if workers or (joined() and n_gpu_layers):
+            join(llama_cpp, workers)
         shared_log(llama_cpp).verbose = verbose
         if model is None:
             from ..runtime.demo_model import default_model_path

@@ -18,7 +18,8 @@ from typing import Any
 
 from ..errors import HubError, VectorError
 from ..steering.vector import OPS, ModelIdentity, is_hub_name, scope_range
-from ..store.pulled import KINDS, Ref
+from ..store.kinds import KINDS
+from ..store.pulled import Ref
 from ..store.vectorfile import MAX_FILE_BYTES
 from .signing import PublicKey
 

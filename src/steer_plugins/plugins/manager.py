@@ -29,7 +29,7 @@ COMMAND_PLUGINS = {
     name: f"steer_plugins.cli.{name.replace('-', '_')}"
     for name in (
         "build doctor demo train train-gate generate chat read inspect show plot convert".split()
-        + "calibrate sae discover diff export hub serve mcp ds4 proxy bench textgen plugins".split()
+        + "calibrate sae discover diff export hub serve worker mcp ds4 proxy bench textgen plugins".split()
     )
 }
 #: Built-in plugins that bring methods, formats and metrics.

@@ -33,7 +33,7 @@ from typing import Any
 from .. import __version__
 from ..atomic import file_sha256, write_atomically
 from ..errors import BuildError, RuntimeMissing
-from . import tools
+from . import rpc, tools
 from .bindings import DISTRIBUTION, PINNED_VERSION, find_library, ggml_files, is_ggml
 from .cache import RUNTIME_FILE, cache_dir, cache_lock, make_dir, remove_tree
 from .host import HostGgml, lost_devices, read_host, require_same_ggml, source_ggml, write_cmake_package
@@ -260,6 +260,7 @@ class _Build:
         runtime = finished
         if runtime is None:
             targets = ["llama", "mtmd", *(["llama-server"] if self.plan.server else [])]
+            targets += ["ggml-rpc-server"] if self._has_rpc() else []
             self._compile(targets, "compiling llama.cpp")
             runtime = self._install(patch)
         twin = self._install_stock(runtime, stock) if self.options.stock_twin else None
@@ -498,6 +499,8 @@ class _Build:
             raise BuildError(f"the compiled library has no steering in it; the patch is broken (log: {self.log.path})")
         modules = bool(report.get("modules"))
         server = self._stage_server(stage, outputs, modules) if self.plan.server else None
+        if self._has_rpc():
+            self._stage_rpc(stage, outputs, modules)
         self._stage_headers(stage / "include")
         source = self.plan.shared.library_dir if self.plan.shared else None
         ggml = self.plan.shared.ggml_files() if self.plan.shared else ggml_files(lib)
@@ -526,6 +529,15 @@ class _Build:
             "built_at": time.time(),
             "seconds": round(time.monotonic() - self.started, 1),
         }
+
+    def _has_rpc(self) -> bool:
+        return self.plan.arguments.definitions.get(rpc.DEFINITION, "").upper() in ("ON", "1", "TRUE", "YES")
+
+    def _stage_rpc(self, stage: Path, outputs: Path, modules: bool) -> None:
+        """Put the program of RPC workers in place."""
+        folder = stage / ("lib" if sys.platform == "win32" or modules else "bin")
+        make_dir(folder)
+        shutil.copy2(outputs / f"ggml-{rpc.PROGRAM}", folder / rpc.PROGRAM)
 
     def _stage_server(self, stage: Path, outputs: Path, modules: bool) -> str:
         """Put llama-server in place; its path inside the runtime."""

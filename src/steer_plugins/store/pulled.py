@@ -22,7 +22,6 @@ from .vectorfile import read_vector
 
 FORMAT = "steer-hub-state-v1"
 #: Kinds of things that a hub holds; the first two are vector files, ``sae`` is an autoencoder with the names of its features.
-KINDS = ("vector", "gate", "sae", "trait", "preset")
 MAX_STATE_BYTES = 64 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 #: What files are called after their sha256.
