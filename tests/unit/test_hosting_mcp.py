@@ -266,3 +266,29 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome.exit_code == 2 and "name the server" in outcome.output
     outcome = CliRunner().invoke(cli, ["mcp", "--to", "http://127.0.0.1:1"])
     assert outcome.exit_code == 1 and "--server" in str(outcome.exception)
+
+
+def test_the_example_notices_that_it_rambles(server: FakeServer, session: Session, tools: Tools) -> None:
+    import importlib.util
+
+    path = Path(__file__).parents[2] / "examples" / "self_steering.py"
+    spec = importlib.util.spec_from_file_location("self_steering", path)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    sys.modules["self_steering"] = example
+    spec.loader.exec_module(example)
+    agent = example.Agent(tools.through, words=3)
+
+    def answer(reply: str) -> None:
+        body = {"choices": [{"message": {"content": reply}}]}
+        server.raw["/v1/chat/completions"] = (200, json.dumps(body).encode())
+        assert anyio.run(agent.answer, "why?") == reply
+
+    for _ in range(4):
+        answer("one two three four")
+    assert [round(strength, 1) for strength, _, _ in agent.history] == [0.0, 0.4, 0.8, 0.8]  # 1.2 is more than it may set
+    answer("short now")
+    assert session.current() == "succinctness:0.8" and [words for _, words, _ in agent.history] == [4, 4, 4, 4, 2]
+    assert "steering" not in server.bodies("/v1/chat/completions")[0]
+    last = server.bodies("/v1/chat/completions")[-1]["steering"]
+    assert [term["strength"] for term in last] == [0.8]
