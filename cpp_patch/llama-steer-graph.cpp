@@ -248,14 +248,14 @@ ggml_tensor * build_edit(const llm_graph_context & graph, llama_steer_state * st
         const auto plane = [&](int64_t n) { return ggml_view_2d(ctx0, gin.g, st->n_dyn, n_rows, gin.g->nb[1], (n * n_slots + sl.index) * gin.g->nb[2]); };
 
         ggml_tensor * t = op(ggml_mul_mat(ctx0, v, h)); // W^T h: [n_dyn, rows]
-        ggml_prec_set_acc(t, GGML_PREC_F32);            // some back ends would round to TF32
+        compat::exact(t, 0);
         if (kinds & KIND_KNEE) {
             t = op(ggml_add(ctx0, t, plane(1)));
             t = op(ggml_mul(ctx0, t, op(ggml_step(ctx0, op(ggml_add(ctx0, t, plane(2)))))));
         }
         t = op(ggml_mul(ctx0, t, plane(0)));
         t = op(ggml_mul_mat(ctx0, vt, t)); // V (g o phi(W^T h + b))
-        ggml_prec_set_acc(t, GGML_PREC_F32);
+        compat::exact(t, 0);
         out = op(ggml_add(ctx0, out, t));
     }
     if (kinds & KIND_RENORM) {

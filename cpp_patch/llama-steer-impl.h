@@ -1,4 +1,4 @@
-// llama-steer-impl.h - the few calls that the diff adds to llama.cpp's own files. Nothing else includes this.
+// llama-steer-impl.h - the few calls that the hooks add to llama.cpp's own files. Nothing else includes this.
 #pragma once
 
 #include "llama-adapter.h"

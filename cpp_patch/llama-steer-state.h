@@ -5,6 +5,7 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
+#include "llama-steer-compat.h"
 #include "llama-steer-impl.h"
 
 #include <algorithm>
@@ -313,7 +314,7 @@ struct llama_steer_state {
     explicit llama_steer_state(llama_context & ctx)
         : ctx(ctx), model(ctx.get_model()) {
         n_embd = (int32_t) model.hparams.n_embd;
-        n_layer = (int32_t) model.hparams.n_layer();
+        n_layer = compat::n_layer(model.hparams, 0);
     }
 
     int32_t streams_at(const place & at) const { return facts.at(at).n_streams; }

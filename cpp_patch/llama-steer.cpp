@@ -34,10 +34,10 @@ llama_steer_state & state_for(llama_context * ctx) {
         if (!is_tested(model.arch)) {
             throw steer_error(LLAMA_STEER_ERR_ARCH, format("architecture '%s' has not been tested with steering", llm_arch_name(model.arch)));
         }
-        if (ctx->get_cparams().ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+        if (!compat::is_main(ctx->get_cparams(), 0)) {
             throw steer_error(LLAMA_STEER_ERR_ARCH, "a draft (MTP) context cannot be steered: steer the context of the main model");
         }
-        if (model.hparams.no_alloc) {
+        if (compat::no_alloc(model.hparams, 0)) {
             throw steer_error(LLAMA_STEER_ERR_ARCH, "the model was loaded without its weights (no_alloc), so nothing can be steered");
         }
         // graphs built so far, which do not know that they may have to give way to a steered one, are dropped by this

@@ -1,9 +1,9 @@
 // clang-format off: included inside a class of llama-server
 // server-steer-context.h - the part of server_context_impl that deals with steering. Included inside that class, because its slots
-// are private to server-context.cpp: what server.patch adds there are calls of these and of `steer`.
+// are private to server-context.cpp: what server.hooks adds there are calls of these and of `steer`.
 
 public:
-    server_steer_store steer_store; // HTTP threads parse with it
+    mutable server_steer_store steer_store; // HTTP threads parse with it, some through a const reference
 private:
     server_steer_slots steer { steer_store };
 
@@ -22,7 +22,7 @@ private:
             if (waits || other.id == slot.id) {
                 steer_send_error(other.task->id, e);
                 other.release();
-                other.prompt_clear();
+                server_steer_compat::prompt_clear(other, 0);
             }
         }
     }
@@ -73,7 +73,7 @@ private:
         std::vector<std::pair<server_slot *, std::vector<uint8_t>>> kept;
         for (auto & slot : slots) {
             if (!slot.is_processing()) {
-                slot.prompt_clear();
+                server_steer_compat::prompt_clear(slot, 0);
                 continue;
             }
             std::vector<uint8_t> state(llama_state_seq_get_size(ctx_tgt, slot.id));

@@ -4,6 +4,7 @@
 // Origin header, or to send a JSON body to another origin without asking first.
 
 #include "server-steer-http.h"
+#include "server-steer-compat.h"
 #include "server-steer-json.h"
 
 #include "common.h"
@@ -75,16 +76,14 @@ bool is_socket(const std::string & host) {
 
 // Does the server listen to this machine only?
 bool listens_locally(const common_params & params) {
-    return std::all_of(params.hostnames.begin(), params.hostnames.end(), [](const std::string & host) {
+    const auto hosts = server_steer_compat::hostnames(params, 0);
+    return std::all_of(hosts.begin(), hosts.end(), [](const std::string & host) {
         return is_socket(host) || is_loopback(lower(host));
     });
 }
 
 bool is_named_origin(const common_params & params, const std::string & origin) {
-    if (!params.cors_origins_explicit) {
-        return false;
-    }
-    for (const auto & allowed : string_split<std::string>(params.cors_origins, ',')) {
+    for (const auto & allowed : string_split<std::string>(server_steer_compat::named_origins(params, 0), ',')) {
         if (string_strip(allowed) == origin) {
             return true;
         }
@@ -192,7 +191,12 @@ server_http_context::handler_t server_steer_guard(const std::string & path, cons
             if (req.body.find(std::string("\"") + field + "\"") == std::string::npos) {
                 continue;
             }
-            const json body = json::parse_no_throw(req.body);
+            json body;
+            try {
+                body = json::parse(req.body);
+            } catch (const std::exception &) {
+                break; // the route itself says so
+            }
             if (body.is_object() && !is_absent(body, field)) {
                 const server_steer_error error(400, path + " cannot be steered: leave out '" + field + "'");
                 auto res = std::make_unique<server_http_res>();

@@ -27,7 +27,7 @@ inline std::string shown(const std::string & text) {
 }
 
 inline std::string shown(const json & value) {
-    return shown(value.dump_safe());
+    return shown(safe_json_to_str(value));
 }
 
 // Every key of an object is one of its declared fields.

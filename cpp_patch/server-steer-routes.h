@@ -8,6 +8,12 @@ namespace {
     throw server_steer_error(400, message);
 }
 
+// What GET /steering says of the model, found out when it is first asked.
+struct steer_facts {
+    std::mutex mutex;
+    json facts = nullptr;
+};
+
 json steer_json(server_task_result & result) {
     json res = result.to_json();
     if (result.steer) {
@@ -205,16 +211,17 @@ void server_routes::init_steer_routes() {
         };
     };
 
-    route("GET /steering", true, [this](const server_http_req & req, server_res_generator & res) {
+    const auto known = std::make_shared<steer_facts>();
+    route("GET /steering", true, [this, known](const server_http_req & req, server_res_generator & res) {
         std::set<std::string> ids;
         for (const auto & id : string_split<std::string>(req.get_param("ids"), ',')) {
             ids.insert(id);
         }
         json facts;
         {
-            std::lock_guard<std::mutex> lock(mutex_cache);
-            if (steer_facts.is_null()) {
-                steer_facts = json{
+            std::lock_guard<std::mutex> lock(known->mutex);
+            if (known->facts.is_null()) {
+                known->facts = json{
                     { "path", meta->model_path },
                     { "n_ctx", meta->slot_n_ctx },
                     { "n_vocab", meta->model_vocab_n_tokens },
@@ -222,9 +229,9 @@ void server_routes::init_steer_routes() {
                     { "n_gpu_layers", params.n_gpu_layers },
                 };
                 const auto * tmpls = meta->chat_params.tmpls.get();
-                steer_facts["has_chat_template"] = common_chat_templates_was_explicit(tmpls);
-                steer_facts["think_open"] = json(nullptr);
-                steer_facts["think_close"] = json(nullptr);
+                known->facts["has_chat_template"] = common_chat_templates_was_explicit(tmpls);
+                known->facts["think_open"] = json(nullptr);
+                known->facts["think_close"] = json(nullptr);
                 try {
                     common_chat_templates_inputs inputs;
                     common_chat_msg msg;
@@ -234,16 +241,17 @@ void server_routes::init_steer_routes() {
                     inputs.use_jinja = params.use_jinja;
                     const auto chat = common_chat_templates_apply(tmpls, inputs);
                     if (!chat.thinking_start_tag.empty()) {
-                        steer_facts["think_open"] = chat.thinking_start_tag;
+                        known->facts["think_open"] = chat.thinking_start_tag;
                     }
-                    if (!chat.thinking_end_tags.empty()) {
-                        steer_facts["think_close"] = chat.thinking_end_tags[0];
+                    const auto ends = server_steer_compat::end_tags(chat, 0);
+                    if (!ends.empty()) {
+                        known->facts["think_close"] = ends[0];
                     }
                 } catch (const std::exception &) {
                     // a template that cannot be rendered has no tags to offer
                 }
-                const bool has_tags = !steer_facts.at("think_open").is_null() || !steer_facts.at("think_close").is_null();
-                steer_facts["thinks_untold"] = server_steer_thinks_untold(tmpls, has_tags);
+                const bool has_tags = !known->facts.at("think_open").is_null() || !known->facts.at("think_close").is_null();
+                known->facts["thinks_untold"] = server_steer_thinks_untold(tmpls, has_tags);
                 json devices = json::array();
                 for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
                     auto * dev = ggml_backend_dev_get(i);
@@ -255,9 +263,9 @@ void server_routes::init_steer_routes() {
                                                                                                                         : "gpu" },
                     });
                 }
-                steer_facts["devices"] = devices;
+                known->facts["devices"] = devices;
             }
-            facts = steer_facts;
+            facts = known->facts;
         }
         json answer = ctx_server.steer_store.describe(facts, ids);
         answer["admin"] = server_steer_admin(params);
@@ -355,7 +363,7 @@ void server_routes::init_steer_routes() {
             server_task task(SERVER_TASK_TYPE_COMPLETION);
             task.id = res.rd.get_new_id();
             task.tokens = server_tokens(tokens, ctx_server.mctx != nullptr);
-            task.params = server_schema::eval_llama_cmpl_schema(ctx_server.vocab, params, meta->logit_bias_eog, json{ { "n_predict", 1 }, { "temperature", 0.0 } });
+            task.params = server_steer_compat::completion_params(ctx_server.vocab, params, meta->slot_n_ctx, meta->logit_bias_eog, json{ { "n_predict", 1 }, { "temperature", 0.0 } }, 0);
             task.params.steer = request;
             tasks.push_back(std::move(task));
         }
@@ -402,8 +410,8 @@ void server_routes::init_steer_routes() {
             server_task task(SERVER_TASK_TYPE_COMPLETION);
             task.id = res.rd.get_new_id();
             task.tokens = server_tokens(item.prompt, ctx_server.mctx != nullptr);
-            task.params = server_schema::eval_llama_cmpl_schema(ctx_server.vocab, params, meta->logit_bias_eog,
-                                                                json{ { "n_predict", item.response.size() }, { "temperature", 0.0 }, { "backend_sampling", false } });
+            task.params = server_steer_compat::completion_params(ctx_server.vocab, params, meta->slot_n_ctx, meta->logit_bias_eog,
+                                                                 json{ { "n_predict", item.response.size() }, { "temperature", 0.0 }, { "backend_sampling", false } }, 0);
             // what the command line says of replies is not meant for given ones
             task.params.antiprompt.clear();
             task.params.sampling.grammar = {};

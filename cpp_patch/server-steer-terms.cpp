@@ -291,6 +291,10 @@ static server_steer_tags template_tags(const json & data, const common_chat_temp
         tags.open.push_back(open);
     }
     tags.close = json_value(data, "reasoning_budget_end_tags", std::vector<std::string>());
+    const std::string close = json_value(data, "reasoning_budget_end_tag", std::string()); // of older versions
+    if (!close.empty()) {
+        tags.close.push_back(close);
+    }
     tags.known = !server_steer_thinks_untold(templates, !tags.open.empty() || !tags.close.empty());
     tags.generation_prompt = json_value(data, "generation_prompt", std::string());
 

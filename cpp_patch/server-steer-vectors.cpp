@@ -2,46 +2,15 @@
 
 #include "server-steer-http.h"
 #include "server-steer-json.h"
+#include "server-steer-sha256.h"
 
 #include "gguf.h"
-
-extern "C" {
-#include "hash/sha256/sha256.h"
-}
 
 #include <cmath>
 #include <cstring>
 #include <fstream>
 
 using namespace server_steer_json;
-
-namespace {
-
-// llama.cpp's vendored SHA-256, fed piece by piece
-struct sha256 {
-    sha256_t state;
-    sha256() { sha256_init(&state); }
-
-    void update(const void * data, size_t size) { sha256_update(&state, static_cast<const unsigned char *>(data), size); }
-    void update(const std::string & text) { update(text.data(), text.size()); }
-
-    void update_u32(uint32_t x) {
-        const uint8_t b[4] = { (uint8_t) x, (uint8_t) (x >> 8), (uint8_t) (x >> 16), (uint8_t) (x >> 24) };
-        update(b, 4);
-    }
-
-    std::string hex() {
-        unsigned char digest[SHA256_DIGEST_SIZE];
-        sha256_final(&state, digest);
-        std::string res;
-        for (unsigned char byte : digest) {
-            res += string_format("%02x", byte);
-        }
-        return res;
-    }
-};
-
-} // namespace
 
 // ---- identity ----
 
@@ -126,7 +95,7 @@ server_steer_identity server_steer_identity_of(const std::string & path, int32_t
         if (tokens < 0 || gguf_get_kv_type(first.gguf, tokens) != GGUF_TYPE_ARRAY || gguf_get_arr_type(first.gguf, tokens) != GGUF_TYPE_STRING) {
             throw server_steer_error(500, path + " has no token list");
         }
-        sha256 digest;
+        server_steer_sha256 digest;
         for (size_t i = 0; i < gguf_get_arr_n(first.gguf, tokens); ++i) {
             const std::string token = gguf_get_arr_str(first.gguf, tokens, i);
             digest.update_u32((uint32_t) token.size());
@@ -152,7 +121,7 @@ server_steer_identity server_steer_identity_of(const std::string & path, int32_t
             read_norms(shard.data(), next.gguf, next.meta, norms);
         }
     }
-    sha256 digest;
+    server_steer_sha256 digest;
     for (const auto & [name, data] : norms) { // sorted by name
         digest.update(name);
         digest.update(data);
@@ -311,7 +280,7 @@ std::map<std::string, std::vector<llama_steer_column>> read_columns(const json &
     return res;
 }
 
-void hash_floats(sha256 & digest, const float * values, size_t n) {
+void hash_floats(server_steer_sha256 & digest, const float * values, size_t n) {
     for (size_t i = 0; i < n; ++i) {
         uint32_t bits;
         memcpy(&bits, values + i, sizeof(bits));
@@ -319,7 +288,7 @@ void hash_floats(sha256 & digest, const float * values, size_t n) {
     }
 }
 
-void hash_double(sha256 & digest, double value) {
+void hash_double(server_steer_sha256 & digest, double value) {
     const double plus = value + 0.0; // -0.0 is hashed as 0.0
     uint64_t bits;
     memcpy(&bits, &plus, sizeof(bits));
@@ -328,7 +297,7 @@ void hash_double(sha256 & digest, double value) {
 }
 
 std::string content_hash(const std::string & op, const stored_directions & directions) {
-    sha256 digest;
+    server_steer_sha256 digest;
     const bool columns = std::any_of(directions.begin(), directions.end(), [](const auto & d) { return !d.second.columns.empty(); });
     digest.update(std::string(columns ? "steer-content-v2\0" : "steer-content-v1\0", 17));
     digest.update(op + std::string(1, '\0'));

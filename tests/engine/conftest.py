@@ -17,7 +17,7 @@ import pytest
 from steer_plugins import testing
 from steer_plugins.errors import SteerError
 from steer_plugins.runtime import Runtime, activate, ensure_runtime
-from tests.engine import harness
+from tests.engine import any_model, harness
 from tests.engine.stock_limits import limit_of
 
 STOCK_RUNNER = Path(__file__).with_name("stock_runner.py")
@@ -78,7 +78,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(arch: str, **options: Any) -> Path:
         name = "-".join([arch, *(f"{k}{v}" for k, v in sorted(options.items()))])
         if name not in made:
-            made[name] = testing.write(arch, folder / f"{name}.gguf", **options)[0]
+            path = folder / f"{name}.gguf"
+            if arch in testing.ARCHITECTURES:
+                made[name] = testing.write(arch, path, **options)[0]
+            else:  # libllama is asked for its tensors
+                made[name] = any_model.write(arch, path, harness.llama_cpp.llama_cpp, **options)
         return made[name]
 
     return make
@@ -89,8 +93,8 @@ def untested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GGUF that llama.cpp loads, of an architecture that steering was never tested on."""
     from steer_plugins.testing import architectures, writer
 
-    path = tmp_path_factory.mktemp("untested") / "internlm2.gguf"
-    plan = replace(architectures.blueprint("llama", n_layer=2, n_ctx=256), architecture="internlm2")
+    path = tmp_path_factory.mktemp("untested") / "llama-embed.gguf"
+    plan = replace(architectures.blueprint("llama", n_layer=2, n_ctx=256), architecture="llama-embed")
     writer._write_files(plan, path, seed=0, weights="f32", split=1)
     return path
 

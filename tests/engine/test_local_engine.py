@@ -430,7 +430,7 @@ def test_bad_models(tmp_path: Path, tiny: Callable[..., Path], untested: Path, l
         with pytest.raises(ModelError) as caught:
             LocalEngine(path, n_threads=1)
         assert "\n" not in str(caught.value) and str(path.name) in str(caught.value)
-    with pytest.raises(ModelError, match="'internlm2' has not been tested with steering"):
+    with pytest.raises(ModelError, match="'llama-embed' has not been tested with steering"):
         LocalEngine(untested, n_threads=1)
     for option in ("n_ctx", "n_threads", "n_batch", "n_parallel"):
         with pytest.raises(EngineError, match=f"{option} is 0"):

@@ -9,7 +9,7 @@ import pytest
 
 from steer_plugins.engine import batching, trie
 from steer_plugins.engine.base import GenerateRequest
-from steer_plugins.engine.batching import Group, Text, find_hosts, plan_groups
+from steer_plugins.engine.batching import Group, TokenText, find_hosts, plan_groups
 from steer_plugins.engine.local import LocalEngine
 from steer_plugins.engine.session import Session, shared_prefix
 from steer_plugins.steering.terms import Term
@@ -139,7 +139,7 @@ def test_a_trie_has_each_prefix_once(seed):
 
 
 def text(*tokens, scored=()):
-    return Text(list(tokens), len(tokens), [len(tokens) - 1], list(scored))
+    return TokenText(list(tokens), len(tokens), [len(tokens) - 1], list(scored))
 
 
 def cost(texts, groups):

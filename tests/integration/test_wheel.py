@@ -33,7 +33,7 @@ def run(*argv: str, env: dict[str, str] | None = None) -> str:
 def test_it_carries_the_patch_the_data_and_both_integrations(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in (
-        "steer_plugins/cpp_patch/core.patch",
+        "steer_plugins/cpp_patch/core.hooks",
         "steer_plugins/cpp_patch/llama-steer.h",
         "steer_plugins/cpp_patch/llama-steer.cpp",
         "steer_plugins/starter/index.json",

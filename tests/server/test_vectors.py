@@ -316,12 +316,12 @@ def test_untested_architecture(own: Any, server_binary: Path, tmp_path: Path) ->
 
     from steer_plugins.testing import architectures, writer
 
-    path = tmp_path / "internlm2.gguf"
-    plan = replace(architectures.blueprint("llama", n_layer=2, n_ctx=256), architecture="internlm2")
+    path = tmp_path / "llama-embed.gguf"
+    plan = replace(architectures.blueprint("llama", n_layer=2, n_ctx=256), architecture="llama-embed")
     writer._write_files(plan, path, seed=0, weights="f32", split=1)
     server = Server(server_binary, path, "--parallel", "1", "-c", "256")
     try:
-        assert "internlm2" in server.model["error"] and "sites" not in server.model
+        assert "llama-embed" in server.model["error"] and "sites" not in server.model
         assert server.ok("/completion", {"prompt": "a b", "n_predict": 2})["tokens_predicted"] == 2
         assert "cannot be steered" in server.error("/completion", {"prompt": "a b", "steering": [{"vector": "v"}]})
         assert "cannot be steered" in server.error("/steering/read", {"prompts": ["a"]})

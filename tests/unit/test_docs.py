@@ -51,6 +51,14 @@ def test_python_reference_is_up_to_date() -> None:
         assert re.sub(r"```.*?```", "", text, flags=re.S).strip(), f"{heading} has no description"
 
 
+def test_the_page_of_architectures_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("architectures", ROOT / "scripts" / "architectures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python scripts/architectures.py"
+
+
 def test_protocol_tables_are_up_to_date(tmp_path: Path) -> None:
     """The fields of a request are declared once, in the server's source."""
     spec = importlib.util.spec_from_file_location("protocol", ROOT / "scripts" / "protocol.py")

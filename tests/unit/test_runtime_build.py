@@ -79,12 +79,10 @@ else:
         (out / "bin" / "llama-server").write_text("server")
         (out / "bin" / "libllama-common.so").write_text("common")
 """
-PATCH = """--- a/src/graph.cpp
-+++ b/src/graph.cpp
-@@ -1,2 +1,3 @@
- int graph;
-+// llama_steer
- int end;
+HOOKS = """== src/graph.cpp
+-- the graph
+after: int graph;
+| // llama_steer
 """
 
 
@@ -103,7 +101,7 @@ class Toy:
             (self.source / name).parent.mkdir(parents=True, exist_ok=True)
             (self.source / name).write_text(text)
         self.patch.mkdir()
-        (self.patch / "core.patch").write_text(PATCH)
+        (self.patch / "core.hooks").write_text(HOOKS)
         (self.patch / "llama-steer.h").write_text("// header\n")
         (self.patch / "llama-steer.cpp").write_text("// ours\n")
         self.cmake = base / "cmake"
@@ -236,14 +234,17 @@ def test_a_cmake_error_is_one_sentence(toy: Toy) -> None:
 
 def test_a_misfit_names_version_and_file(toy: Toy) -> None:
     (toy.source / "src" / "graph.cpp").write_text("int graph2;\n")
-    with pytest.raises(BuildError, match=r"does not fit .*source: src/graph\.cpp:1: .*llama-cpp-python==0\.3\.36"):
+    with pytest.raises(
+        BuildError,
+        match=r"does not fit .*source: src/graph\.cpp: the graph: there is no .*llama-cpp-python==0\.3\.36",
+    ):
         build_runtime(toy.options())
     assert toy.runtimes() == []
 
 
 @pytest.mark.parametrize(("text", "words"), [("unloadable", "cannot be loaded"), ("", "no steering in it")])
 def test_libraries_that_do_not_work_are_not_installed(toy: Toy, text: str, words: str) -> None:
-    (toy.patch / "core.patch").write_text(PATCH.replace("llama_steer", "nothing " + text))
+    (toy.patch / "core.hooks").write_text(HOOKS.replace("llama_steer", "nothing " + text))
     with pytest.raises(BuildError, match=words):
         build_runtime(toy.options())
     assert toy.runtimes() == []
@@ -395,7 +396,7 @@ def test_another_installed_ggml_is_another_runtime(toy: Toy, tmp_path: Path, mon
 
 def test_libraries_that_cannot_be_moved_are_used_in_place(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = full_install(tmp_path, monkeypatch)
-    (toy.patch / "core.patch").write_text(PATCH.replace("llama_steer", "llama_steer in-place"))
+    (toy.patch / "core.hooks").write_text(HOOKS.replace("llama_steer", "llama_steer in-place"))
     real = module.probe
 
     def probe(lib: Path) -> dict[str, Any]:
@@ -454,7 +455,7 @@ def test_keys_depend_on_what_matters(toy: Toy) -> None:
 def test_check_says_when_it_does_not_apply(toy: Toy) -> None:
     (toy.source / "src" / "graph.cpp").write_text("int graph2;\n")
     result = check_patch(toy.options())
-    assert result.problem is not None and "src/graph.cpp:1" in result.problem
+    assert result.problem is not None and "src/graph.cpp: the graph: there is no" in result.problem
     assert toy.runtimes() == [] and list((toy.cache / "work").iterdir()) == []
 
 

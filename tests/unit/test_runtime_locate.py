@@ -17,7 +17,7 @@ from steer_plugins.runtime import ensure, locate
 from steer_plugins.runtime.bindings import Bindings, library_names
 from steer_plugins.runtime.ensure import ensure_runtime
 from steer_plugins.runtime.locate import activate, find_runtime, read_runtime
-from steer_plugins.runtime.patching import load_patch_set, patch_dir
+from steer_plugins.runtime.patching import load_patch, patch_dir
 
 LIBRARY = library_names("llama")[0]
 
@@ -25,7 +25,7 @@ LIBRARY = library_names("llama")[0]
 def make_runtime(folder: Path, **meta: Any) -> Path:
     (folder / "lib").mkdir(parents=True)
     (folder / "lib" / LIBRARY).write_text("library")
-    content = {"format": 1, "version": "0.3.36", "patch": load_patch_set("default").core_hash, "built_at": 1, **meta}
+    content = {"format": 1, "version": "0.3.36", "patch": load_patch().core_hash, "built_at": 1, **meta}
     (folder / "runtime.json").write_text(json.dumps(content))
     return folder
 
@@ -60,7 +60,7 @@ def test_the_newest_current_one_for_the_installed_version(cache: Path, monkeypat
 
 
 def test_a_server_must_match_its_part_of_the_patch(cache: Path) -> None:
-    patch = load_patch_set("default")
+    patch = load_patch()
     folder = make_runtime(cache / "runtime" / "a", server="bin/llama-server", server_patch=patch.server_hash or None)
     (folder / "bin").mkdir()
     (folder / "bin" / "llama-server").write_text("")
@@ -249,4 +249,4 @@ def test_a_library_that_does_not_load(tmp_path: Path) -> None:
 
 
 def test_the_patch_folder_is_found() -> None:
-    assert (patch_dir() / "core.patch").is_file()
+    assert (patch_dir() / "core.hooks").is_file()

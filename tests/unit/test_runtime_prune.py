@@ -15,17 +15,15 @@ from steer_plugins.runtime import locate
 from steer_plugins.runtime import prune as module
 from steer_plugins.runtime.bindings import Bindings, library_names
 from steer_plugins.runtime.host import HostGgml
-from steer_plugins.runtime.patching import load_patch_set
+from steer_plugins.runtime.patching import load_patch
 from steer_plugins.runtime.prune import exclusive_bytes, prune_runtimes
 
 from .test_runtime_locate import make_runtime
 
-PATCH = """--- a/src/graph.cpp
-+++ b/src/graph.cpp
-@@ -1,2 +1,3 @@
- int graph;
-+// ours
- int end;
+HOOKS = """== src/graph.cpp
+-- the graph
+after: int graph;
+| // ours
 """
 
 
@@ -34,8 +32,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("STEER_PATCH_DIR", str(tmp_path / "patch"))  # does not change while a test runs
     (tmp_path / "patch").mkdir()
-    for name in ("core.patch", "server.patch"):
-        (tmp_path / "patch" / name).write_text(PATCH)
+    for name in ("core.hooks", "server.hooks"):
+        (tmp_path / "patch" / name).write_text(HOOKS)
     monkeypatch.delenv("STEER_RUNTIME", raising=False)
     monkeypatch.setattr(locate, "find_bindings", lambda: Bindings("0.3.36", Path("/nowhere"), None))
     return tmp_path / "cache"
@@ -49,7 +47,7 @@ def runtime(cache: Path, name: str, at: int, **meta: Any) -> Path:
 
 
 def server() -> dict[str, Any]:
-    return {"server": "lib/llama-server", "server_patch": load_patch_set("default").server_hash}
+    return {"server": "lib/llama-server", "server_patch": load_patch().server_hash}
 
 
 def left(cache: Path) -> list[str]:

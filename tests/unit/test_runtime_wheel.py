@@ -25,7 +25,7 @@ from steer_plugins.native import API_VERSION
 from steer_plugins.runtime import locate, wheel
 from steer_plugins.runtime.bindings import Bindings, library_names
 from steer_plugins.runtime.locate import find_runtime, installed_runtime, read_runtime
-from steer_plugins.runtime.patching import load_patch_set
+from steer_plugins.runtime.patching import load_patch
 from steer_plugins.runtime.plan import BuildOptions
 
 from .test_runtime_locate import make_runtime
@@ -34,7 +34,7 @@ LINUX = sys.platform.startswith("linux")
 pytestmark = pytest.mark.skipif(not (LINUX and shutil.which("cc")), reason="compiles small ELF libraries")
 META: dict[str, Any] = {
     "llama_cpp": "0.5.0",
-    "patch": load_patch_set("default").core_hash,
+    "patch": load_patch().core_hash,
     "steer_api": f"llama-steer {API_VERSION}",
     "server": "bin/llama-server",
     "source": "/home/me/llama.cpp",
@@ -286,7 +286,7 @@ def test_the_server_of_a_wheel(installed: Path) -> None:
     (installed / "bin" / "llama-server").write_text("")
     change(installed, server="bin/llama-server", server_patch="another protocol")
     assert found(need_server=True) is None and found() == installed
-    change(installed, server_patch=load_patch_set("default").server_hash)
+    change(installed, server_patch=load_patch().server_hash)
     assert found(need_server=True) == installed
 
 

@@ -234,3 +234,25 @@ def install(yes: bool, dry_run: bool, remove: bool, as_json: bool, options: tupl
         click.confirm("Do this?", abort=True)
     for said in plan.run():
         click.echo(said)
+
+
+@ollama.command()
+@click.option("--dir", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Ollama's libraries (default: looked for).")
+@click.option("--gpu", metavar="NAME", help="The kind of GPU, where Ollama brings several: cuda_v13, vulkan, rocm, …, or none.")
+@click.option("--git", metavar="URL", help="The repository of Ollama's llama.cpp (default: llama.cpp's own).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def build(folder: Path | None, gpu: str | None, git: str | None, as_json: bool) -> None:
+    """Compile the steering llama-server on Ollama's GPU libraries, from the sources of the same llama.cpp.
+
+    \b
+    Examples:
+      steer ollama build
+      steer ollama build --gpu cuda_v13
+    """
+    from steer_plugins.cli.build import run_build
+    from steer_plugins.runtime import BuildOptions
+
+    from .libraries import find_libraries
+
+    found = find_libraries(expand_path(folder) if folder is not None else None, gpu)
+    run_build(BuildOptions(on=found, git=git), as_json)

@@ -16,9 +16,14 @@ from .common import FilePath
 @click.option("--version", "version", metavar="V", help="llama-cpp-python version (default: the installed one).")
 @click.option(
     "--source",
-    type=FilePath(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="A llama.cpp tree or an unpacked llama-cpp-python source archive, instead of fetching one; not modified.",
+    type=FilePath(path_type=Path),
+    metavar="PATH",
+    help="A llama.cpp tree or an unpacked llama-cpp-python source archive, instead of fetching one; not modified. "
+    "Or a .tar.gz, with --sha256.",
+)
+@click.option("--sha256", default="", metavar="HEX", help="The content of an archive given with --source.")
+@click.option(
+    "--git", "git", metavar="URL", help="With --on: the repository that has the host's commit (default: llama.cpp's own)."
 )
 @click.option("--cmake-arg", "cmake_args", multiple=True, metavar="-DX=Y", help="Passed to cmake; may be repeated.")
 @click.option("--rpc", is_flag=True, help="With llama.cpp's RPC back end and `steer worker`, for layers on other machines.")
@@ -60,6 +65,8 @@ from .common import FilePath
 def build(
     version: str | None,
     source: Path | None,
+    sha256: str,
+    git: str | None,
     cmake_args: tuple[str, ...],
     rpc: bool,
     own_ggml: bool,
@@ -82,11 +89,15 @@ def build(
     The sources are those of the installed llama-cpp-python, fetched by pip. Where that package was installed with its
     own library, the build uses its ggml (CUDA, Metal, ...). CMAKE_ARGS from the environment is passed on.
 
-    With --on, the ggml of another program is built upon; its version must be exactly that the sources have. With
+    With --on, the ggml of another program is built upon, with the sources of the commit that it was built from. With
     --wheel, ggml is built too, without instructions that only this processor may have (-DGGML_NATIVE=ON allows them).
     """
     if (out is not None or packed is not None) and not as_wheel:
         raise click.UsageError("--out and --runtime go with --wheel")
+    if git is not None and (on is None or source is not None):
+        raise click.UsageError("--git goes with --on, and not with --source")
+    if sha256 and source is None:
+        raise click.UsageError("--sha256 goes with --source")
     if sum((only_check, as_wheel, only_prune)) > 1 or (as_wheel and into is not None):
         raise click.UsageError("--check, --wheel and --prune exclude each other, and --wheel excludes --into")
     options = BuildOptions(
@@ -101,6 +112,8 @@ def build(
         stock_twin=stock_twin,
         on=on,
         into=into,
+        git=git,
+        sha256=sha256,
     )
     reporter = Reporter()
     if only_prune:
@@ -113,17 +126,23 @@ def build(
         answer = check_patch(options, reporter)
         if as_json:
             click.echo(json.dumps(answer.as_json()))
-        elif answer.problem:
-            click.echo(answer.problem)
         else:
+            for line in [*answer.hooks, *(misfit for misfit in answer.misfits if misfit not in answer.hooks)]:
+                click.echo(f"{'  missing' if line in answer.misfits else '  placed '}  {line}")
             click.echo(
-                f"the patch ({answer.patch_set}) fits {answer.version}: {len(answer.files)} files, "
+                answer.problem
+                or f"the patch fits {answer.version}: {len(answer.hooks)} hooks, {len(answer.files)} files, "
                 f"{len(answer.compiled)} compiled, {answer.seconds:.0f} s"
             )
         if answer.problem:
             raise SystemExit(1)
         return
-    result = build_runtime(options, reporter)
+    run_build(options, as_json, reporter)
+
+
+def run_build(options: BuildOptions, as_json: bool = False, reporter: Reporter | None = None) -> None:
+    """Build a runtime and print where it is. Raises BuildError."""
+    result = build_runtime(options, reporter or Reporter())
     if as_json:
         click.echo(json.dumps(result.as_json()))
     elif result.reused:

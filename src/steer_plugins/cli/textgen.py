@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ data_option = click.option(
 
 @click.group()
 def textgen() -> None:
-    """The Steering tab of text-generation-webui: install, uninstall, status."""
+    """The Steering tab of text-generation-webui: install, build, uninstall, status."""
 
 
 @textgen.command(epilog="\b\nExample:\n  steer textgen install --dir ~/text-generation-webui")
@@ -169,6 +170,36 @@ def status(folder: Path, user_data_dir: Path | None, as_json: bool) -> None:
         lacks = f"{place.python} lacks it: {place.python} -m pip install steer-plugins"
         out.print(f"Package: {'importable' if facts['importable'] else lacks}", markup=False)
     out.print(f"Server:  {server or problem}", markup=False)
+
+
+@textgen.command(epilog="\b\nExample:\n  steer textgen build --dir ~/text-generation-webui")
+@dir_option
+@click.option("--git", metavar="URL", help="The repository of the webui's llama.cpp (default: llama.cpp's own).")
+@json_option
+def build(folder: Path, git: str | None, as_json: bool) -> None:
+    """Compile the steering llama-server on the GPU libraries of a webui, from the sources of its own llama.cpp."""
+    from ..runtime import BuildOptions
+    from .build import run_build
+
+    place = find_place(folder)
+    run_build(BuildOptions(on=_binaries(place.python or Path(sys.executable)), git=git), as_json)
+
+
+def _binaries(python: Path) -> Path:
+    """The folder of the webui's own llama-server. Raises SteerError when its Python has none."""
+    code = (
+        "import importlib.util as u; s = u.find_spec('llama_cpp_binaries'); print(s.submodule_search_locations[0] if s else '')"
+    )
+    try:
+        done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SteerError(f"{python} does not run: {str(error).splitlines()[0]}") from None
+    found = done.stdout.strip()
+    if done.returncode != 0 or not found:
+        raise SteerError(
+            f"{python} has no llama_cpp_binaries to build on: install the webui's requirements, or use steer build --on"
+        )
+    return Path(found)
 
 
 def _place(folder: Path, user_data_dir: Path | None) -> Place:

@@ -229,7 +229,8 @@ def _told(library: ctypes.CDLL, call: Any, whom: Any) -> SteerInfo:
 
 def untested(library: ctypes.CDLL) -> ModelError:
     """What to raise when a model cannot be steered: the library's last sentence, and the architectures that can."""
-    return ModelError(f"{_message(library, None)}: tested are {', '.join(tested_architectures(library))}")
+    count = len(tested_architectures(library))
+    return ModelError(f"{_message(library, None)}; take a model of one of the {count} that `steer doctor --json` lists")
 
 
 def tested_architectures(library: ctypes.CDLL) -> list[str]:

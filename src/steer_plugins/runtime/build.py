@@ -39,7 +39,7 @@ from .cache import RUNTIME_FILE, cache_dir, cache_lock, make_dir, remove_tree
 from .host import HostGgml, lost_devices, read_host, require_same_ggml, source_ggml, write_cmake_package
 from .libraries import base_name, free_from_place, is_shared_library, link_libraries, probe
 from .locate import Runtime, read_runtime
-from .patching import DoesNotFit, PatchedTree, PatchSet, patch_sets
+from .patching import DoesNotFit, Patch, PatchedTree, load_patch
 from .plan import RUNTIME_FORMAT, BuildOptions, BuildPlan, plan_build
 from .process import BuildLog, Reporter, first_error, run_logged
 from .sources import llama_cpp_version, prepare_tree
@@ -93,14 +93,17 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Whether the patch fits a version: ``problem`` is None when it applies and what it touches compiles."""
+    """Whether the patch fits a version: ``problem`` is None when every hook has its place and what they touch compiles.
+
+    ``hooks`` tells of each where it goes, ``misfits`` is one sentence for each that has no place.
+    """
 
     version: str
-    patch_set: str | None
     files: list[str]
     compiled: list[str]
     problem: str | None
     seconds: float
+    hooks: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -108,10 +111,10 @@ class CheckResult:
         return {
             "fits": self.problem is None,
             "version": self.version,
-            "patch_set": self.patch_set,
             "files": self.files,
             "compiled": self.compiled,
             "problem": self.problem,
+            "hooks": self.hooks,
             "misfits": self.misfits,
             "seconds": round(self.seconds, 1),
         }
@@ -167,14 +170,14 @@ def check_patch(options: BuildOptions, reporter: Reporter | None = None) -> Chec
 
 def _finished(plan: BuildPlan, cache: Path) -> Runtime | None:
     """A finished runtime that serves the plan; one with a server also serves a plan without."""
-    for patch in patch_sets(plan.origin.version):
-        for server in (True,) if plan.server else (False, True):
-            key = replace(plan, server=server).key(patch)
-            with contextlib.suppress(RuntimeMissing):
-                runtime = read_runtime(plan.place(cache, key))
-                # In the cache the folder's name is the key; other folders may hold any runtime.
-                if runtime.problem() is None and (plan.into is None or runtime.meta.get("key") == key):
-                    return runtime
+    patch = load_patch()
+    for server in (True,) if plan.server else (False, True):
+        key = replace(plan, server=server).key(patch)
+        with contextlib.suppress(RuntimeMissing):
+            runtime = read_runtime(plan.place(cache, key))
+            # In the cache the folder's name is the key; other folders may hold any runtime.
+            if runtime.problem() is None and (plan.into is None or runtime.meta.get("key") == key):
+                return runtime
     return None
 
 
@@ -269,28 +272,25 @@ class _Build:
     def check(self) -> CheckResult:
         self._prepare(tools.NEXT_BUILD_BYTES)
         self._look_at_host()
-        version = self.plan.origin.version
-        try:
-            patch, content = self.tree.choose(patch_sets(version), self.plan.server)
-        except DoesNotFit as error:
-            return self._checked(None, [], [], self._misfit(error), error.places)
-        self.tree.put(content)
-        files = sorted(content)
-        try:
-            self._configure()
-            compiled = self._compile_touched([path for path in files if path.endswith((".cpp", ".c", ".cc"))])
-        except BuildError as error:
-            return self._checked(patch.name, files, [], str(error))
-        return self._checked(patch.name, files, compiled, None)
-
-    def _checked(
-        self, patch: str | None, files: list[str], compiled: list[str], problem: str | None, misfits: Sequence[str] = ()
-    ) -> CheckResult:
+        placement = load_patch().place(self.tree.original, self.plan.server)
+        files = sorted(placement.content)
+        compiled: list[str] = []
+        problem = None
+        if placement.misfits:
+            problem = self._misfit(DoesNotFit(placement.misfits))
+        else:
+            self.tree.put(placement.content)
+            try:
+                self._configure()
+                compiled = self._compile_touched([path for path in files if path.endswith((".cpp", ".c", ".cc"))])
+            except BuildError as error:
+                problem = str(error)
         self.log.close()
         if problem is None:
             self.log.path.unlink(missing_ok=True)
+        hooks = [str(placed) for placed in placement.hooks]
         seconds = time.monotonic() - self.started
-        return CheckResult(self.plan.origin.version, patch, files, compiled, problem, seconds, list(misfits))
+        return CheckResult(self.plan.origin.version, files, compiled, problem, seconds, hooks, placement.misfits)
 
     # the steps
 
@@ -299,8 +299,8 @@ class _Build:
         tools.require_compiler(self.plan.arguments.definitions)
         tools.require_space(self.cache, space)
         if not self.src.exists():
-            what = self.plan.origin.folder or f"the sources of {DISTRIBUTION} {self.plan.origin.version}"
-            self.reporter.say(f"{'copying' if self.plan.origin.folder else 'fetching'} {what}")
+            local = self.plan.origin.folder or self.plan.origin.archive
+            self.reporter.say(f"{'copying' if local else 'fetching the sources of'} {self.plan.origin}")
             make_dir(self.work)
             prepare_tree(self.plan.origin, self.src)
         self.toolchain = tools.toolchain(self.cache / "tools", self.plan.arguments.definitions)
@@ -323,15 +323,15 @@ class _Build:
     def _host_prefix(self) -> Path:
         return self.work / "host-ggml"
 
-    def _fit(self) -> tuple[PatchSet, dict[str, bytes]]:
+    def _fit(self) -> tuple[Patch, dict[str, bytes]]:
+        patch = load_patch()
         try:
-            return self.tree.choose(patch_sets(self.plan.origin.version), self.plan.server)
+            return patch, patch.plan(self.tree.original, self.plan.server)
         except DoesNotFit as error:
             raise BuildError(f"{self._misfit(error)}; install {DISTRIBUTION}=={PINNED_VERSION}") from None
 
     def _misfit(self, error: DoesNotFit) -> str:
-        folder = self.plan.origin.folder
-        return f"the patch does not fit {folder or f'{DISTRIBUTION} {self.plan.origin.version}'}: {error}"
+        return f"the patch does not fit {self.plan.origin}: {error}"
 
     def _configure(self) -> None:
         existed = self.build_dir.exists()
@@ -448,7 +448,7 @@ class _Build:
             if is_shared_library(path.name) and wanted(path.name):
                 shutil.copy2(path, target / path.name, follow_symlinks=False)
 
-    def _install(self, patch: PatchSet) -> Runtime:
+    def _install(self, patch: Patch) -> Runtime:
         key = self.plan.key(patch)
         final = self.plan.place(self.cache, key)
         stage = make_dir(final.parent) / f".stage-{key}-{os.getpid()}"
@@ -465,7 +465,7 @@ class _Build:
             remove_tree(stage)
         return read_runtime(final)
 
-    def _stage(self, stage: Path, patch: PatchSet) -> dict[str, Any]:
+    def _stage(self, stage: Path, patch: Patch) -> dict[str, Any]:
         """Fill ``stage`` and try the result; the content of runtime.json."""
         outputs, lib = self._outputs(), stage / "lib"
         core = {"llama", "mtmd"}
@@ -508,9 +508,8 @@ class _Build:
             "format": RUNTIME_FORMAT,
             "version": self.plan.origin.version,
             "llama_cpp": llama_cpp_version(self.src),
-            "source": "sdist" if self.plan.origin.folder is None else str(self.plan.origin.folder),
+            "source": "sdist" if self.plan.origin.id == "sdist" else str(self.plan.origin),
             "patch": patch.core_hash,
-            "patch_set": patch.name,
             "server_patch": patch.server_hash if self.plan.server else None,
             "steer_api": report["steer"],
             "server": server,

@@ -27,7 +27,7 @@ from .locate import (
     installed_runtime,
     is_current,
 )
-from .patching import PatchSet, patch_sets
+from .patching import Patch, load_patch
 from .sources import pip_available
 from .stock import present_library
 
@@ -114,16 +114,17 @@ def _bindings(report: Diagnosis) -> Bindings | None:
     return bindings
 
 
-def _patch(report: Diagnosis, bindings: Bindings | None) -> PatchSet | None:
+def _patch(report: Diagnosis, bindings: Bindings | None) -> Patch | None:
     report.facts["patch"] = None
     try:
-        patch = patch_sets(bindings.version if bindings else PINNED_VERSION)[0]
+        patch = load_patch()
     except (BuildError, OSError) as error:
         report.add("patch", "missing", str(error), "reinstall steer-plugins")
         return None
-    files = len(patch.files(False)) + len(patch.changes(False))
-    report.facts["patch"] = {"name": patch.name, "hash": patch.core_hash, "files": files}
-    report.add("patch", "ok", f"{patch.core_hash[:10]} ({patch.name}, {files} files)")
+    files, hooks = len(patch.files(False)), len(patch.hooks)
+    report.facts["patch"] = {"hash": patch.core_hash, "files": files, "hooks": hooks}
+    report.facts["architectures"] = patch.architectures()
+    report.add("patch", "ok", f"{patch.core_hash[:10]} ({files} files, {hooks} hooks)")
     return patch
 
 
@@ -144,7 +145,7 @@ def _stock(report: Diagnosis) -> Runtime | None:
     return stock
 
 
-def _runtime(report: Diagnosis, bindings: Bindings | None, patch: PatchSet | None, stock: Runtime | None) -> Runtime | None:
+def _runtime(report: Diagnosis, bindings: Bindings | None, patch: Patch | None, stock: Runtime | None) -> Runtime | None:
     report.facts["runtime"] = None
     report.facts["cache"] = str(cache_dir())
     try:

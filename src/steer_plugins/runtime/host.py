@@ -130,16 +130,16 @@ def source_ggml(root: Path, origin: SourceOrigin) -> SourceGgml:
     table = re.search(r"GGML_OP_NAME\[GGML_OP_COUNT\]\s*=\s*\{(.*?)\};", code, re.DOTALL)
     names = tuple(re.findall(r'"([^"\n]+)"', table.group(1))) if table else ()
     if not all(numbers) or not names:
-        raise BuildError(
-            f"the sources {origin.folder or origin.version} do not say which ggml they have; give others with --source DIR"
-        )
+        raise BuildError(f"the sources {origin} do not say which ggml they have; give others with --source DIR")
     version = ".".join(match.group(1) for match in numbers if match)
     return SourceGgml(version, _commit(origin), names)
 
 
 def _commit(origin: SourceOrigin) -> str:
+    if origin.commit:
+        return origin.commit
     if origin.folder is None:
-        return SDIST_COMMITS.get(origin.version, "")
+        return SDIST_COMMITS.get(origin.version, "") if origin.archive is None else ""
     if not (origin.folder / ".git").exists():  # a repository that the tree merely lies in says nothing about it
         return ""
     command = ["git", "-C", str(origin.folder), "rev-parse", "HEAD"]
@@ -173,6 +173,31 @@ def read_host(library_dir: Path, operations: int, extra: Path | None = None) -> 
         last = (done.stderr.strip().splitlines() or [f"the loading process ended with code {done.returncode}"])[-1]
         answer["error"] = last
     return answer
+
+
+def host_build(host: HostGgml) -> tuple[str, int]:
+    """The llama.cpp that a host was built from: the first digits of its commit and its build number, as far as its libraries
+    and its llama-server (``--version``) say; "" and 0 where they do not."""
+    commit = _known(str(read_host(host.library_dir, 0).get("commit") or ""))
+    number = 0
+    name = "llama-server.exe" if sys.platform == "win32" else "llama-server"
+    for folder in (host.library_dir, host.folder, host.library_dir.parent / "bin", host.folder.parent):
+        program = folder / name
+        if not program.is_file():
+            continue
+        try:
+            done = subprocess.run(
+                [str(program), "--version"], capture_output=True, text=True, errors="replace", timeout=60, check=False
+            )
+        except (OSError, subprocess.SubprocessError):
+            continue
+        found = re.search(r"^version: (\d+) \(([0-9a-f]{7,40})\)", done.stdout + done.stderr, re.MULTILINE)
+        if found:
+            said = found.group(2)
+            if not commit or said.startswith(commit[: len(said)]):
+                number, commit = int(found.group(1)), max(said, commit, key=len)
+            break
+    return commit, number
 
 
 def require_same_ggml(folder: Path, host: dict[str, Any], source: SourceGgml) -> None:

@@ -18,7 +18,7 @@ from ..errors import BuildError, RuntimeMissing
 from ..paths import expand_path
 from .bindings import DISTRIBUTION, PINNED_VERSION, find_bindings, find_library, ggml_files
 from .cache import RUNTIME_FILE, cache_dir
-from .patching import load_patch_set
+from .patching import load_patch
 from .probe import load_modules
 from .waiting import short_waits
 
@@ -51,7 +51,6 @@ class Runtime:
     server: Path | None
     version: str
     patch: str
-    patch_set: str
     ggml_mode: str
     meta: dict[str, Any]
 
@@ -115,7 +114,6 @@ def read_runtime(folder: Path) -> Runtime:
         server=folder / server if isinstance(server, str) and ".." not in server else None,
         version=str(meta.get("version", "")),
         patch=str(meta.get("patch", "")),
-        patch_set=str(meta.get("patch_set", "default")),
         ggml_mode=str(ggml.get("mode", "")) if isinstance(ggml, dict) else "",
         meta=meta,
     )
@@ -134,7 +132,7 @@ def runtime_at(folder: Path) -> Runtime:
         if find_library(lib, "llama"):
             binary = "llama-server.exe" if sys.platform == "win32" else "llama-server"
             server = next((path for path in (lib / binary, folder / "bin" / binary) if path.is_file()), None)
-            return Runtime(folder, lib, server, "", "", "", "", {})
+            return Runtime(folder, lib, server, "", "", "", {})
     raise RuntimeMissing(
         f"the runtime {folder} holds neither a {RUNTIME_FILE} nor the llama libraries; "
         "name a folder that `steer build` made, `patched` or `stock`, or leave --runtime and STEER_RUNTIME away"
@@ -185,7 +183,7 @@ def _serves(runtime: Runtime, need_server: bool) -> bool:
     version, so that must be the very one."""
     if need_server:
         try:
-            wanted = load_patch_set(runtime.patch_set).server_hash
+            wanted = load_patch().server_hash
         except BuildError:
             return False
         return runtime.server is not None and (runtime.meta.get("server_patch") or "") == wanted
@@ -196,7 +194,7 @@ def _serves(runtime: Runtime, need_server: bool) -> bool:
 def is_current(runtime: Runtime, need_server: bool = False) -> bool:
     """Whether a runtime was built with the patch this package carries."""
     try:
-        patch = load_patch_set(runtime.patch_set)
+        patch = load_patch()
     except BuildError:
         return False
     if need_server and (runtime.server is None or (runtime.meta.get("server_patch") or "") != patch.server_hash):
@@ -260,9 +258,7 @@ def _stock() -> Runtime:
 
 
 def _as_stock(folder: Path, version: str) -> Runtime:
-    return Runtime(
-        path=folder, lib_dir=folder, server=None, version=version, patch="", patch_set="", ggml_mode="", meta={"stock": True}
-    )
+    return Runtime(path=folder, lib_dir=folder, server=None, version=version, patch="", ggml_mode="", meta={"stock": True})
 
 
 def loaded_stock() -> Runtime | None:

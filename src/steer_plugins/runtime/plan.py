@@ -15,9 +15,10 @@ from ..errors import BuildError
 from ..paths import expand_path
 from .bindings import PINNED_VERSION, Bindings, find_bindings
 from .cache import RUNTIME_FILE, digest
-from .host import HostGgml, host_ggml
-from .patching import PatchSet
-from .sources import SourceOrigin, folder_origin, sdist_origin
+from .checkout import REPOSITORY, find_commit
+from .host import SDIST_COMMITS, HostGgml, host_build, host_ggml
+from .patching import Patch
+from .sources import SourceOrigin, archive_origin, commit_origin, folder_origin, sdist_origin
 
 RUNTIME_FORMAT = 1
 """Of a finished runtime's folder and its ``runtime.json``."""
@@ -26,7 +27,9 @@ RUNTIME_FORMAT = 1
 @dataclass(frozen=True)
 class BuildOptions:
     """What `steer build` was asked for. ``cmake_args`` are added to those of the environment's ``CMAKE_ARGS``;
-    ``on`` is a host whose ggml is built upon (host.py), ``into`` the folder to put the runtime in (None: the cache)."""
+    ``on`` is a host whose ggml is built upon (host.py), ``into`` the folder to put the runtime in (None: the cache).
+    ``source`` is a folder or an archive with this ``sha256``; without one, the sources of a host are those of its own commit
+    in the repository ``git`` (None: llama.cpp's own)."""
 
     version: str | None = None
     source: Path | None = None
@@ -39,6 +42,8 @@ class BuildOptions:
     stock_twin: bool = False
     on: Path | None = None
     into: Path | None = None
+    git: str | None = None
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class BuildPlan:
         """Names the work tree: everything but the patch, so that a changed patch compiles only what it touches."""
         return f"{self.origin.version}-{self._flags()[:10]}"
 
-    def key(self, patch: PatchSet) -> str:
+    def key(self, patch: Patch) -> str:
         """Names the finished runtime."""
         server = patch.server_hash if self.server else ""
         flags = digest(self._flags(), patch.core_hash, server)[:10]
@@ -137,9 +142,14 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     bindings = find_bindings()
     host = host_ggml(options.on) if options.on is not None else None
     installed = host if isinstance(host, Bindings) else bindings
-    if options.source is not None:
+    origin: SourceOrigin | None = None
+    if options.source is not None and options.source.is_file():
+        origin = archive_origin(options.source, options.sha256)
+    elif options.source is not None:
         origin = folder_origin(options.source, options.version)
-    else:
+    elif isinstance(host, HostGgml) and options.version is None:
+        origin = _origin_of_host(host, options.git or REPOSITORY)
+    if origin is None:
         origin = sdist_origin(options.version or (installed.version if installed else PINNED_VERSION))
     arguments = parse_cmake_arguments(options.cmake_args, os.environ.get("CMAKE_ARGS", ""))
     into = _free_place(options.into) if options.into is not None else None
@@ -154,6 +164,17 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     if not own and bindings is not None and bindings.shares_ggml and bindings.version == origin.version:
         shared = bindings
     return BuildPlan(origin, arguments, shared, options.server, shared.ggml_id() if shared else "own", None, into)
+
+
+def _origin_of_host(host: HostGgml, repository: str) -> SourceOrigin | None:
+    """The sources of a host's own commit; None where it does not tell, or where they are those of a known sdist."""
+    commit, number = host_build(host)
+    known = [version for version, whole in SDIST_COMMITS.items() if commit and whole.startswith(commit)]
+    if known:
+        return sdist_origin(known[0])
+    if not commit:
+        return None
+    return commit_origin(repository, find_commit(repository, commit, number), number)
 
 
 def _free_place(folder: Path) -> Path:

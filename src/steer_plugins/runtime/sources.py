@@ -1,4 +1,4 @@
-"""llama.cpp's sources: fetched as the sdist of llama-cpp-python, or copied from a folder. Neither is ever modified."""
+"""llama.cpp's sources: the sdist of llama-cpp-python, a folder, an archive, or one commit of a git repository."""
 
 from __future__ import annotations
 
@@ -15,24 +15,32 @@ from ..atomic import file_sha256
 from ..errors import BuildError
 from .bindings import DISTRIBUTION, PINNED_VERSION
 from .cache import digest, make_dir, remove_tree
+from .checkout import SKIPPED, copy_tree, fetch_commit, first_line
 
 # The sdist of the version the patch is made for; other versions are checked against the index's own hash by pip.
 SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
 
-# What a build of the library, mtmd and llama-server never reads: about two thirds of the tree.
-SKIPPED = {".git", ".github", ".devops", "benches", "conversion", "docs", "gguf-py", "media", "models", "pocs"}
 MAX_BYTES = 2 << 30
 MAX_FILES = 60_000
 
 
 @dataclass(frozen=True)
 class SourceOrigin:
-    """Where the sources come from. ``version`` is that of llama-cpp-python where known, else a label;
-    ``folder`` is None for the sdist of ``version``; ``id`` tells trees apart in cache keys."""
+    """Where the sources come from. ``version`` is that of llama-cpp-python where known, else a label; ``id`` tells trees
+    apart in cache keys. One of ``folder``, ``archive``, and ``repository`` with the whole hash of a ``commit``; none of them
+    for the sdist of ``version``."""
 
     version: str
     folder: Path | None = None
     id: str = "sdist"
+    archive: Path | None = None
+    repository: str = ""
+    commit: str = ""
+
+    def __str__(self) -> str:
+        if self.repository:
+            return f"llama.cpp {self.commit[:9]} of {self.repository}"
+        return str(self.folder or self.archive or f"{DISTRIBUTION} {self.version}")
 
 
 def sdist_origin(version: str) -> SourceOrigin:
@@ -40,6 +48,22 @@ def sdist_origin(version: str) -> SourceOrigin:
     if not re.fullmatch(r"\d+(\.\d+)*([a-z0-9.+-]*)", version):
         raise BuildError(f"{version!r} is not a version of {DISTRIBUTION}; give one like {PINNED_VERSION}")
     return SourceOrigin(version)
+
+
+def commit_origin(repository: str, commit: str, build: int = 0) -> SourceOrigin:
+    """One commit (its whole hash) of a git repository; ``build`` is llama.cpp's number for it, 0 where unknown."""
+    label = f"b{build}-{commit[:9]}" if build else commit[:9]
+    return SourceOrigin(f"llama.cpp-{label}", id=f"git {commit}", repository=repository, commit=commit)
+
+
+def archive_origin(archive: Path, sha256: str) -> SourceOrigin:
+    """A source archive (.tar.gz) whose content is named by its hash. Raises BuildError when it has another one."""
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise BuildError(f"--source {archive} is an archive: name its content with --sha256 (64 hexadecimal digits)")
+    found = file_sha256(archive)
+    if found != sha256.lower():
+        raise BuildError(f"{archive} has the sha256 {found[:16]}…, not {sha256[:16].lower()}…; fetch it again")
+    return SourceOrigin(f"llama.cpp-{found[:9]}", id=f"archive {found}", archive=archive.absolute())
 
 
 def folder_origin(folder: Path, version: str | None = None) -> SourceOrigin:
@@ -87,6 +111,10 @@ def prepare_tree(origin: SourceOrigin, target: Path) -> None:
     try:
         if origin.folder is not None:
             copy_tree(origin.folder, partial)
+        elif origin.archive is not None:
+            extract_llama_cpp(origin.archive, partial)
+        elif origin.repository:
+            fetch_commit(origin.repository, origin.commit, partial)
         else:
             extract_llama_cpp(fetch_sdist(origin.version, make_dir(download)), partial)
         llama_cpp_root(partial)
@@ -94,25 +122,6 @@ def prepare_tree(origin: SourceOrigin, target: Path) -> None:
     finally:
         remove_tree(partial)
         remove_tree(download)
-
-
-def copy_tree(source: Path, target: Path) -> None:
-    """Copy a llama.cpp tree, without what no build reads and without the user's own build folders and links."""
-
-    def ignore(folder: str, names: list[str]) -> set[str]:
-        here = Path(folder)
-        skipped = {name for name in names if (here / name).is_symlink()}
-        if here == source:
-            skipped |= SKIPPED.intersection(names)
-        skipped |= {name for name in names if name == ".git" or (here / name / "CMakeCache.txt").is_file()}
-        return skipped
-
-    try:
-        shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    except (OSError, shutil.Error) as error:
-        raise BuildError(
-            f"{source} cannot be copied ({_first_line(error)}); check its permissions and the free disk space"
-        ) from None
 
 
 def pip_available() -> bool:
@@ -162,20 +171,20 @@ def fetch_sdist(version: str, folder: Path) -> Path:
 
 
 def extract_llama_cpp(archive: Path, target: Path, max_bytes: int = MAX_BYTES, max_files: int = MAX_FILES) -> None:
-    """Unpack ``<top>/vendor/llama.cpp/`` of an sdist into ``target``: plain files only, inside ``target``, bounded.
+    """Unpack the llama.cpp tree of an archive (its top folder, or a folder inside) into ``target``: plain files only, inside
+    ``target``, bounded.
 
     Raises BuildError on a broken archive, a path that leaves the folder, or too much content.
     """
     total = count = 0
     try:
+        root = _root_in_archive(archive, max_bytes, max_files)
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
                 parts = PurePosixPath(member.name).parts
-                if ".." in parts or member.name.startswith("/") or "\\" in member.name or ":" in member.name:
-                    raise BuildError(f"{archive.name} names {member.name!r}, a path outside of it; it is not used")
-                inner = parts[3:]
+                inner = parts[len(root) :]
                 # Links are left out: no file the build reads is one, and a link could lead anywhere.
-                if parts[1:3] != ("vendor", "llama.cpp") or not inner or inner[0] in SKIPPED or not member.isfile():
+                if parts[: len(root)] != root or not inner or inner[0] in SKIPPED or not member.isfile():
                     continue
                 total += member.size
                 count += 1
@@ -188,10 +197,27 @@ def extract_llama_cpp(archive: Path, target: Path, max_bytes: int = MAX_BYTES, m
                 with stream, path.open("wb") as out:
                     shutil.copyfileobj(stream, out, 1 << 20)
     except (tarfile.TarError, EOFError, OSError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise BuildError(f"{archive.name} cannot be unpacked ({reason}); try again or give --source DIR") from None
-    if count == 0:
-        raise BuildError(f"{archive.name} holds no vendor/llama.cpp; give a llama.cpp tree with --source DIR")
+
+
+def _root_in_archive(archive: Path, max_bytes: int, max_files: int) -> tuple[str, ...]:
+    """The folder of an archive that is a llama.cpp tree."""
+    roots: list[tuple[str, ...]] = []
+    total = 0
+    with tarfile.open(archive, "r:gz") as tar:
+        for count, member in enumerate(tar):
+            parts = PurePosixPath(member.name).parts
+            if ".." in parts or member.name.startswith("/") or "\\" in member.name or ":" in member.name:
+                raise BuildError(f"{archive.name} names {member.name!r}, a path outside of it; it is not used")
+            total += member.size
+            if count > 2 * max_files or total > 2 * max_bytes:
+                raise BuildError(f"{archive.name} holds more than any llama.cpp release; it is not used")
+            if parts[-2:] == ("include", "llama.h") and member.isfile():
+                roots.append(parts[:-2])
+    if not roots:
+        raise BuildError(f"{archive.name} holds no llama.cpp sources; give a llama.cpp tree with --source DIR")
+    return min(roots, key=len)
 
 
 def _tree_id(root: Path) -> str:
@@ -204,8 +230,3 @@ def _tree_id(root: Path) -> str:
             stat = path.stat()
             entries.append(f"{path.relative_to(root).as_posix()} {stat.st_size} {stat.st_mtime_ns}")
     return digest(str(root), *sorted(entries))
-
-
-def _first_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0]
