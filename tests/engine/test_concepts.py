@@ -17,13 +17,13 @@ from steer_plugins.concepts.corpus import collect
 from steer_plugins.concepts.difference import check_pair, difference
 from steer_plugins.concepts.discover import discover
 from steer_plugins.concepts.features import contrast, effects, next_logprobs
-from steer_plugins.concepts.fit import FitOptions
+from steer_plugins.concepts.fit import CodeOptions
 from steer_plugins.concepts.making import MakeOptions, find_sae, keep_published, make_sae, sae_folder, sae_names
 from steer_plugins.concepts.quality import ce_recovered, states_replaced
 from steer_plugins.errors import ModelError, SpecError, VectorError
 from steer_plugins.training.extract import load_pairs
 
-OPTIONS = MakeOptions(layer=1, tokens=2_500, epochs=3, fit=FitOptions(latents=64, k=6, batch=256))
+OPTIONS = MakeOptions(layer=1, tokens=2_500, epochs=3, fit=CodeOptions(latents=64, k=6, batch=256))
 TOKENS = [3, 40, 41, 42, 90, 17, 60, 61, 5, 80]
 
 
