@@ -302,10 +302,12 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
     std::map<uint64_t, std::pair<double, const direction *>> sums;
     growth_bound bound; // of a config it was checked when it was set; what a callback adds comes on top
     std::vector<part_edit> parts;
+    std::vector<double> gains(st.n_dyn); // as exact as sums: whether terms cancel is decided on the same numbers as their id
 
     for (size_t s = 0; s < st.slots.size(); ++s) {
         const place & at = st.slots[s].at;
         sums.clear();
+        std::fill(gains.begin(), gains.end(), 0.0);
         bool renorm = false;
         bool knee = false;
         auto take = [&](const steer_vector & col, const direction & d, double c) {
@@ -316,8 +318,10 @@ static void fill_row(llama_steer_state & st, int32_t r, const std::vector<llama_
                 e.second = &d;
             }
             for (const auto & p : parts) {
-                float * g = row.g.data() + s * st.n_dyn + col.dyn.at(p.part);
-                g[0] += (float) p.g;
+                const int32_t dyn = col.dyn.at(p.part);
+                float * g = row.g.data() + s * st.n_dyn + dyn;
+                gains[dyn] += p.g;
+                g[0] = (float) gains[dyn];
                 g[plane] = (float) p.bias;
                 g[2 * plane] = p.knee == LINEAR ? std::numeric_limits<float>::max() : (float) -p.knee;
                 knee = knee || p.bias != 0.0 || p.knee != LINEAR;

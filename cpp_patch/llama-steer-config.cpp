@@ -234,7 +234,12 @@ uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer
     struct item {
         double c = 0.0;
         double g = 0.0;
+        double size_c = 0.0;
+        double size_g = 0.0;
     };
+    // What a row, which adds up in another order and ends in float32, may find to be nothing has to be nothing here: a place that is
+    // expected to act and does not is an error.
+    const auto nothing = [](double sum, double size) { return std::fabs(sum) < std::numeric_limits<float>::min() || std::fabs(sum) <= 1e-13 * size; };
     std::map<std::array<uint64_t, 4>, item> items;
     std::vector<part_edit> parts;
     for (const auto & t : terms) {
@@ -246,24 +251,32 @@ uint64_t config_hash(const llama_steer_state & st, const std::vector<llama_steer
             if (!term_covers(t, at, -1) || (only && at != *only)) {
                 continue;
             }
+            const int32_t stream = st.n_streams > 1 ? t.stream : -1;
             const auto item_of = [&](uint64_t hash) -> item & {
-                return items[{ hash, (uint64_t) at.first, (uint64_t) at.second, (uint64_t) (t.stream + 1) | (t.op == LLAMA_STEER_RENORM ? 1ull << 32 : 0) }];
+                return items[{ hash, (uint64_t) at.first, (uint64_t) at.second, (uint64_t) (stream + 1) | (t.op == LLAMA_STEER_RENORM ? 1ull << 32 : 0) }];
             };
             double c;
             term_coefficients(t, d, c, parts);
-            item_of(d.hash).c += c;
+            auto & sum = item_of(d.hash);
+            sum.c += c;
+            sum.size_c += std::fabs(c);
             for (const auto & p : parts) {
-                item_of(p.hash).g += p.g;
+                auto & part = item_of(p.hash);
+                part.g += p.g;
+                part.size_g += std::fabs(p.g);
             }
         }
     }
     uint64_t id = 0;
+    bool any = false;
     for (const auto & [key, i] : items) {
-        if (i.c != 0.0 || i.g != 0.0) {
-            id += mix64(hash_double(i.g, hash_double(i.c, hash_bytes(key.data(), sizeof(key), 0x57ee9))));
+        const double c = nothing(i.c, i.size_c) ? 0.0 : i.c;
+        const double g = nothing(i.g, i.size_g) ? 0.0 : i.g;
+        if (c != 0.0 || g != 0.0) {
+            any = true;
+            id += mix64(hash_double(g, hash_double(c, hash_bytes(key.data(), sizeof(key), 0x57ee9))));
         }
     }
-    const bool any = std::any_of(items.begin(), items.end(), [](const auto & kv) { return kv.second.c != 0.0 || kv.second.g != 0.0; });
     return any && id == 0 ? 1 : id;
 }
 

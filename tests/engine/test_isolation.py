@@ -130,6 +130,50 @@ def test_what_is_allowed_stays_finite(raw: MakeRaw, arch: str, name: str) -> Non
     assert np.isfinite(r.decode(H.prompt(20))).all()
 
 
+# Terms that come to nothing in float32, or that cancel but for the last bits of a double.
+NOTHING: dict[str, list[NativeTerm]] = {
+    "project 5e-324": [NativeTerm(0, PROJECT, 5e-324)],
+    "project 6.6e-305": [NativeTerm(0, PROJECT, 6.6e-305)],
+    "project 1e-46": [NativeTerm(0, PROJECT, 1e-46)],
+    "add 5e-324": [NativeTerm(0, ADD, 5e-324)],
+    "renorm 1e-300": [NativeTerm(0, RENORM, 1e-300)],
+    "projections that nearly cancel": [NativeTerm(0, PROJECT, 1.0), NativeTerm(0, PROJECT, -(1.0 - 2**-52))],
+    "two names of one direction": [
+        NativeTerm(0, PROJECT, 1.0),
+        NativeTerm(1, PROJECT, -(1.0 - 2**-50)),
+        NativeTerm(1, PROJECT, -(2**-50)),
+    ],
+    "a sum that rounds": [NativeTerm(0, PROJECT, x) for x in (0.1, 0.2, -0.3)],
+    "doses that nearly cancel": [NativeTerm(0, ADD, x) for x in (0.1, 0.2, -0.3)],
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("arch", ["llama", "deepseek4"])
+def test_what_comes_to_nothing_is_no_error(raw: MakeRaw, arch: str, name: str) -> None:
+    """It has no place to act at, so it must not be missed there: it ended a request with a report of a faulty architecture."""
+    r = raw(arch)
+    put(r)
+    plain = r.decode(H.prompt(9))
+    r.forget()
+    r.steer.set_config(1, NOTHING[name])
+    assert r.steer.config_id(1) == 0
+    r.steer.set_range(0, 0, -1, 1)
+    assert np.array_equal(r.decode(H.prompt(9)), plain)
+    assert r.steer.sequence_error(0) is None
+
+
+def test_a_stream_and_its_opposite_cancel_where_there_is_one_stream(raw: MakeRaw) -> None:
+    r = raw("llama")
+    put(r)
+    plain = r.decode(H.prompt(9))
+    r.forget()
+    r.steer.set_config(1, [NativeTerm(0, PROJECT, 0.5, stream=0), NativeTerm(0, PROJECT, -0.5)])
+    r.steer.set_range(0, 0, -1, 1)
+    assert np.array_equal(r.decode(H.prompt(9)), plain)
+    assert r.steer.sequence_error(0) is None
+
+
 def test_orthogonal_projections_are_no_growth(raw: MakeRaw) -> None:
     """Removing many directions lengthens nothing, so it is not refused; mirroring nearly parallel ones is."""
     r = raw("llama")
