@@ -129,6 +129,7 @@ class Neighbour:
             if got != self.want[i]:
                 self.wrong.append((self.asked, got))
             self.asked += 1
+            self.stop.wait(0.05)  # the time is for the others
 
     def __enter__(self) -> Neighbour:
         self.thread.start()
@@ -167,7 +168,7 @@ def wishes(draw: st.DrawFn) -> Any:
 
 
 def test_a_neighbour_of_fuzzed_requests(own: Any, tmp_path: Path) -> None:
-    """STEER_FUZZ sets the number of inputs; 100000 take a few hours."""
+    """STEER_FUZZ sets the number of inputs; 100000 take an hour or two."""
     server = own("llama", *EXACT)
     condition = SteeringVector("g", {(1, "resid_post"): direction(server, 7)})
     tags = {"open": "<think>", "close": "</think>"}
