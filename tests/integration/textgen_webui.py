@@ -288,10 +288,18 @@ class Page:
         self.expect(lambda: self.page.locator("#chat .message-body").count() == 0)
         self.page.wait_for_timeout(1500)
         box = self.page.locator("#chat-input textarea")
-        box.fill(text)
-        box.press("Enter")
         bodies = self.page.locator("#chat .message-body")
-        self.expect(lambda: bodies.count() >= 2)
+
+        def sent() -> bool:
+            box.fill(text)  # a late answer to "New chat" empties the box
+            box.press("Enter")
+            for _ in range(300):
+                if bodies.count() >= 2:
+                    return True
+                self.page.wait_for_timeout(200)
+            return False
+
+        self.expect(sent, seconds=1)
         self.expect(lambda: self.page.locator("._generating").count() == 0)
         self.page.wait_for_timeout(500)
         return str(bodies.last.inner_text())
