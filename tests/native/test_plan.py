@@ -193,7 +193,7 @@ REFUSED: list[tuple[str, PlanTerm, Tags | None, str]] = [
     ("1e30", PlanTerm(vector=VECTOR, strength=1e30, name="mood"), PLAIN, "strength 1e[+]30 of mood is too large at layer 1"),
     ("1e13", PlanTerm(vector=VECTOR, strength=1e13, op=2), PLAIN, "too large at layer 3: a dose of 1e[+]15 is the limit"),
     ("renorm", PlanTerm(vector=VECTOR, strength=-1e13, op=3), PLAIN, "too large at layer 3"),
-    ("op", PlanTerm(op=4), PLAIN, "op 4"),
+    ("op", PlanTerm(op=6), PLAIN, "op 6"),
     ("scope", PlanTerm(scope=9), PLAIN, "scope 9"),
     ("range", PlanTerm(scope=SCOPE_RANGE, first=5, last=3), PLAIN, "positions 5 to 3"),
     ("below 0", PlanTerm(scope=SCOPE_RANGE, first=-1), PLAIN, "positions -1 to -1"),
