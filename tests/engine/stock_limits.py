@@ -9,6 +9,9 @@ ONE_PIECE = "a batch is always computed in one piece (n_ubatch = n_batch), so no
 OWN_CALLBACK = "a context has one evaluation callback, and it is taken"
 DEVICE = "there are no directions on the device, no nodes in the graph and nothing to reserve"
 OTHER_LIBRARY = "the test is about the patched library itself"
+REFUSED = "refused with a sentence when a context for two sequences is made: its tokens do not come in the order of the batch"
+NO_NODE = "refused with a sentence when the model is opened: its hidden state passes under no name that is known"
+_REORDERED = "apertus dream falcon-h1 granitehybrid hrm_text jamba lfm2 lfm2moe llada llada-moe mamba mamba2 rnd1".split()
 
 LIMITS: dict[str, str] = {
     "test_bench_control.py": OTHER_LIBRARY,
@@ -18,6 +21,8 @@ LIMITS: dict[str, str] = {
     "test_callbacks.py::test_two_captures_and_a_callback_that_raises_between_them": ONE_PIECE,
     "test_contexts.py::test_out_of_memory_rolls_back": DEVICE,
     "test_errors.py::test_an_untested_architecture_is_refused": OTHER_LIBRARY,
+    **{f"test_every_architecture.py::test_formula[{arch}-": REFUSED for arch in _REORDERED},
+    "test_every_architecture.py::test_formula[step35-": NO_NODE,
     "test_graphs.py": DEVICE,
     "test_local_engine.py::test_a_slider_moved_at_every_token": DEVICE,
     "test_reading.py::test_fewer_rows_than_wanted": ONE_PIECE,
