@@ -97,7 +97,8 @@ def test_templates_can_be_read() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="has no sh of its own")
 def test_scripts_are_sound() -> None:
     for script in [*(one for one in (ROOT / "scripts").iterdir() if one.is_file() and not one.suffix), ROOT / ".ci" / "run"]:
-        done = subprocess.run(["sh", "-n", str(script)], capture_output=True, text=True)
+        shell = "bash" if script.read_text(encoding="utf-8").startswith("#!/bin/bash") else "sh"
+        done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
