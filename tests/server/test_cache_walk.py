@@ -185,4 +185,9 @@ def test_walk(own: Any, tmp_path: Path, kind: str) -> None:
     fresh = own(arch, "--parallel", "1", "-c", "512", "--cache-ram", "0", *EXACT)
     walk = Walk(server, fresh, tmp_path, random.Random(kind + SEED), tolerance=3e-3)
     walk.run(STEPS)
-    assert walk.compared > STEPS / 3 and walk.cached > 0  # the caches were in use
+    for _ in range(
+        8
+    ):  # what runs side by side ends in another order each time, so a walk may need longer to come by its caches again
+        if walk.cached <= walk.compared:
+            walk.run(10)
+    assert walk.compared > STEPS / 3 and walk.cached > walk.compared  # the caches were in use
